@@ -1,0 +1,1 @@
+"""Assets: what a round materialises. Each body fetches, calls a step, and reports; the method is elsewhere."""

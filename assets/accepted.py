@@ -1,0 +1,34 @@
+"""The accepted set of a round: the decision on every candidate, with its reason."""
+
+import dagster as dg
+
+from assets.shared import declared, rounds_of
+from resources.store import StoreResource
+from rsft_pipeline import report, rounds, steps
+from rsft_pipeline.recipe import Recipe
+
+
+def accepted(recipe: Recipe) -> dg.AssetsDefinition:
+    @dg.asset(**declared(recipe, kinds={"duckdb"}, reads=("scores",), partitions_def=rounds_of(recipe)))
+    def accepted(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+        """Which candidates are trained on, and why the others are not. Writes the table `decisions`."""
+        with store.open() as lake:
+            round_ = rounds.record(lake, recipe, context.partition_key)
+            parameters = steps.decide(lake, round_, context.run.run_id)
+            facts = report.decisions(lake, round_)
+        context.log.info("%d of %d candidates accepted", facts.accepted, facts.candidates)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(facts.digest),
+            metadata={
+                "dagster/partition_row_count": facts.accepted,
+                "accepted": facts.accepted,
+                "acceptance_rate": facts.rate,
+                "distinct_accepted": facts.distinct,
+                "prompts_with_accepted": facts.prompts,
+                "rule": dg.MetadataValue.json(parameters),
+                "reasons": dg.MetadataValue.md(facts.reasons),
+                "examples": dg.MetadataValue.md(facts.examples),
+            },
+        )
+
+    return accepted

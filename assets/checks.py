@@ -1,0 +1,51 @@
+"""Asset checks: the gates of rsft_pipeline/gates.py, where Dagster and people see them."""
+
+from collections.abc import Callable
+
+import dagster as dg
+
+from assets.shared import key
+from resources.store import StoreResource
+from rsft_pipeline import gates, rounds
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.store import Store
+
+
+def checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
+    """Every check of a recipe's assets."""
+    warn = dg.AssetCheckSeverity.WARN
+    return [
+        *(_check(recipe, "accepted", gate, blocking=True) for gate in gates.BLOCKING),
+        _check(recipe, "accepted", gates.acceptance_rate, severity=warn),
+        _check(recipe, "accepted", gates.prompt_share, severity=warn),
+        _check(recipe, "policy", source_is_latest, severity=warn),
+        _check(recipe, "evaluation", gates.not_worse),
+    ]
+
+
+def source_is_latest(store: Store, round_: Round) -> gates.Finding:
+    return gates.source_is_latest(store, round_, Home.here())
+
+
+source_is_latest.__doc__ = gates.source_is_latest.__doc__
+
+
+def _check(
+    recipe: Recipe,
+    asset: str,
+    gate: Callable[[Store, Round], gates.Finding],
+    *,
+    blocking: bool = False,
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=key(recipe, asset), name=gate.__name__, description=gate.__doc__, blocking=blocking)
+    def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> dg.AssetCheckResult:
+        with store.open() as lake:
+            finding = gate(lake, rounds.record(lake, recipe, context.partition_key))
+        return dg.AssetCheckResult(
+            passed=finding.passed, severity=severity, description=finding.reason, metadata=finding.facts
+        )
+
+    return check

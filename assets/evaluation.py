@@ -1,0 +1,125 @@
+"""The evaluation of a round, and the promotion gate: does the checkpoint become the champion?"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import dagster as dg
+
+from assets.shared import declared, rounds_of
+from resources.accelerator import Accelerator
+from resources.sampler import TransformersSampler
+from resources.store import StoreResource
+from resources.tracking import Tracking
+from rsft_pipeline import models, report, rounds, steps
+from rsft_pipeline.card import card, write_card
+from rsft_pipeline.home import Home
+from rsft_pipeline.markdown import picture, table
+from rsft_pipeline.progress import track
+from rsft_pipeline.recipe import Recipe
+
+
+def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
+    @dg.asset(
+        **declared(
+            recipe,
+            kinds={"pytorch", "mlflow"},
+            reads=("checkpoint",),
+            partitions_def=rounds_of(recipe),
+            pool="gpu",
+        )
+    )
+    def evaluation(
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        accelerator: Accelerator,
+        sampler: TransformersSampler,
+        tracking: Tracking,
+    ) -> dg.MaterializeResult:
+        """Policy, checkpoint and champion on held-out prompts. Writes `evaluations` and finishes the round.
+
+        Weights that were evaluated before keep their draws. The champion changes only through this gate.
+        """
+        home = Home.here()
+        with store.open() as lake:
+            round_ = rounds.record(lake, recipe, context.partition_key)
+            contest = steps.contest(lake, round_, home)
+            for weights in contest.weights:
+                _draw_and_score(context, lake, round_, weights, accelerator, sampler)
+            outcome = steps.judge(lake, round_, contest, context.run.run_id)
+            path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
+            write_card(
+                path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict)
+            )
+            version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
+            if outcome.promoted:
+                tracking.crown(recipe.name, version)
+            steps.conclude(lake, round_, contest, outcome)
+            lake.compact()
+            plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))
+        file = home.folder("reports") / f"{recipe.name}.png"
+        file.write_bytes(plot)
+        context.log.info("%s: %s", round_.key, outcome.verdict)
+        _track(tracking, round_, outcome, file)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(contest.checkpoint),
+            metadata={
+                "promoted": outcome.promoted,
+                "verdict": outcome.verdict,
+                "difference": outcome.comparison.difference,
+                "length_drift": outcome.comparison.length_drift,
+                **_numbers(outcome.summaries["checkpoint"]),
+                "summary": dg.MetadataValue.md(_table(outcome)),
+                "rounds": dg.MetadataValue.md(picture(plot, "held-out metric by round")),
+                "registered_version": version,
+                "mlflow_run": dg.MetadataValue.url(tracking.url(recipe.name, round_.mlflow_run_id)),
+            },
+        )
+
+    return evaluation
+
+
+def _draw_and_score(
+    context, lake, round_, weights: str, accelerator: Accelerator, sampler: TransformersSampler
+) -> None:
+    policy = rounds.locate(lake, round_.recipe, Home.here(), weights)
+    waves = steps.plan(lake, round_, weights, models.tokenizer(policy.path), split="eval")
+    with accelerator.lease(context.log) as device:
+        missing = sum(len(requests) for _, requests in waves)
+        if missing:
+            with (
+                sampler.session(policy.path, round_.recipe, device) as session,
+                track(f"{round_.key} evaluation", missing, context.log) as show,
+            ):
+                steps.draw(lake, round_, weights, session, waves, split="eval", run_id=context.run.run_id, show=show)
+        steps.score(
+            lake,
+            round_,
+            steps.EVALUATION_CANDIDATES,
+            steps.of_evaluation(round_.recipe, weights),
+            device=device,
+            run_id=context.run.run_id,
+            show=lambda done: None,
+        )
+
+
+def _numbers(summary: steps.Summary) -> dict[str, float]:
+    estimates = {name: getattr(summary, name) for name in ("pass_at_1", "pass_at_k", "mean_score")}
+    return {
+        **{name: estimate.value for name, estimate in estimates.items() if estimate},
+        "distinct_ratio": summary.distinct_ratio,
+        "mean_tokens": summary.mean_tokens,
+    }
+
+
+def _table(outcome: steps.Outcome) -> str:
+    return table({"weights": role, **_numbers(summary)} for role, summary in outcome.summaries.items())
+
+
+def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, plot: Path) -> None:
+    run = round_.mlflow_run_id
+    for role, summary in outcome.summaries.items():
+        tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
+    tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
+    tracking.tags(run, verdict=outcome.verdict)
+    tracking.file(run, plot)
+    tracking.end(run)

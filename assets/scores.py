@@ -1,0 +1,56 @@
+"""The scores of a round's candidates."""
+
+import dagster as dg
+
+from assets.shared import declared, rounds_of
+from resources.accelerator import Accelerator
+from resources.store import StoreResource
+from rsft_pipeline import report, rounds, steps
+from rsft_pipeline.progress import track
+from rsft_pipeline.recipe import Recipe
+
+
+def scores(recipe: Recipe) -> dg.AssetsDefinition:
+    @dg.asset(
+        **declared(
+            recipe, kinds={"python", "duckdb"}, reads=("candidates",), partitions_def=rounds_of(recipe), pool="gpu"
+        )
+    )
+    def scores(
+        context: dg.AssetExecutionContext, store: StoreResource, accelerator: Accelerator
+    ) -> dg.MaterializeResult:
+        """How each candidate is judged, by each scorer and combined. Appends to the table `scores`.
+
+        A candidate that a scorer of the same version has judged before is not judged again.
+        """
+        with store.open() as lake:
+            round_ = rounds.record(lake, recipe, context.partition_key)
+            of_round = steps.of_round(round_)
+            total = lake.value(f"SELECT count(*) FROM ({steps.ROUND_CANDIDATES})", of_round)
+            with (
+                accelerator.lease(context.log) as device,
+                track(f"{round_.key} scores", total, context.log) as show,
+            ):
+                judged = steps.score(
+                    lake,
+                    round_,
+                    steps.ROUND_CANDIDATES,
+                    of_round,
+                    device=device,
+                    run_id=context.run.run_id,
+                    show=show,
+                )
+            facts = report.scores(lake, round_)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(facts.digest),
+            metadata={
+                "dagster/partition_row_count": total,
+                "judged_in_this_run": judged,
+                "cannot_judge": facts.unjudged,
+                "mean_score": facts.mean,
+                "scorers": dg.MetadataValue.md(facts.table),
+                "histogram": dg.MetadataValue.md(facts.histogram),
+            },
+        )
+
+    return scores

@@ -1,0 +1,42 @@
+"""What the assets of a recipe share: their names, their rounds, and which recipe a run goes by."""
+
+import json
+from typing import Any
+
+import dagster as dg
+
+from rsft_pipeline.recipe import Recipe, load
+
+OVERRIDES = "rsft/set"  # run tag: JSON of `a.b` → YAML text, as given to `rsft run --set`
+
+
+def rounds_of(recipe: Recipe) -> dg.DynamicPartitionsDefinition:
+    """The recipe's rounds, as partitions."""
+    return dg.DynamicPartitionsDefinition(name=f"{recipe.name}_rounds")
+
+
+def key(recipe: Recipe, name: str) -> dg.AssetKey:
+    return dg.AssetKey([recipe.name, name])
+
+
+def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    """The arguments that every asset of a recipe is declared with."""
+    return {
+        "key_prefix": [recipe.name],
+        "group_name": recipe.name,
+        "owners": recipe.owners,
+        "kinds": kinds,
+        "tags": {"rsft/recipe": recipe.name, "rsft/task": recipe.task},
+        "deps": [key(recipe, name) for name in reads],
+        **more,
+    }
+
+
+def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
+    """The recipe as its file is now, with what this run overrides."""
+    return load(recipe.file, json.loads(context.run.tags.get(OVERRIDES, "{}")))
+
+
+def as_file(recipe: Recipe) -> Recipe:
+    """The recipe as its file is now."""
+    return load(recipe.file)

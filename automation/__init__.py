@@ -1,0 +1,1 @@
+"""Automation: when rounds run: jobs, sensors, schedules."""

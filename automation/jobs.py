@@ -1,0 +1,40 @@
+"""The job of a recipe: one round, from prompts to evaluation, in one process."""
+
+import dagster as dg
+
+from assets.shared import key, rounds_of
+from rsft_pipeline import rounds
+from rsft_pipeline.recipe import Recipe
+
+LOOP = "rsft/loop"  # run tag whose value is the recipe; dagster.yaml lets one run of each go at a time
+STEPS = ("prompts", "policy", "candidates", "scores", "accepted", "checkpoint", "evaluation")
+
+
+def job_name(recipe: Recipe) -> str:
+    return f"{recipe.name}_round"
+
+
+def round_job(recipe: Recipe):
+    """Materialise every asset of a round, checks included.
+
+    In process: a chain of steps gains nothing from a process for each, and loses seconds on imports.
+    """
+    return dg.define_asset_job(
+        job_name(recipe),
+        selection=dg.AssetSelection.assets(*(key(recipe, name) for name in STEPS)),
+        partitions_def=rounds_of(recipe),
+        executor_def=dg.in_process_executor,
+        hooks={mark_failed},
+        tags={LOOP: recipe.name},
+        description=f"One round of {recipe.name}: {recipe.description}",
+    )
+
+
+@dg.failure_hook(required_resource_keys={"store", "tracking"})
+def mark_failed(context: dg.HookContext) -> None:
+    """Say in MLflow too that the round failed."""
+    tags = context.instance.get_run_by_id(context.run_id).tags
+    with context.resources.store.open() as lake:
+        row = rounds.raw(lake, tags[LOOP], tags["dagster/partition"])
+    if row and row["state"] != "finished":
+        context.resources.tracking.end(row["mlflow_run_id"], "FAILED")

@@ -1,0 +1,82 @@
+"""Sensors: what starts the next round by itself.
+
+They look at what exists, never at what just happened, so a missed or repeated tick changes nothing.
+Both are off until somebody turns them on.
+"""
+
+import dagster as dg
+
+from assets.shared import as_file, rounds_of
+from automation.jobs import LOOP, job_name
+from resources.store import StoreResource
+from rsft_pipeline import lineage, rounds
+from rsft_pipeline.recipe import Recipe
+
+ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
+
+
+def sensors(recipe: Recipe) -> list[dg.SensorDefinition]:
+    """The recipe's sensors."""
+    return [_next_round(recipe), *([_new_prompts(recipe)] if recipe.prompts.inbox else [])]
+
+
+def _next_round(recipe: Recipe) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{recipe.name}_next_round",
+        job_name=job_name(recipe),
+        minimum_interval_seconds=10,
+        description="Starts the next round when the last one is finished, until a stop rule holds.",
+    )
+    def next_round(context: dg.SensorEvaluationContext, store: StoreResource):
+        now = as_file(recipe)
+        with store.open() as lake:
+            if reason := rounds.why_stop(lake, now):
+                return dg.SkipReason(f"stopped: {reason}")
+            round_key = rounds.following(lake, now.name)
+        if busy(context.instance, now):
+            return dg.SkipReason(f"a round of {now.name} is under way")
+        return _request(now, round_key, round_key)
+
+    return next_round
+
+
+def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{recipe.name}_new_prompts",
+        job_name=job_name(recipe),
+        minimum_interval_seconds=30,
+        description="Starts a round when files are dropped in the recipe's inbox, even where a stop rule holds.",
+    )
+    def new_prompts(context: dg.SensorEvaluationContext, store: StoreResource):
+        now = as_file(recipe)
+        inbox = now.path(now.prompts.inbox)
+        files = sorted(file for file in inbox.glob("*") if file.is_file()) if inbox.is_dir() else []
+        seen = lineage.digest([[file.name, lineage.file_digest(file)] for file in files])
+        if not files or seen == context.cursor:
+            return dg.SkipReason(f"nothing new in {inbox}")
+        if busy(context.instance, now):
+            return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
+        with store.open() as lake:
+            round_key = rounds.following(lake, now.name)
+        result = _request(now, round_key, f"{round_key} {seen}")
+        return result._replace(cursor=seen)
+
+    return new_prompts
+
+
+def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
+    """Whether a round of the recipe is queued or running."""
+    filters = dg.RunsFilter(tags={LOOP: recipe.name}, statuses=ACTIVE)
+    return bool(instance.get_run_records(filters, limit=1))
+
+
+def _request(recipe: Recipe, round_key: str, run_key: str) -> dg.SensorResult:
+    return dg.SensorResult(
+        dynamic_partitions_requests=[rounds_of(recipe).build_add_request([round_key])],
+        run_requests=[dg.RunRequest(run_key=run_key, partition_key=round_key)],
+    )

@@ -1,0 +1,1 @@
+"""What people type: the `rsft` command, one file for each group."""

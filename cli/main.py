@@ -1,0 +1,41 @@
+"""The `rsft` command."""
+
+import os
+import sys
+
+import typer
+
+from cli import run, ui
+from rsft_pipeline.recipe import RecipeError
+
+app = typer.Typer(
+    help="Rejection-sampling fine-tuning: draw, score, accept, fine-tune, evaluate, promote, repeat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("status")(run.status)
+app.command("check")(run.check)
+app.command("schema")(run.schema)
+app.command("ui")(ui.ui)
+
+
+def main() -> None:
+    """Entry point: errors that a person can mend are one message, not a traceback."""
+    for telemetry in (
+        "DAGSTER_DISABLE_TELEMETRY",
+        "MLFLOW_DISABLE_TELEMETRY",
+        "HF_HUB_DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+    ):
+        os.environ.setdefault(telemetry, "1")
+    try:
+        app()
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

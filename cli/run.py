@@ -1,0 +1,268 @@
+"""`rsft run`, `status`, `check`, `schema`: rounds and recipes from the command line.
+
+A round started here is the same Dagster job as one started in the UI: same assets, same partitions,
+recorded in the same instance.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rsft_pipeline import recipe as recipes
+from rsft_pipeline import rounds, scoring
+from rsft_pipeline.home import ROOT, Home
+from rsft_pipeline.progress import watch
+from rsft_pipeline.recipe import Recipe, RecipeError
+from rsft_pipeline.store import Store
+
+console = Console()
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override a field of the recipe; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+def run(
+    recipe: RecipeArgument,
+    rounds_: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Run this many rounds now; default: until a stop rule holds.")
+    ] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Run rounds. One that was interrupted is finished first, from where it stopped."""
+    overrides = _overrides(set_)
+    loaded = _linked(recipes.load(_find(recipe), overrides))
+    watch()
+    instance = _instance()
+    finished = []
+    while rounds_ is None or len(finished) < rounds_:
+        with _store() as store:
+            reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
+            round_key = rounds.following(store, loaded.name)
+        if reason:
+            console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
+            break
+        _execute(instance, loaded, round_key, overrides)
+        finished.append(round_key)
+    with _store() as store:
+        _show(store, loaded.name, finished)
+        if json_:
+            print(json.dumps(_summary(store, loaded.name, finished)))
+
+
+def status(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """The rounds so far, of one recipe or of all."""
+    with _store() as store:
+        there = [row["recipe"] for row in store.query("SELECT DISTINCT recipe FROM rounds ORDER BY recipe")]
+        names = [Path(recipe).stem] if recipe else there
+        for name in names:
+            if name not in there:
+                raise RecipeError(f"{name} has no rounds yet: rsft run {recipe or name}")
+            _show(store, name, None)
+        if not names:
+            console.print("no rounds yet: rsft run arithmetic")
+        if json_:
+            summaries = [_summary(store, name, None) for name in names]
+            print(json.dumps(summaries[0] if recipe else summaries))
+
+
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Say whether a recipe can run: its fields, its files, its scorers."""
+    loaded = recipes.load(_find(recipe), _overrides(set_))
+    try:
+        for config in loaded.scoring.scorers:
+            scoring.version(config, loaded)
+    except ValueError as error:
+        raise RecipeError(f"{loaded.file}: {error}") from error
+    console.print(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})")
+
+
+def schema() -> None:
+    """JSON Schema of recipes, for editors that complete and check YAML."""
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> None:
+    import dagster as dg
+
+    from assets.shared import OVERRIDES, rounds_of
+    from automation.jobs import job_name
+    from automation.sensors import busy
+    from definitions import build
+
+    if busy(instance, recipe):
+        raise RecipeError(f"a round of {recipe.name} is under way in Dagster: wait for it, or cancel it in the UI")
+    instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
+    result = (
+        build([recipe])
+        .get_job_def(job_name(recipe))
+        .execute_in_process(
+            instance=instance,
+            partition_key=round_key,
+            tags={OVERRIDES: json.dumps(overrides)} if overrides else {},
+            run_config={"loggers": {"console": {"config": {"log_level": "WARNING"}}}},
+            raise_on_error=False,
+        )
+    )
+    if not result.success:
+        _fail(dg, result, recipe, round_key)
+
+
+def _fail(dg, result, recipe: Recipe, round_key: str) -> None:
+    console.print(f"{recipe.name} {round_key} failed", style="bold red")
+    for event in result.all_events:
+        if event.event_type == dg.DagsterEventType.STEP_FAILURE:
+            error = event.step_failure_data.error
+            while error.cause:
+                error = error.cause
+            console.print(f"  {event.step_key}: {error.message.strip()}", style="red", markup=False)
+        if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            checked = event.asset_check_evaluation_data
+            if not checked.passed:
+                console.print(f"  check {checked.check_name}: {checked.description}", style="red", markup=False)
+    console.print(f"  whole log: rsft ui, run {result.run_id}", markup=False)
+    raise typer.Exit(1)
+
+
+def _instance():
+    import dagster as dg
+
+    home = Home.here().dagster
+    if not (home / "dagster.yaml").exists():
+        (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    os.environ["DAGSTER_HOME"] = str(home)
+    logging.getLogger("dagster").setLevel(logging.WARNING)
+    return dg.DagsterInstance.get()
+
+
+def _store() -> Store:
+    from definitions import usual_resources
+
+    return usual_resources()["store"].open()
+
+
+def _find(name: str) -> Path:
+    return recipes.find(name, (recipes.RECIPES, Home.here().recipes))
+
+
+def _linked(recipe: Recipe) -> Recipe:
+    """Make a recipe from elsewhere known to this home, so that Dagster's UI shows it."""
+    usual = recipes.RECIPES / recipe.file.name
+    link = Home.here().recipes / recipe.file.name
+    if recipe.file == usual.resolve():
+        return recipe
+    if usual.exists() or (link.is_symlink() and link.resolve() != recipe.file and link.exists()):
+        taken = usual if usual.exists() else link.resolve()
+        raise RecipeError(f"{recipe.file}: a recipe called {recipe.name!r} is already {taken}; rename this file")
+    if not link.is_symlink() or link.resolve() != recipe.file:
+        link.unlink(missing_ok=True)
+        link.symlink_to(recipe.file)
+    return recipe
+
+
+def _unlimited(recipe: Recipe) -> Recipe:
+    """The recipe without its limit of rounds: an explicit `--rounds` stands in for it."""
+    return recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"rounds": sys.maxsize})})
+
+
+def _overrides(given: list[str] | None) -> dict[str, str]:
+    found = {}
+    for one in given or []:
+        key, equals, value = one.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {one}: expected a.b=value")
+        found[key] = value
+    return found
+
+
+# --- showing -----------------------------------------------------------------------------------
+
+
+def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, Any]]:
+    rows = rounds.history(store, recipe)
+    return rows if only is None else [row for row in rows if row["round"] in only]
+
+
+def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
+    every = rounds.history(store, recipe)
+    return {
+        "recipe": recipe,
+        "rounds": [
+            {
+                "round": row["round"],
+                "candidates": row["candidates"],
+                "accepted": row["accepted"],
+                "distinct_accepted": row["distinct_accepted"],
+                "acceptance_rate": row["accepted"] / row["candidates"],
+                "eval": _values(row["checkpoint_eval"]),
+                "policy_eval": _values(row["policy_eval"]),
+                "promoted": row["promoted"],
+                "verdict": row["verdict"],
+                "checkpoint": row["checkpoint"],
+                "mlflow_run_id": row["mlflow_run_id"],
+                "dagster_run_id": row["dagster_run_id"],
+            }
+            for row in _rows(store, recipe, only)
+        ],
+        "champion": every[-1]["champion"] if every else None,
+    }
+
+
+def _values(summary: str) -> dict[str, float | None]:
+    estimates = json.loads(summary)
+    return {
+        name: estimates[name]["value"] if estimates[name] else None for name in ("pass_at_1", "pass_at_k", "mean_score")
+    }
+
+
+def _show(store: Store, recipe: str, only: list[str] | None) -> None:
+    rows = _rows(store, recipe, only)
+    if not rows:
+        return
+    columns = (
+        "round",
+        "candidates",
+        "accepted",
+        "pass@1 policy",
+        "pass@1 checkpoint",
+        "pass@k",
+        "mean score",
+        "champion",
+    )
+    table = Table(*columns, title=f"{recipe}: held-out results", title_justify="left")
+    for row in rows:
+        before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
+        table.add_row(
+            row["round"],
+            f"{row['candidates']:,}",
+            f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
+            _interval(before["pass_at_1"]),
+            _interval(after["pass_at_1"]),
+            _interval(after["pass_at_k"]),
+            _interval(after["mean_score"]),
+            "promoted" if row["promoted"] else "kept",
+        )
+    console.print(table)
+    console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
+    console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
+    console.print("  Dagster  http://127.0.0.1:3000\n  MLflow   http://127.0.0.1:5000", highlight=False)
+
+
+def _interval(estimate: dict[str, Any] | None) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]" if estimate else "-"

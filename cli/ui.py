@@ -1,0 +1,54 @@
+"""`rsft ui`: Dagster's web server and daemon, and MLflow's UI, on loopback, until interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+from cli.run import _instance
+from rsft_pipeline.home import ROOT, Home
+
+HOST = "127.0.0.1"
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="Port of Dagster's web server.")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
+) -> None:
+    """Start Dagster (web server and daemon) and MLflow on 127.0.0.1; Ctrl-C stops them all."""
+    _instance()
+    workspace = ["-w", str(ROOT / "workspace.yaml")]
+    database = f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
+    commands = [
+        ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
+        ["dagster._daemon", "run", *workspace],
+        ["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)],
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    processes = [subprocess.Popen([sys.executable, "-m", *command], start_new_session=True) for command in commands]
+    print(f"Dagster  http://{HOST}:{port}\nMLflow   http://{HOST}:{mlflow_port}\nCtrl-C stops both.", flush=True)
+    try:
+        while all(process.poll() is None for process in processes):
+            signal.sigtimedwait([signal.SIGCHLD], 1)
+        raise typer.Exit(1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for process in processes:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop a server with everything it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(timeout=10)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,73 @@
+"""What Dagster loads: for every recipe its assets, checks, job, sensors and schedule, with the resources.
+
+Nothing else belongs here. A recipe that is broken is left out and named in the log, so that the
+others go on running; `rsft check` says what is wrong with it.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import dagster as dg
+
+from assets.accepted import accepted
+from assets.candidates import candidates
+from assets.checkpoint import checkpoint
+from assets.checks import checks
+from assets.evaluation import evaluation
+from assets.policy import policy
+from assets.prompts import prompts
+from assets.scores import scores
+from automation.jobs import round_job
+from automation.schedules import schedules
+from automation.sensors import sensors
+from resources.accelerator import Accelerator
+from resources.sampler import TransformersSampler
+from resources.store import StoreResource
+from resources.tracking import Tracking
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, load
+
+log = logging.getLogger(__name__)
+
+
+def build(recipes: Iterable[Recipe], **resources: Any) -> dg.Definitions:
+    """The definitions of some recipes; `resources` replace the usual ones."""
+    parts: dict[str, list] = {"assets": [], "asset_checks": [], "jobs": [], "sensors": [], "schedules": []}
+    for recipe in recipes:
+        parts["assets"] += [
+            make(recipe) for make in (prompts, policy, candidates, scores, accepted, checkpoint, evaluation)
+        ]
+        parts["asset_checks"] += checks(recipe)
+        parts["jobs"].append(round_job(recipe))
+        parts["sensors"] += sensors(recipe)
+        parts["schedules"] += schedules(recipe)
+    return dg.Definitions(**parts, resources={**usual_resources(), **resources})
+
+
+def usual_resources() -> dict[str, Any]:
+    """The resources as the environment configures them."""
+    return {
+        "store": StoreResource(catalog=os.environ.get("RSFT_CATALOG", ""), data=os.environ.get("RSFT_DATA", "")),
+        "tracking": Tracking(uri=os.environ.get("RSFT_MLFLOW", "")),
+        "accelerator": Accelerator(kind=os.environ.get("RSFT_DEVICE", "auto")),
+        "sampler": TransformersSampler(),
+    }
+
+
+def readable_recipes() -> list[Recipe]:
+    """The recipes of this repository and those that have run in this home, but for broken ones."""
+    found = {}
+    for folder in (Home.here().recipes, RECIPES):
+        for file in sorted(folder.glob("*.yaml")):
+            try:
+                found[file.stem] = load(file)
+            except RecipeError as error:
+                log.error("left out: %s", error)
+    return list(found.values())
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    return build(readable_recipes())

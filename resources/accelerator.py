@@ -1,0 +1,45 @@
+"""The accelerator as a resource: a lease on the device, held for one piece of work and given back.
+
+With `in_process` execution a resource lives as long as the run, so it must not hold the card: only
+the lease does.
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+from pydantic import Field
+
+from rsft_pipeline.devices import Device, memory, release, resolve
+from rsft_pipeline.home import Home
+
+
+class Accelerator(dg.ConfigurableResource):
+    """Which device models run on, one user at a time."""
+
+    kind: str = Field("auto", description="auto, cpu, cuda or mps.")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
+
+    @contextmanager
+    def lease(self, log) -> Iterator[Device]:
+        """The device, for the length of the `with`; a GPU is locked against this home's other processes."""
+        device = resolve(self.kind, self.dtype)
+        with _alone(device):
+            try:
+                yield device
+            finally:
+                release(device)
+                report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device).items()}
+                log.info("device %s (%s): %s", device.kind, device.dtype, report)
+
+
+@contextmanager
+def _alone(device: Device) -> Iterator[None]:
+    """Wait for the card; the lock goes with the process, so a killed run leaves none behind."""
+    if device.kind == "cpu":
+        yield
+        return
+    with open(Home.here().path / "accelerator.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""The method of rejection-sampling fine-tuning, as plain Python: no Dagster, no MLflow."""

@@ -1,0 +1,226 @@
+"""Acceptance: which candidates are kept, and why the others are not.
+
+Belongs here: the rules, as SQL over stored scores and log-probabilities. A decision follows from the
+rows, the parameters and the seed alone, so it can be replayed bit for bit, and a what-if is one query.
+Does not: how candidates were drawn or judged, and where decisions are stored.
+
+Every decision goes the same way, and its reason is the first of these steps that turned it down:
+
+1. `cannot judge`: what the rule looks at is missing or not a number. That is the score, except for
+   `rejection` (log p and log q) and `loss` (log p and the length), which can decide without one.
+2. `gate`: some scorer's minimum was not reached. The rule sees nothing of these candidates: they count
+   neither for a quantile nor for a largest score.
+3. The rule: `below threshold`, `rank`, `u >= A`, or `pilot`. The draws that M was estimated from are set
+   aside: M would otherwise depend on the very candidates it decides on.
+4. `duplicate`: the same normalised text was kept once already for this prompt. `top_k` takes this step
+   before it ranks, so that it keeps the k best different texts.
+5. `cap`: the prompt has its share.
+
+Where some must be chosen among several, rules that rank by score prefer the higher score and break ties
+by u; the stochastic rules choose by u / A. Given u < A that number is uniform on [0, 1) whatever A is, so
+the choice does not undo what the rule did; by u itself, candidates with a small A would be preferred.
+Row order never matters. Note that `distinct` flattens the distribution that a stochastic rule draws from:
+each text of a prompt counts once, however probable. Switch it off where the exact distribution is wanted.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import duckdb
+
+from rsft_pipeline.recipe import AnyRule, BoltzmannRule, QuantileRule, RejectionRule
+
+# lineage.uniform: the low half of an MD5, its upper 53 bits. `{seed}` is to be filled in.
+UNIFORM_SQL = "(md5_number_lower('{seed}:' || candidate_id) >> 11) * pow(2, -53)"
+
+# lineage.normalise: RE2's \s is narrower than Python's, so white space is spelled out. nfc_normalize ends at
+# the first NUL, so another character, of private use, stands in for it.
+_SPACES = r"[\x{9}-\x{d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]+"
+
+
+def normalised(column: str) -> str:
+    """SQL of a text column as lineage.normalise gives it."""
+    return f"trim(regexp_replace(nfc_normalize(replace({column}, chr(0), chr(983040))), '{_SPACES}', ' ', 'g'))"
+
+
+_COLUMNS = "candidate_id, prompt_id, draw, text, tokens, log_q, log_p, score, passed, target"
+_HAS_SCORE = "isfinite(score)"
+# A target of -inf is a probability of 0, and known. NaN is larger than infinity in DuckDB.
+_HAS_RATIO = "isfinite(log_q) AND target < 'infinity'::DOUBLE"
+_HAS_LOSS = "isfinite(log_p) AND tokens > 0"
+
+
+def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule) -> dict[str, Any]:
+    """All that the decisions depend on beside rows and seed, to be stored with them.
+
+    Args:
+        source: table or view with the columns that `decisions_sql` reads.
+        rule: the recipe's acceptance section.
+
+    Returns:
+        The rule's fields, as JSON has them, and what had to be resolved from the rows:
+        quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
+        rejection: `log_M` in nats, given or estimated as max(log p − log q) over the pilot + log(safety);
+            `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should be more,
+            and such texts are under-represented); `log_M_needed`, the smallest log M without any, or None.
+        boltzmann with r_max given: `violations`, how many score above it.
+
+    Raises:
+        ValueError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else.
+    """
+    resolved = rule.model_dump(mode="json")
+    match rule:
+        case QuantileRule(share=share):
+            (judged,) = _row(connection, f"SELECT count(*) FROM {source} WHERE {_HAS_SCORE} AND passed")
+            resolved["cut"] = math.ceil(Fraction(str(share)) * judged)  # 0.07 · 100 is 7, not 7.000000000000001
+        case RejectionRule(M="estimate"):
+            resolved["log_M"] = _pilot_log_M(connection, source, rule)
+            resolved |= _violations(connection, source, f"draw >= {rule.pilot}", resolved["log_M"])
+        case RejectionRule(M=bound):
+            resolved["log_M"] = math.log(bound)
+            resolved |= _violations(connection, source, "true", resolved["log_M"])
+        case BoltzmannRule(r_max=float(r_max)):
+            above = f"{_HAS_SCORE} AND passed AND score > {_double(r_max)}"
+            (resolved["violations"],) = _row(connection, f"SELECT count(*) FROM {source} WHERE {above}")
+    return resolved
+
+
+def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
+    """A SELECT of one decision for each row of the source, so that rows never pass through Python.
+
+    Reads:
+        candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, text VARCHAR, tokens INTEGER (the completion's length),
+        log_q DOUBLE (of the sequence, in nats, under the distribution sampled from), log_p DOUBLE (the same, under
+        the policy at temperature 1, untruncated), score DOUBLE (combined; NULL: cannot judge), passed BOOLEAN (every
+        gate reached), target DOUBLE (log p of the rejection rule's target; else NULL).
+
+    Writes:
+        candidate_id, prompt_id, accepted BOOLEAN, reason VARCHAR (`accepted`, or one of those above), score,
+        log_a DOUBLE (log A, from -inf to 0; NULL where no A decided: other rules, and candidates turned down before
+        the rule), u DOUBLE (always), weight DOUBLE (of the sample in the training loss: 1).
+
+    Args:
+        source: name of the table or view.
+        parameters: what `parameters` returned, also after a round trip through JSON.
+        seed: the recipe's.
+    """
+    log_a = _log_a_sql(parameters)
+    if log_a is not None:
+        accepts, refusal, best_first = "u < exp(log_a)", "u >= A", "u / exp(log_a), candidate_id"
+    elif parameters["rule"] == "threshold":
+        accepts, refusal = f"score > {_double(parameters['threshold'])}", "below threshold"
+        best_first = "score DESC, u, candidate_id"
+    else:  # the selections below are the rule
+        accepts, refusal, best_first = "true", "", "score DESC, u, candidate_id"
+    set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
+    same_text = (
+        f"CASE WHEN reason IS NULL THEN md5_number({normalised('text')}) END" if parameters["distinct"] else "NULL"
+    )
+
+    # A reason of NULL is a candidate still in play. The text goes no further than its hash, and what is sorted
+    # in the end stays narrow.
+    sql = f"""
+        WITH eligible AS (
+            SELECT *, {UNIFORM_SQL.format(seed=int(seed))} AS u, CASE
+                WHEN ({_judged_sql(parameters)}) IS NOT TRUE THEN 'cannot judge'
+                WHEN passed IS NOT TRUE THEN 'gate'
+                {set_aside}
+            END AS reason
+            FROM (SELECT {_COLUMNS} FROM {source}) {_prompt_r_max_sql(source, parameters)}
+        ), weighed AS (
+            SELECT candidate_id, prompt_id, text, score, u, reason,
+                CASE WHEN reason IS NULL THEN {log_a or "NULL::DOUBLE"} END AS log_a
+            FROM eligible
+        ), ruled AS (
+            SELECT * REPLACE (CASE WHEN reason IS NULL AND NOT ({accepts}) THEN '{refusal}' ELSE reason END AS reason)
+            FROM weighed
+        ), selected_0 AS (
+            SELECT * EXCLUDE (text), {same_text} AS same_text FROM ruled
+        )"""
+    selections = _selections(parameters)
+    for i, (word, most, group) in enumerate(selections):
+        place = f"row_number() OVER (PARTITION BY reason IS NULL, {group} ORDER BY {best_first})"
+        refused = f"reason IS NULL AND {place} > {int(most)}"
+        sql += f""", selected_{i + 1} AS (
+            SELECT * REPLACE (CASE WHEN {refused} THEN '{word}' ELSE reason END AS reason) FROM selected_{i}
+        )"""
+    return f"""{sql}
+        SELECT candidate_id, prompt_id, reason IS NULL AS accepted, coalesce(reason, 'accepted') AS reason,
+            score, log_a, u, 1::DOUBLE AS weight
+        FROM selected_{len(selections)}"""
+
+
+def _judged_sql(parameters: dict[str, Any]) -> str:
+    """Whether a candidate has what the rule looks at."""
+    return {"rejection": _HAS_RATIO, "loss": _HAS_LOSS}.get(parameters["rule"], _HAS_SCORE)
+
+
+def _log_a_sql(parameters: dict[str, Any]) -> str | None:
+    """log A of the stochastic rules, at most 0; None for the others."""
+    match parameters:
+        case {"rule": "rejection", "log_M": log_M}:
+            return f"least(0, target - log_q - {_double(log_M)})"
+        case {"rule": "boltzmann", "beta": beta, "r_max": r_max}:
+            return f"least(0, (score - {'prompt_r_max' if r_max is None else _double(r_max)}) / {_double(beta)})"
+        case {"rule": "loss", "k": k}:
+            loss = "(-log_p / tokens)"
+            return f"CASE WHEN {loss} > 0 THEN least(0, ln({loss}) - ln({_double(k)})) ELSE '-infinity'::DOUBLE END"
+    return None
+
+
+def _prompt_r_max_sql(source: str, parameters: dict[str, Any]) -> str:
+    """A join for the boltzmann rule without r_max: the largest score of each prompt's candidates past the gates."""
+    if parameters["rule"] != "boltzmann" or parameters["r_max"] is not None:
+        return ""
+    largest = f"SELECT prompt_id, max(score) AS prompt_r_max FROM {source} WHERE {_HAS_SCORE} AND passed GROUP BY ALL"
+    return f"LEFT JOIN ({largest}) USING (prompt_id)"
+
+
+def _selections(parameters: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(reason for the others, how many are kept, of each what), in order."""
+    duplicates = [("duplicate", 1, "prompt_id, same_text")] if parameters["distinct"] else []
+    cap = [("cap", parameters["cap"], "prompt_id")] if parameters["cap"] is not None else []
+    match parameters:
+        case {"rule": "top_k", "k": k}:
+            return [*duplicates, ("rank", k, "prompt_id"), *cap]
+        case {"rule": "quantile", "cut": cut}:
+            return [("rank", cut, "true"), *duplicates, *cap]
+    return [*duplicates, *cap]
+
+
+def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: RejectionRule) -> float:
+    rows, others, largest = _row(
+        connection,
+        f"SELECT count(*), count(*) FILTER (draw >= {rule.pilot}),"
+        f" max(target - log_q) FILTER (draw < {rule.pilot} AND {_HAS_RATIO}) FROM {source}",
+    )
+    if rows and not others:
+        raise ValueError(
+            f"acceptance.pilot is {rule.pilot}, which is every draw: the pilot is set aside, so nothing is left to "
+            "accept. Raise sampling.draws, lower acceptance.pilot, or give acceptance.M"
+        )
+    if rows and (largest is None or math.isinf(largest)):
+        raise ValueError(
+            f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) has both log q and a log p above -inf under "
+            f"acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
+        )
+    return (largest or 0.0) + math.log(rule.safety)
+
+
+def _violations(connection: duckdb.DuckDBPyConnection, source: str, decided: str, log_M: float) -> dict[str, Any]:
+    violations, needed = _row(
+        connection,
+        f"SELECT count(*) FILTER (target - log_q > {_double(log_M)}), max(target - log_q)"
+        f" FROM {source} WHERE {_HAS_RATIO} AND passed AND {decided}",
+    )
+    return {"violations": violations, "log_M_needed": None if needed is None or math.isinf(needed) else needed}
+
+
+def _row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple:
+    return connection.execute(sql).fetchone()
+
+
+def _double(number: float) -> str:
+    """The number as SQL, to the bit: a bare literal would be read as a decimal."""
+    return f"'{float(number)!r}'::DOUBLE"

@@ -1,0 +1,50 @@
+"""The model card of a checkpoint: what a person who finds the folder should know."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rsft_pipeline.markdown import table
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Put the card in place of an earlier one, whole; it is no part of the checkpoint's digest."""
+    temporary = folder / f".card-{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / "README.md")
+
+
+def card(meta: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None, verdict: str | None = None) -> str:
+    """The model card of a checkpoint; with metrics once it was evaluated."""
+    measured = "Not evaluated yet."
+    if evaluation is not None:
+        rows = [
+            {"metric": name, "value": e["value"], "interval": f"[{e['low']:.4g}, {e['high']:.4g}]", "prompts": e["n"]}
+            for name in ("pass_at_1", "pass_at_k", "mean_score")
+            if (e := evaluation[name])
+        ]
+        measured = f"{table(rows)}\n\nVerdict: {verdict}"
+    return f"""---
+library_name: transformers
+tags: [rejection-sampling-fine-tuning]
+---
+
+# {meta["recipe"]} {meta["round"]}
+
+Fine-tuned on {meta["samples"]} accepted candidates in {meta["steps"]} steps
+({meta["trainable_parameters"]:,} of {meta["parameters"]:,} parameters trained).
+
+| | |
+| --- | --- |
+| round | {meta["round"]} |
+| parent (weights that training started from) | `{meta["parent"]}` |
+| policy (weights that drew the candidates) | `{meta["policy"]}` |
+| accepted set | `{meta["accepted_digest"]}` |
+| snapshot of the store | {meta["store_snapshot"]} |
+| recipe | `{meta["recipe_digest"]}` |
+
+## Held-out metrics
+
+{measured}
+"""

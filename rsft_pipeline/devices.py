@@ -1,0 +1,67 @@
+"""Devices: which processor the weights sit on, in which number format, and giving its memory back."""
+
+import gc
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor and the number format that models use on it."""
+
+    kind: Literal["cpu", "cuda", "mps"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def torch_dtype(self):
+        import torch
+
+        return getattr(torch, self.dtype)
+
+
+def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
+    """The device asked for, or the best one there is; bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        ValueError: when the device asked for is not there, naming what is.
+    """
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind == "auto":
+        kind = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there.get(kind):
+        raise ValueError(
+            f"device {kind!r} is not on this machine; there is {', '.join(k for k, v in there.items() if v)}"
+        )
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return Device(kind, dtype)
+
+
+def memory(device: Device) -> dict[str, int]:
+    """Bytes of the device: free and total, and the most that this process has held."""
+    import torch
+
+    if device.kind == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return {"free": free, "total": total, "peak": torch.cuda.max_memory_allocated()}
+    import resource
+
+    import psutil
+
+    host = psutil.virtual_memory()
+    return {
+        "free": host.available,
+        "total": host.total,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def release(device: Device) -> None:
+    """Give unused device memory back, once the models on it are no longer referred to."""
+    import torch
+
+    gc.collect()
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,206 @@
+"""Evaluation: how good a model is on held-out prompts, whether a checkpoint beats the policy, when to stop.
+
+Belongs here: metrics with intervals, the paired comparison, and the verdicts of the recipe's `promotion` and
+`stop` sections. Does not: drawing, scoring and fetching; numbers come in per prompt.
+
+The prompt is the unit of sampling: draws of one prompt resemble each other, so an interval over draws would be
+too narrow. Intervals are Student t over prompts: the means compared are of dozens of prompts or more, and it
+needs no random numbers, so a verdict can be replayed. For prompts that all agree see `_interval`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import stdtrit
+
+from rsft_pipeline.recipe import Promotion, Stop
+
+Metric = Literal["pass_at_1", "pass_at_k", "mean_score"]
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """What a model did on one held-out prompt."""
+
+    prompt_id: str
+    draws: int  # candidates drawn
+    passes: int  # how many of them passed; one that cannot be judged did not
+    score: float | None  # mean combined score over those that could be judged; None: none could
+    distinct: int  # different normalised texts
+    tokens: float  # mean length of a completion, in tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` prompts, and the interval it is known to."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model on the held-out prompts."""
+
+    prompts: int
+    pass_at_1: Estimate
+    pass_at_k: Estimate | None  # None: no prompt has k draws
+    mean_score: Estimate | None  # None: nothing could be judged
+    distinct_ratio: float  # distinct texts / draws, mean over prompts
+    mean_tokens: float  # mean over prompts
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Checkpoint less policy, paired on the `n` prompts that both have a value for."""
+
+    metric: Metric
+    difference: float
+    low: float
+    high: float
+    n: int
+    length_drift: float  # the checkpoint's mean length / the policy's
+
+
+@dataclass(frozen=True)
+class FinishedRound:
+    """What the stop rules look at."""
+
+    promoted: bool
+    value: float | None  # the champion's promotion metric after the round
+    tokens: int  # drawn in the round
+
+
+def pass_at_k(n: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
+    """Chance that at least one of k draws passes: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, eq. 1).
+
+    Args:
+        n: draws per prompt, integers, shape (prompts,); each at least k.
+        c: how many of them passed, integers, shape (prompts,).
+        k: draws allowed.
+
+    Returns:
+        Shape (prompts,), each in [0, 1].
+    """
+    n, c = np.asarray(n), np.asarray(c)
+    if np.any(n < k) or np.any(c > n) or np.any(c < 0) or k < 1:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n for every prompt")
+    fails = np.ones(np.broadcast(n, c).shape)
+    for i in range(k):  # C(n-c, k) / C(n, k) as a product of k fractions: nothing overflows
+        fails *= np.maximum(n - c - i, 0) / (n - i)
+    return 1 - fails
+
+
+def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> Summary:
+    """Metrics over the prompts, with intervals at the given confidence.
+
+    Prompts without a value (fewer than k draws, nothing judged) are left out of that metric, whose `n` says so.
+
+    Raises:
+        ValueError: when there are no results.
+    """
+    if not results:
+        raise ValueError("there are no results to summarise: no held-out prompt was evaluated")
+
+    def estimate(metric: Metric) -> Estimate | None:
+        values = np.array(list(_values(results, metric, k).values()))
+        if not len(values):
+            return None
+        low, high = _interval(values, confidence, None if metric == "mean_score" else (0.0, 1.0))
+        return Estimate(float(values.mean()), low, high, len(values))
+
+    return Summary(
+        prompts=len(results),
+        pass_at_1=estimate("pass_at_1"),
+        pass_at_k=estimate("pass_at_k"),
+        mean_score=estimate("mean_score"),
+        distinct_ratio=float(np.mean([r.distinct / r.draws for r in results])),
+        mean_tokens=float(np.mean([r.tokens for r in results])),
+    )
+
+
+def compare(
+    policy: Sequence[PromptResult], checkpoint: Sequence[PromptResult], metric: Metric, *, k: int, confidence: float
+) -> Comparison:
+    """The checkpoint's metric less the policy's, paired per prompt on those that both have a value for.
+
+    Raises:
+        ValueError: when they have no such prompt in common.
+    """
+    before, after = _values(policy, metric, k), _values(checkpoint, metric, k)
+    common = sorted(before.keys() & after.keys())
+    if not common:
+        raise ValueError(
+            f"policy and checkpoint cannot be compared by {metric}: no held-out prompt has a value for both"
+            f" (policy: {len(before)} prompts, checkpoint: {len(after)})"
+        )
+    differences = np.array([after[p] - before[p] for p in common])
+    low, high = _interval(differences, confidence, None if metric == "mean_score" else (-1.0, 1.0))
+    tokens_before, tokens_after = ({r.prompt_id: r.tokens for r in results} for results in (policy, checkpoint))
+    drift = sum(tokens_after[p] for p in common) / sum(tokens_before[p] for p in common)
+    return Comparison(metric, float(differences.mean()), low, high, len(common), drift)
+
+
+def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
+    """Whether the checkpoint becomes the champion, and why, in words."""
+    needed = promotion.margin if promotion.require == "better" else -promotion.margin
+    passes = comparison.low > needed
+    verdict = {"better": "better", "not_worse": "not worse"}[promotion.require]
+    if not passes:
+        verdict = {"better": "not better", "not_worse": "may be worse"}[promotion.require]
+    numbers = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    relation = ">" if passes else "is not wholly >"
+    return passes, f"{verdict}: {comparison.metric} {numbers} {relation} {needed:g} over {comparison.n} prompts"
+
+
+def stop_reason(stop: Stop, history: Sequence[FinishedRound], metric: Metric) -> str | None:
+    """Why the loop ends after these rounds (oldest first), in words; None to go on."""
+    if not history:
+        return None
+    value = history[-1].value
+    if stop.target is not None and value is not None and value >= stop.target:
+        return f"target reached: the champion's {metric} is {value:.3f}, and {stop.target:g} is enough"
+    if len(history) >= stop.rounds:
+        return f"rounds used up: {len(history)} of {stop.rounds} finished"
+    since_promotion = next((i for i, r in enumerate(reversed(history)) if r.promoted), len(history))
+    if stop.patience is not None and since_promotion >= stop.patience:
+        return f"patience used up: no promotion in the last {since_promotion} rounds"
+    drawn = sum(r.tokens for r in history)
+    if stop.tokens is not None and drawn >= stop.tokens:
+        return f"budget used up: {drawn} of {stop.tokens} tokens drawn"
+    return None
+
+
+def _values(results: Sequence[PromptResult], metric: Metric, k: int) -> dict[str, float]:
+    """The metric of each prompt that has one."""
+    match metric:
+        case "pass_at_1":
+            return {r.prompt_id: r.passes / r.draws for r in results}
+        case "pass_at_k":
+            able = [r for r in results if r.draws >= k]
+            values = pass_at_k(np.array([r.draws for r in able]), np.array([r.passes for r in able]), k)
+            return {r.prompt_id: float(v) for r, v in zip(able, values, strict=True)}
+        case "mean_score":
+            return {r.prompt_id: r.score for r in results if r.score is not None}
+    raise ValueError(f"{metric!r} is not a metric")
+
+
+def _interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Confidence interval of the mean of independent values: Student t, cut at the bounds.
+
+    When all values are equal t would claim certainty. Then what went unseen sets the width: something as frequent
+    as 1 - (alpha/2)^(1/n) may well be missing from n prompts, and may lie at a bound. With every prompt at a bound
+    this is the exact (Clopper-Pearson) interval. Without bounds nothing is known: (-inf, inf).
+    """
+    n, mean, alpha = len(values), float(values.mean()), 1 - confidence
+    lowest, highest = bounds or (-math.inf, math.inf)
+    if np.ptp(values) > 1e-12 * max(1.0, abs(mean)):  # more than rounding does
+        half = float(stdtrit(n - 1, 1 - alpha / 2) * values.std(ddof=1) / math.sqrt(n))
+        return max(mean - half, lowest), min(mean + half, highest)
+    unseen = 1 - (alpha / 2) ** (1 / n)
+    return mean - unseen * (mean - lowest), mean + unseen * (highest - mean)

@@ -1,0 +1,116 @@
+"""Gates: what must hold before a checkpoint is trained, and what a person should hear about.
+
+Each is a question to the store with a yes or no and the reason. Dagster shows them as asset checks;
+training asks the blocking ones again itself, since a check stops only the run it ran in.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rsft_pipeline import rounds, steps
+from rsft_pipeline.home import Home
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer of a gate."""
+
+    passed: bool
+    reason: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def something_accepted(store: Store, round_: Round) -> Finding:
+    """There is something to train on."""
+    samples = store.value(f"SELECT count(*) FROM ({steps.ACCEPTED})", steps.of_training(round_))
+    reason = f"{samples} accepted samples to train on" if samples else _nothing(store, round_)
+    return Finding(samples > 0, reason, {"samples": samples})
+
+
+def _nothing(store: Store, round_: Round) -> str:
+    rows = store.query(
+        "SELECT reason, count(*) AS n FROM decisions WHERE recipe = ? AND round = ? GROUP BY reason ORDER BY n DESC",
+        [round_.recipe.name, round_.key],
+    )
+    why = ", ".join(f"{row['reason']}: {row['n']}" for row in rows) or "no candidate was decided on"
+    return f"nothing was accepted ({why}): loosen `acceptance`, raise `sampling.draws`, or look at the scores"
+
+
+def no_eval_prompt(store: Store, round_: Round) -> Finding:
+    """No held-out prompt is trained on, by its id, by its split, or by its text."""
+    rows = store.query(
+        f"""SELECT a.candidate_id FROM ({steps.ACCEPTED}) a WHERE a.split <> 'train'
+            UNION SELECT a.candidate_id FROM ({steps.ACCEPTED}) a JOIN prompts p
+            ON p.recipe = $recipe AND p.split = 'eval' AND (p.prompt_id = a.prompt_id OR p.text = a.prompt)""",
+        steps.of_training(round_),
+    )
+    named = ", ".join(row["candidate_id"] for row in rows[:5])
+    reason = f"{len(rows)} accepted candidates answer held-out prompts: {named}" if rows else "no held-out prompt"
+    return Finding(not rows, reason, {"overlap": len(rows)})
+
+
+BLOCKING = (something_accepted, no_eval_prompt)
+
+
+def acceptance_rate(store: Store, round_: Round) -> Finding:
+    """The share of accepted candidates is inside the recipe's bounds."""
+    rate = store.value(
+        "SELECT coalesce(avg(accepted::INTEGER), 0) FROM decisions WHERE recipe = ? AND round = ?",
+        [round_.recipe.name, round_.key],
+    )
+    low, high = round_.recipe.acceptance_rate
+    reason = f"{rate:.1%} accepted; expected {low:.1%} to {high:.1%}"
+    return Finding(low <= rate <= high, reason, {"acceptance_rate": rate})
+
+
+def prompt_share(store: Store, round_: Round) -> Finding:
+    """No prompt has more than its share of the accepted set."""
+    rows = store.query(
+        f"""SELECT prompt_id, count(*) / sum(count(*)) OVER () AS share
+            FROM ({steps.ACCEPTED}) GROUP BY prompt_id ORDER BY share DESC, prompt_id LIMIT 1""",
+        steps.of_training(round_),
+    )
+    share, most = (rows[0]["share"] if rows else 0.0), round_.recipe.largest_share
+    reason = f"the largest share is {share:.1%}; expected at most {most:.1%}"
+    return Finding(
+        share <= most, reason, {"largest_share": share, **({"prompt": rows[0]["prompt_id"]} if rows else {})}
+    )
+
+
+def source_is_latest(store: Store, round_: Round, home: Home) -> Finding:
+    """The weights that the round samples from are still those that it would start from today."""
+    now = rounds.starting_weights(store, round_.recipe, home, round_.key, round_.recipe.policy)
+    if now.digest == round_.policy:
+        return Finding(True, f"{round_.policy} ({round_.policy_source}) is the {round_.recipe.policy}")
+    reason = f"sampled from {round_.policy}, but the {round_.recipe.policy} is now {now.digest}: run the round again"
+    return Finding(False, reason, {"latest": now.digest})
+
+
+def not_worse(store: Store, round_: Round) -> Finding:
+    """The checkpoint did not lose against the champion."""
+    row = rounds.raw(store, round_.recipe.name, round_.key)
+    if row["state"] != "finished":
+        return Finding(False, "the round was not evaluated")
+    better = row["promoted"] or not _lost(store, round_)
+    return Finding(better, row["verdict"])
+
+
+def _lost(store: Store, round_: Round) -> bool:
+    from rsft_pipeline.evaluation import compare
+
+    recipe, row = round_.recipe, rounds.raw(store, round_.recipe.name, round_.key)
+    before = store.query(
+        "SELECT DISTINCT checkpoint FROM evaluations WHERE recipe = ? AND round = ? AND role = 'champion'",
+        [recipe.name, round_.key],
+    )[0]["checkpoint"]
+    how = recipe.evaluation
+    compared = compare(
+        steps.results(store, recipe, before),
+        steps.results(store, recipe, row["checkpoint"]),
+        recipe.promotion.metric,
+        k=how.k,
+        confidence=how.confidence,
+    )
+    return compared.high < 0

@@ -1,0 +1,47 @@
+"""Home: where all state lives. One folder, `$RSFT_HOME`, by default `var` beside the code."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders of a home. Every one of them is made when it is first asked for."""
+
+    path: Path
+
+    @classmethod
+    def here(cls) -> "Home":
+        """The home that the environment names."""
+        return cls(Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve())
+
+    def folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """Content-addressed weights that rounds made."""
+        return self.folder("checkpoints")
+
+    @property
+    def scratch(self) -> Path:
+        """States of training that a killed run resumes from."""
+        return self.folder("scratch")
+
+    @property
+    def recipes(self) -> Path:
+        """Links to recipes that live elsewhere, so that Dagster shows them too."""
+        return self.folder("recipes")
+
+    @property
+    def dagster(self) -> Path:
+        return self.folder("dagster")
+
+    @property
+    def mlflow(self) -> Path:
+        return self.folder("mlflow")

@@ -1,0 +1,67 @@
+"""Lineage: what makes a prompt, a candidate or an accepted set the one it is.
+
+Belongs here: content hashes, ids, and the uniform draw that follows from an id. Nothing else, and
+no imports beyond the standard library: every other module may depend on this one.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the value as canonical JSON, the first 32 hex digits (128 bits)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, all 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_digest(ids: Iterable[str]) -> str:
+    """Digest of a set of ids, whatever their order."""
+    return digest(sorted(ids))
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, white space folded to single spaces and trimmed: what «the same text» means here."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
+
+
+def prompt_id(text: str) -> str:
+    """Id of a prompt: the hash of its normalised rendered text."""
+    return digest(["prompt", normalise(text)])
+
+
+def in_eval_split(prompt: str, fraction: float) -> bool:
+    """Whether a prompt id belongs to the held-out split; a prompt keeps its side for ever."""
+    return int(prompt[:15], 16) / 16**15 < fraction
+
+
+def candidate_id(recipe: str, scope: str, policy: str, prompt: str, draw: int, settings: str) -> str:
+    """Id of one draw, known before it is drawn, so that a repeated run resumes instead of repeating.
+
+    `scope` is the round's key, or `evaluation`: held-out draws of the same weights are shared by rounds.
+    """
+    return digest([recipe, scope, policy, prompt, draw, settings])
+
+
+def seed_of(candidate: str, seed: int) -> int:
+    """The 60-bit seed of a candidate's own random stream."""
+    return int(digest(["seed", candidate, seed])[:15], 16)
+
+
+def uniform(candidate: str, seed: int) -> float:
+    """The u of a decision, in [0, 1): it follows from the candidate and the recipe's seed alone.
+
+    The same number as `acceptance.UNIFORM_SQL`: the low half of an MD5, its upper 53 bits.
+    """
+    low = int.from_bytes(hashlib.md5(f"{seed}:{candidate}".encode()).digest()[8:], "little")
+    return (low >> 11) * 2.0**-53

@@ -1,0 +1,367 @@
+"""Models: weights on disk and in memory, and which of them train.
+
+Belongs here: finding the base model, loading, saving and verifying checkpoints, and choosing the
+trainable parameters. Does not: how a small model is made (bootstrap.py) or trained (training.py).
+
+A checkpoint is a folder in the Hugging Face format named after the digest of its content, with a
+`meta.json` (where it came from) and a `README.md` (the model card) that are not part of the digest.
+Weights are read and written as safetensors only, and no code that comes with a model is ever run.
+"""
+
+import difflib
+import fnmatch
+import functools
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsft_pipeline import lineage
+from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe import Model, Recipe
+
+# What a model's content is: weights, configuration, tokenizer, chat template.
+CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+META = "meta.json"
+POINT_TO_A_FOLDER = "To use a model that is on this machine: --set model.source=/path/to/folder"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be found, read or trained as asked."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and the content digest that names them wherever they lie."""
+
+    digest: str
+    path: Path
+
+
+# --- finding the base -------------------------------------------------------------------------
+
+
+def base(
+    recipe: Recipe, home: Path, on_step: Callable[[int, int, float, int], None] = lambda step, steps, loss, tokens: None
+) -> Checkpoint:
+    """The weights that a first round starts from: bootstrapped, a local folder used in place, or from the hub.
+
+    Args:
+        home: bootstrapped models are kept in its `models` folder, and made only once.
+        on_step: progress of a bootstrap, see `training.fit`.
+
+    Raises:
+        ModelError: the model cannot be fetched, or has no safetensors weights.
+    """
+    source = recipe.model.source
+    if source == "bootstrap":
+        from rsft_pipeline import bootstrap  # it saves what it makes with this module
+
+        return bootstrap.build(recipe, Path(home) / "models", on_step)
+    folder = recipe.path(source)
+    if not folder.is_dir():
+        if source.startswith(("/", ".", "~")):
+            raise ModelError(f"model.source is {source!r}: there is no folder {folder}")
+        folder = _download(source, recipe.model.revision)
+    _check_folder(folder)
+    return Checkpoint(content_digest(folder), folder)
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", "consolidated*"]
+        )
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of the two
+        wanted = model_id if revision is None else f"{model_id} at {revision}"
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the model {wanted} is neither a local folder nor could it be fetched from the hub: {reason}\n"
+            f"{POINT_TO_A_FOLDER}"
+        ) from error
+    return Path(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no model: there is no config.json. {POINT_TO_A_FOLDER}")
+    if not any(folder.glob("*.safetensors")):
+        found = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+        raise ModelError(
+            f"{folder} has no *.safetensors weights{f', only {found[0]}' if found else ''}: weights are read from "
+            "safetensors only, because other formats can run code when they are opened. Convert them with "
+            "transformers' save_pretrained"
+        )
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def tokenizer(path: Path):
+    """The model's tokenizer; where it has no padding token, EOS serves (padding is masked by position).
+
+    Raises:
+        ModelError: when it has neither.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if loaded.pad_token_id is None:
+        if loaded.eos_token_id is None:
+            raise ModelError(f"the tokenizer in {path} has neither a padding nor an end-of-sequence token")
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
+    """The model on the device, in evaluation mode.
+
+    Its weights are in the device's number format, or in float32 to be trained: updates smaller than
+    what bf16 can hold would be lost otherwise.
+    """
+    import torch
+
+    _check_folder(Path(path))
+    model = auto_class(task).from_pretrained(
+        path,
+        dtype=torch.float32 if train else device.torch_dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.stored_dtype = _stored_dtype(Path(path))
+    return model.to(device.kind).eval()
+
+
+def stop_ids(model, tokenizer) -> set[int]:
+    """Ids after which a completion has ended: the generation config's and the tokenizer's EOS."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def context_length(path: Path) -> int | None:
+    """Tokens that prompt and completion have room for; None where the model's configuration sets no bound."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def auto_class(task: str):
+    """The transformers class that models of a task are made with."""
+    import transformers
+
+    match task:
+        case "causal":
+            return transformers.AutoModelForCausalLM
+    raise ModelError(f"there is no model class for the task {task!r}")
+
+
+def _stored_dtype(folder: Path):
+    """The number format that most of the weights have on disk."""
+    import torch
+    from safetensors import safe_open
+
+    formats: Counter[str] = Counter()
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 (not a mapping)
+            tensor = weights.get_slice(name)
+            formats[tensor.get_dtype()] += functools.reduce(int.__mul__, tensor.get_shape(), 1)
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return known.get(formats.most_common(1)[0][0], torch.float32)
+
+
+# --- what trains ------------------------------------------------------------------------------
+
+
+def select_trainable(model, config: Model, seed: int = 0):
+    """Set `requires_grad` as `config.train` says.
+
+    With `last_layers` the last blocks, the final norm and the head train. A head whose weights are
+    also the input embedding stays fixed: training it would change what every frozen block reads.
+
+    Args:
+        seed: of the adapters' random start, with `lora`.
+
+    Returns:
+        The model (wrapped by peft with `lora`), the number of parameters that train, and of all.
+
+    Raises:
+        ModelError: a freeze pattern that matches nothing, nothing left to train, or peft missing.
+    """
+    match config.train:
+        case "all":
+            model.requires_grad_(True)
+        case "lora":
+            model = _with_adapters(model, config, seed)
+        case "last_layers":
+            _train_last_layers(model, config.last_layers)
+        case "freeze":
+            _freeze(model, config.freeze)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if trainable == 0:
+        raise ModelError(f"`train: {config.train}` leaves none of the {total} parameters to train")
+    return model, trainable, total
+
+
+def _with_adapters(model, config: Model, seed: int):
+    import torch
+
+    try:
+        import peft
+    except ImportError:
+        raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
+    lora = config.lora
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, settings)
+        except ValueError as error:  # no module has one of the names
+            raise ModelError(f"`model.lora.targets` is {lora.targets!r}: {error}") from None
+
+
+def _train_last_layers(model, count: int) -> None:
+    import torch
+
+    depth = model.config.num_hidden_layers
+    if count > depth:
+        raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
+    path, blocks = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+    )
+    decoder = model.get_submodule(path.rpartition(".")[0])
+    norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    model.requires_grad_(False)
+    for module in [*blocks[-count:], *norms, *([] if tied else [head])]:
+        module.requires_grad_(True)
+
+
+def _freeze(model, patterns: Iterable[str]) -> None:
+    names = dict(model.named_parameters(remove_duplicate=False))  # a tied weight answers to both its names
+    model.requires_grad_(True)
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ModelError(
+                f"`freeze` pattern {pattern!r} matches no parameter. "
+                f"{'Near: ' + ', '.join(near) if near else 'Parameters are named like ' + next(iter(names))}"
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
+    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already is kept.
+
+    Adapters are merged in float32 and the weights then rounded to the format that the base has on
+    disk. Both happen in place: the model is spent, load the checkpoint to go on.
+
+    Args:
+        meta: what to record in `meta.json`, beside the digest and each file's SHA-256.
+        card: text of the README.md.
+    """
+    stored = getattr(model, "stored_dtype", model.dtype)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
+    if tokenizer.is_fast:  # what the last batch was padded to is no part of a tokenizer, yet it would be saved
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+
+    temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        files = _file_digests(temporary)
+        saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
+        record = {**meta, "digest": saved.digest, "files": files}
+        (temporary / META).write_text(json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False), "utf-8")
+        (temporary / "README.md").write_text(card, "utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        if not saved.path.is_dir():
+            temporary.rename(saved.path)
+            _sync(saved.path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return saved
+
+
+def content_digest(folder: Path) -> str:
+    """Digest of what the model in a folder is: names and bytes of its CONTENT files."""
+    return _digest_of(_file_digests(Path(folder)))
+
+
+def read_meta(path: Path) -> dict:
+    """What was recorded when the checkpoint was saved; empty for a model that came from elsewhere."""
+    file = Path(path) / META
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def verify(path: Path) -> list[str]:
+    """Names of the files that are not as they were saved: changed, missing or added since.
+
+    Raises:
+        ModelError: when there is no record to compare with.
+    """
+    record = read_meta(path)
+    if "files" not in record:
+        raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
+    now, then = _file_digests(Path(path)), record["files"]
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if _digest_of(then) != record["digest"]:
+        changed.append(META)
+    return changed
+
+
+def _digest_of(files: dict[str, str]) -> str:
+    return lineage.digest(sorted(files.items()))
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """File name → SHA-256 of every CONTENT file."""
+    names = {path.name for pattern in CONTENT for path in folder.glob(pattern)} - {META}
+    digests = {}
+    for name in sorted(names):
+        file = folder.resolve() / name
+        status = file.stat()
+        digests[name] = _file_digest(file, status.st_size, status.st_mtime_ns)
+    return digests
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
+    """Large weights are read once, for as long as their size and time stay."""
+    return lineage.file_digest(file)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,55 @@
+"""Progress: a bar where a person watches a terminal, a line every ten seconds where nobody does.
+
+Dagster captures standard output while a step runs, so the bar is drawn on a copy of standard error
+taken before that: `watch()` is called once, by the command line.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0  # seconds
+Show = Callable[..., None]
+_console: Console | None = None
+
+
+def watch() -> None:
+    """Draw bars on this process's standard error from now on, even while steps' output is captured."""
+    global _console
+    if sys.stderr.isatty():
+        _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+
+
+@contextmanager
+def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
+    """Report the progress of a piece of work: yields `show(done, note="", total=None)`.
+
+    A terminal shows a bar with the note behind it; otherwise the log gets a line at most every ten seconds.
+    """
+    if _console is None:
+        yield _lines(what, total, log)
+        return
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=_console) as bar:
+        task = bar.add_task(what, total=total, note="")
+        yield lambda done, note="", total=None: bar.update(
+            task, completed=done, note=note, **({} if total is None else {"total": total})
+        )
+
+
+def _lines(what: str, total: int | None, log: logging.Logger) -> Show:
+    of, last = total, time.monotonic()
+
+    def show(done: int, note: str = "", total: int | None = None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_EVERY:
+            last = time.monotonic()
+            log.info("%s: %d of %s %s", what, done, total or of or "?", note)
+
+    return show

@@ -1,0 +1,180 @@
+"""Rounds: their keys, their record, which weights a round starts from, and when the loop ends.
+
+Belongs here: questions about rounds that the store answers. Not: what happens inside a round.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsft_pipeline import models
+from rsft_pipeline.evaluation import FinishedRound, stop_reason
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.store import Store
+
+
+class RoundError(RuntimeError):
+    """A round that cannot go on; the message says what is missing."""
+
+
+def key(number: int) -> str:
+    """`r000`, `r001`, …: zero-padded, so that keys sort as rounds do."""
+    return f"r{number:03d}"
+
+
+def number(round_key: str) -> int:
+    """The number of a round's key. Raises RoundError for anything else."""
+    digits = round_key.removeprefix("r")
+    if not digits.isdigit() or key(int(digits)) != round_key:
+        raise RoundError(f"{round_key!r} is not a round; expected r000, r001, …")
+    return int(digits)
+
+
+# --- the record ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that was begun: the recipe as it was then, and the weights it samples from.
+
+    Every later step goes by this record and not by the recipe's file, so that an edit in the middle
+    of a round cannot mix two recipes. Beginning the round again takes the edit up.
+    """
+
+    recipe: Recipe
+    key: str
+    policy: str
+    policy_source: str
+    mlflow_run_id: str
+
+
+def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
+    """Record that a round has begun, in place of an earlier attempt."""
+    record = {
+        "recipe": round_.recipe.name,
+        "round": round_.key,
+        "state": "started",
+        "policy": round_.policy,
+        "policy_source": round_.policy_source,
+        "settings": round_.recipe.model_dump_json(),
+        "recipe_digest": round_.recipe.digest,
+        "mlflow_run_id": round_.mlflow_run_id,
+        "dagster_run_id": dagster_run_id,
+    }
+
+    def work(connection):
+        connection.execute("DELETE FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key])
+        columns, values = ", ".join(record), ", ".join("?" for _ in record)
+        connection.execute(
+            f"INSERT INTO rounds ({columns}, started_at) VALUES ({values}, now())", list(record.values())
+        )
+
+    store.commit(work)
+
+
+def finish(store: Store, round_: Round, **outcome) -> None:
+    """Record a round's outcome: columns of the table `rounds`."""
+    columns = ", ".join(f"{name} = ?" for name in outcome)
+    store.commit(
+        lambda connection: connection.execute(
+            f"UPDATE rounds SET state = 'finished', finished_at = now(), {columns} WHERE recipe = ? AND round = ?",
+            [*outcome.values(), round_.recipe.name, round_.key],
+        )
+    )
+
+
+def record(store: Store, recipe: Recipe, round_key: str) -> Round:
+    """The record of a round that was begun. Raises RoundError where it was not."""
+    row = raw(store, recipe.name, round_key)
+    if row is None:
+        raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
+    return Round(
+        recipe.as_recorded(json.loads(row["settings"])),
+        round_key,
+        row["policy"],
+        row["policy_source"],
+        row["mlflow_run_id"],
+    )
+
+
+def raw(store: Store, recipe: str, round_key: str) -> dict | None:
+    """A round's row, or None."""
+    rows = store.query("SELECT * FROM rounds WHERE recipe = ? AND round = ?", [recipe, round_key])
+    return rows[0] if rows else None
+
+
+def history(store: Store, recipe: str) -> list[dict]:
+    """The finished rounds of a recipe, in order."""
+    return store.query("SELECT * FROM rounds WHERE recipe = ? AND state = 'finished' ORDER BY round", [recipe])
+
+
+def following(store: Store, recipe: str) -> str:
+    """The round to run next: the first that is not finished."""
+    finished = {row["round"] for row in history(store, recipe)}
+    return next(key(n) for n in range(len(finished) + 1) if key(n) not in finished)
+
+
+def why_stop(store: Store, recipe: Recipe) -> str | None:
+    """Why no further round is due, in words; None while one is."""
+    metric = recipe.promotion.metric
+    finished = [
+        FinishedRound(row["promoted"], _value(json.loads(row["champion_eval"]), metric), row["tokens"])
+        for row in history(store, recipe.name)
+    ]
+    return stop_reason(recipe.stop, finished, metric)
+
+
+def _value(summary: dict, metric: str) -> float | None:
+    return summary[metric] and summary[metric]["value"]
+
+
+# --- the weights -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights and where they came from."""
+
+    digest: str
+    path: Path
+    source: str  # `base`, or the round that produced them
+
+
+def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, choice: str) -> Weights:
+    """The weights that a round samples or trains from.
+
+    Args:
+        choice: `champion`, `previous` (the last round's checkpoint) or `base`.
+
+    Raises:
+        RoundError: when an earlier round is not finished, or the weights are gone.
+    """
+    earlier = [row for row in history(store, recipe.name) if row["round"] < round_key]
+    if len(earlier) != number(round_key):
+        there = {row["round"] for row in earlier}
+        missing = next(key(n) for n in range(number(round_key)) if key(n) not in there)
+        raise RoundError(f"{recipe.name} {round_key} needs {missing}, which is not finished: run that round first")
+    if choice == "base" or not earlier:
+        base = models.base(recipe, home.path)
+        return Weights(base.digest, base.path, "base")
+    return locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
+
+
+def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
+    """Where the weights of a digest are. Raises RoundError when they are gone, or are not what they were."""
+    made = store.query(
+        "SELECT path, round FROM checkpoints WHERE recipe = ? AND checkpoint = ? ORDER BY round", [recipe.name, digest]
+    )
+    if made:
+        path = Path(made[0]["path"])
+        if not path.is_dir():
+            raise RoundError(f"the weights of {recipe.name} {made[0]['round']} are not at {path} any more")
+        return Weights(digest, path, made[0]["round"])
+    base = models.base(recipe, home.path)
+    if base.digest != digest:
+        raise RoundError(
+            f"{recipe.name}: these rounds started from the base model {digest}, but `model:` now gives "
+            f"{base.digest}: put it back, or copy the recipe under another name"
+        )
+    return Weights(base.digest, base.path, "base")

@@ -1,0 +1,87 @@
+-- The lineage tables. Each row says which recipe and, where it applies, which round and which
+-- Dagster run wrote it. Ids are content hashes (lineage.py); DuckLake has no keys of its own, so
+-- writers replace (delete, then insert in one transaction) or skip what is there.
+
+CREATE TABLE IF NOT EXISTS prompts (
+    recipe VARCHAR, prompt_id VARCHAR,
+    text VARCHAR,            -- as the tokenizer gets it
+    chat BOOLEAN,            -- rendered by a chat template: already carries its special tokens
+    messages VARCHAR,        -- JSON list of turns, for chat prompts
+    reference VARCHAR,       -- the reference answer, if the source has one
+    fields VARCHAR,          -- JSON of the row's mapped columns
+    split VARCHAR,           -- 'train', or 'eval': held out for ever
+    source VARCHAR, line BIGINT, source_digest VARCHAR,
+    active BOOLEAN,          -- still in the sources; only such prompts are drawn from
+    dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS quarantine (
+    recipe VARCHAR, source VARCHAR, line BIGINT,
+    raw BLOB,                -- the row's bytes, untouched
+    reason VARCHAR, detail VARCHAR, dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS candidates (
+    recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR,
+    split VARCHAR,           -- of its prompt; 'eval' candidates are never trained on
+    policy VARCHAR,          -- digest of the weights it was drawn from
+    draw INTEGER, wave INTEGER,
+    text VARCHAR, token_ids INTEGER[], tokens INTEGER,
+    finish_reason VARCHAR,   -- 'stop' (a stop token, which is in token_ids) or 'length'
+    log_q DOUBLE,            -- under the distribution sampled from (temperature, top-k, top-p)
+    log_p DOUBLE,            -- under the policy as it is
+    seed BIGINT, settings VARCHAR, dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS scores (
+    recipe VARCHAR, round VARCHAR, candidate_id VARCHAR,
+    scorer VARCHAR,          -- 'combined' is what the rule sees
+    version VARCHAR,         -- hash of the scorer's source and settings
+    value DOUBLE,            -- NULL: it could not judge
+    passed BOOLEAN,          -- of 'combined': every gate was reached
+    dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS decisions (
+    recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR,
+    accepted BOOLEAN, reason VARCHAR,
+    score DOUBLE, log_a DOUBLE, u DOUBLE, weight DOUBLE,
+    parameters VARCHAR,      -- JSON: the rule, its settings, and what it estimated
+    dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS checkpoints (
+    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR,
+    parent VARCHAR,          -- digest of the weights training started from
+    policy VARCHAR,          -- digest of the weights the round sampled from
+    path VARCHAR, accepted_digest VARCHAR, samples BIGINT, steps BIGINT, loss DOUBLE,
+    snapshot BIGINT,         -- of the lake: its tables as they were when training read them
+    meta VARCHAR,            -- JSON, as in the checkpoint's meta.json
+    mlflow_run_id VARCHAR, dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS training_samples (
+    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR, candidate_id VARCHAR, weight DOUBLE
+);
+
+CREATE TABLE IF NOT EXISTS evaluations (
+    recipe VARCHAR, round VARCHAR,
+    role VARCHAR,            -- 'policy', 'checkpoint', or the 'champion' it is measured against
+    checkpoint VARCHAR,      -- digest of the weights evaluated
+    prompt_id VARCHAR, draws INTEGER, passes INTEGER, score DOUBLE, distinct_texts INTEGER, tokens DOUBLE,
+    dagster_run_id VARCHAR
+);
+
+CREATE TABLE IF NOT EXISTS rounds (
+    recipe VARCHAR, round VARCHAR,
+    state VARCHAR,           -- 'started' or 'finished'
+    policy VARCHAR, policy_source VARCHAR, checkpoint VARCHAR, champion VARCHAR,
+    promoted BOOLEAN, verdict VARCHAR,
+    candidates BIGINT, accepted BIGINT, distinct_accepted BIGINT, tokens BIGINT,
+    -- JSON summaries with their intervals; the champion's is as it stands after the round
+    policy_eval VARCHAR, checkpoint_eval VARCHAR, champion_eval VARCHAR,
+    settings VARCHAR,        -- JSON: the whole recipe as it ran
+    recipe_digest VARCHAR,
+    started_at TIMESTAMPTZ, finished_at TIMESTAMPTZ,
+    mlflow_run_id VARCHAR, dagster_run_id VARCHAR
+);

@@ -1,0 +1,29 @@
+"""Scorers that are one formula or one call: pattern, length, sentiment."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+
+def regex(text: str, pattern: str) -> float:
+    """1.0 when the pattern is found anywhere in the text, else 0.0."""
+    return float(re.search(pattern, text) is not None)
+
+
+def length(text: str, at_least: int, at_most: int, unit: Literal["words", "characters"]) -> float:
+    """1.0 from at_least to at_most units, falling linearly to 0.0 at none and at twice at_most.
+
+    Words are what white space separates.
+    """
+    n = len(text.split()) if unit == "words" else len(text)
+    if n < at_least:
+        return n / at_least
+    return min(1.0, max(0.0, 2 - n / at_most))
+
+
+def sentiment(texts: Sequence[str]) -> list[float]:
+    """The compound score of VADER, in [-1, 1] (Hutto and Gilbert 2014, ICWSM)."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]

@@ -1,0 +1,187 @@
+"""The store: the lineage tables of schema.sql in DuckLake (a catalog and Parquet files).
+
+Belongs here: opening the lake, whole-or-nothing writes, reads, compaction. Not the meaning of any
+table: that is said in schema.sql, and its queries stand beside the step that needs them.
+
+Readers and writers in other processes are welcome at any time: every commit is a snapshot, and a
+writer that meets another retries.
+"""
+
+import importlib.util
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+T = TypeVar("T")
+
+
+class StoreError(RuntimeError):
+    """The store cannot be opened or written; the message says why and what to do."""
+
+
+class Store:
+    """The lineage tables.
+
+    Args:
+        catalog: what DuckLake attaches: `sqlite:/path/catalog.sqlite` or `postgres:dbname=…`.
+        data: folder or object-store prefix of the Parquet files.
+        memory: most memory that DuckDB takes, e.g. `4GB`; it spills to disk beyond that.
+    """
+
+    def __init__(self, catalog: str, data: str, *, memory: str | None = None):
+        self.catalog, self.data = catalog, data
+        self._connection = duckdb.connect(config={"memory_limit": memory} if memory else {})
+        backend = catalog.partition(":")[0]
+        for extension in ("sqlite_scanner" if backend == "sqlite" else "postgres_scanner", "ducklake"):
+            _load(self._connection, extension)
+        options = [f"DATA_PATH {_quoted(data)}"]
+        if backend == "sqlite":
+            Path(catalog.partition(":")[2]).parent.mkdir(parents=True, exist_ok=True)
+            options.append("META_JOURNAL_MODE 'WAL'")
+        attach = f"ATTACH {_quoted('ducklake:' + catalog)} AS lake ({', '.join(options)})"
+        self._patiently(lambda: self._connection.execute(attach))
+        self._connection.execute("USE lake")
+        if not self.query("SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = 'rounds'"):
+            self.commit(lambda connection: connection.execute(SCHEMA.read_text(encoding="utf-8")))
+
+    @classmethod
+    def at(cls, home: Path, **options: Any) -> "Store":
+        """The store of a home folder: SQLite catalog and local files."""
+        return cls(f"sqlite:{home / 'store' / 'catalog.sqlite'}", str(home / "store" / "data"), **options)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def arrow(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> pa.Table:
+        """The rows of a query, as an Arrow table."""
+        return self._connection.cursor().execute(f"USE lake; {sql}", parameters or None).to_arrow_table()
+
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+        """The rows of a query, as dictionaries."""
+        return self.arrow(sql, parameters).to_pylist()
+
+    def value(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """The single value of a query that gives one row and one column."""
+        (row,) = self.query(sql, parameters)
+        (value,) = row.values()
+        return value
+
+    def snapshot(self) -> int:
+        """The number of the newest snapshot: `SELECT … FROM t AT (VERSION => n)` reads it for ever."""
+        return self.value("SELECT max(snapshot_id) FROM lake.snapshots()")
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def commit(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        """Run `work` in one transaction: all of it, or nothing. It may run again after a conflict."""
+
+        def attempt() -> T:
+            cursor = self._connection.cursor()
+            cursor.execute("USE lake; BEGIN")
+            try:
+                result = work(cursor)
+                cursor.execute("COMMIT")
+                return result
+            except BaseException:
+                _roll_back(cursor)
+                raise
+            finally:
+                cursor.close()
+
+        return self._patiently(attempt)
+
+    def replace(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, **where: Any) -> None:
+        """Delete the rows that equal `where`, and insert `rows`, in one transaction."""
+        self.commit(lambda connection: replace(connection, table, rows, **where))
+
+    def append(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:
+        """Insert rows in one transaction."""
+        self.commit(lambda connection: insert(connection, table, rows))
+
+    def compact(self) -> None:
+        """Merge small files, and delete those that nothing has referred to for a day.
+
+        Snapshots are never expired here: each checkpoint names the one that it was trained from.
+        """
+        self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
+        for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
+            sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
+            self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
+
+    def _patiently(self, attempt: Callable[[], T], patience: float = 60.0) -> T:
+        """Try again while another process is writing, for up to a minute."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return attempt()
+            except (duckdb.TransactionException, duckdb.IOException, duckdb.Error) as error:
+                if not _is_conflict(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"the store at {self.catalog} stayed locked for {patience:.0f} s: {error}"
+                    ) from error
+                time.sleep(random.uniform(0.02, 0.2))
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:
+    """Insert rows by column name, inside the caller's transaction."""
+    batch = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
+    if batch.num_rows:
+        connection.register("batch", batch)
+        connection.execute(f"INSERT INTO lake.{table} BY NAME SELECT * FROM batch")
+        connection.unregister("batch")
+
+
+def replace(
+    connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, **where: Any
+) -> None:
+    """Delete what equals `where` and insert rows, inside the caller's transaction."""
+    condition = " AND ".join(f"{column} = ?" for column in where)
+    connection.execute(f"DELETE FROM lake.{table} WHERE {condition}", list(where.values()))
+    insert(connection, table, rows)
+
+
+def _is_conflict(error: Exception) -> bool:
+    text = str(error).lower()
+    return "database is locked" in text or "conflict" in text or "another transaction" in text
+
+
+def _roll_back(cursor: duckdb.DuckDBPyConnection) -> None:
+    try:
+        cursor.execute("ROLLBACK")
+    except duckdb.Error:
+        pass  # a failed COMMIT has rolled back already
+
+
+def _load(connection: duckdb.DuckDBPyConnection, extension: str) -> None:
+    """Load a signed extension from its PyPI wheel, or, where there is no wheel, from DuckDB's own repository."""
+    spec = importlib.util.find_spec(f"duckdb_extension_{extension}")
+    folder = Path(spec.submodule_search_locations[0]) / "extensions" / f"v{duckdb.__version__}" if spec else None
+    file = folder / f"{extension}.duckdb_extension" if folder else None
+    if file and file.is_file():
+        connection.execute(f"LOAD {_quoted(str(file))}")
+        return
+    try:
+        connection.execute(f"INSTALL {extension}; LOAD {extension}")
+    except duckdb.Error as error:
+        wheel = f"duckdb-extension-{extension.replace('_', '-')}=={duckdb.__version__}"
+        raise StoreError(f"DuckDB's extension {extension} cannot be loaded: install {wheel}. ({error})") from error
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

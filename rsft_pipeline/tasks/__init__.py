@@ -1,0 +1,17 @@
+"""Tasks: one module for each kind of model, all with the same four functions.
+
+draw(model, tokenizer, requests, sampling) -> list[Candidate]
+log_probabilities(model, samples, pad_id) -> list[float]
+collate(samples, pad_id) -> dict[str, Tensor]
+token_losses(model, batch) -> Tensor
+"""
+
+import importlib
+from types import ModuleType
+
+from rsft_pipeline.recipe import Recipe
+
+
+def of(recipe: Recipe) -> ModuleType:
+    """The module of the recipe's task."""
+    return importlib.import_module(f"rsft_pipeline.tasks.{recipe.task}")

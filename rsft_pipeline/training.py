@@ -1,0 +1,306 @@
+"""Training: one loop from weights and accepted samples to better weights.
+
+Belongs here: the order of the samples, a step's loss, the optimiser and its schedule, and saved
+states that a killed run goes on from. Does not: which samples were accepted (acceptance.py), the
+likelihood of one (tasks/), or where weights are kept (models.py).
+
+A loop of our own and not transformers' Trainer, for four guarantees that can be read off the code:
+a sample's weight scales its gradient exactly; a step is normalised by the tokens of the whole step,
+so accumulation changes nothing; the order follows from the seed alone; and a run killed at any
+moment ends, when repeated, in the very weights of a run that was not.
+
+Left out: several processes, gradient checkpointing, loss scaling for float16 (such devices train in
+float32).
+"""
+
+import hashlib
+import logging
+import math
+import os
+import pickle
+import random
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from rsft_pipeline.devices import Device
+from rsft_pipeline.lineage import digest
+from rsft_pipeline.recipe import Training
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8  # steps whose samples are sorted by length together: less padding, and still a random order
+
+
+class TrainingError(RuntimeError):
+    """Samples that cannot be trained on, or a loss that stopped being a number."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one accepted candidate is trained on: the token ids that were drawn, never text encoded again."""
+
+    candidate_id: str
+    prompt_ids: list[int]
+    completion_ids: list[int]  # the EOS included, where it was drawn
+    weight: float = 1.0
+
+
+class Step(NamedTuple):
+    """One optimiser step."""
+
+    step: int  # from 1
+    loss: float  # Σ w·NLL / Σ tokens, nats per token
+    learning_rate: float
+    tokens: int  # completion tokens
+    grad_norm: float  # before clipping
+
+
+@dataclass
+class History:
+    """What the training did; a resumed run's earlier steps are in it too."""
+
+    steps: list[Step] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed_from: int = 0  # the step that a saved state was read at; 0: trained from the start
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens trained on, counted each time."""
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def fit(
+    model,
+    samples: Sequence[Sample],
+    training: Training,
+    *,
+    task: ModuleType,
+    start: str,
+    seed: int,
+    device: Device,
+    pad_id: int,
+    scratch: Path,
+    on_step: Callable[[int, int, float, int], None] = lambda step, steps, loss, tokens: None,
+) -> History:
+    """Train the model's trainable parameters in place, in float32 (autocast to bf16 where the device says so).
+
+    A step minimises Σᵢ wᵢ·NLLᵢ / Σᵢ Tᵢ over all of its samples, NLLᵢ and Tᵢ being the summed negative
+    log-likelihood and the number of sample i's completion tokens.
+
+    Args:
+        model: on the device, its parameters in float32; `requires_grad` says which train.
+        task: the module that knows the model's kind: `collate(samples, pad_id)` and `token_losses(model, batch)`.
+        start: names the untrained model in full (its digest and what was made trainable): a state saved
+            from another start, other samples, settings or seed is not resumed.
+        scratch: folder of the saved state. A repeated call with the same arguments goes on from it; the
+            caller deletes it once the checkpoint is safe.
+        on_step: called after each step with its number, their count, its loss and its tokens.
+
+    Raises:
+        TrainingError: no samples, one without prompt or completion or longer than the model's context,
+            nothing trainable, or a loss or gradient that is not finite; the candidates are named.
+    """
+    import torch
+
+    _check(samples, model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainingError("no parameter of the model is trainable: look at the recipe's `model.train`")
+    if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
+        raise TrainingError("the trainable weights are not float32: load the model with train=True")
+    steps = plan(
+        [len(s.prompt_ids) + len(s.completion_ids) for s in samples], training.batch_size, training.epochs, seed
+    )
+    optimizer = _optimizer(parameters.values(), training)
+    state = State(Path(scratch) / "state.pt", _fingerprint(samples, training, start, seed, device, parameters))
+    mixed = torch.autocast(device.kind, torch.bfloat16) if device.dtype == "bfloat16" else nullcontext()
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.kind == "cuda" else []):
+        torch.manual_seed(seed)
+        history = state.restore(parameters, optimizer) or History()
+        began = time.perf_counter() - history.seconds
+        model.train()
+        for number, chosen in enumerate(steps[history.resumed_from :], start=history.resumed_from + 1):
+            batch = [samples[i] for i in chosen]
+            tokens = sum(len(sample.completion_ids) for sample in batch)
+            loss = 0.0
+            for part in _parts(batch, training.accumulation):
+                inputs = {name: tensor.to(device.kind) for name, tensor in task.collate(part, pad_id).items()}
+                weights = torch.tensor([sample.weight for sample in part], device=device.kind)
+                with mixed:
+                    part_loss = (weights * task.token_losses(model, inputs)).sum() / tokens
+                part_loss.backward()
+                loss += part_loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), training.clip).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"step {number} of {len(steps)}: the loss is {loss} and the gradient's norm {norm}; a lower "
+                    f"`training.learning_rate` may help. Candidates: {', '.join(s.candidate_id for s in batch[:8])}"
+                    f"{', …' if len(batch) > 8 else ''}"
+                )
+            rate = training.learning_rate * factor(number, len(steps), training)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            history.steps.append(Step(number, loss, rate, tokens, norm))
+            history.seconds = time.perf_counter() - began
+            if number % training.save_every == 0:
+                state.save(parameters, optimizer, history)
+            on_step(number, len(steps), loss, tokens)
+        model.eval()
+    return history
+
+
+# --- the order of the samples -----------------------------------------------------------------
+
+
+def plan(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """Which samples each step is made of: positions in `lengths`, each step's in ascending length.
+
+    Every epoch is a new shuffle, the last one cut short where `epochs` is not whole; steps run on
+    over the seam between two, so that all but one have `batch_size` samples. Then windows of
+    WINDOW steps are sorted by length, cut into steps, and the steps shuffled.
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    total = max(1, round(epochs * len(lengths)))
+    while len(order) < total:
+        order += rng.sample(range(len(lengths)), len(lengths))
+    del order[total:]
+    steps = []
+    for start in range(0, total, WINDOW * batch_size):
+        window = sorted(order[start : start + WINDOW * batch_size], key=lambda i: lengths[i])
+        cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(cut)
+        steps += cut
+    return steps
+
+
+def factor(step: int, steps: int, training: Training) -> float:
+    """The learning rate's share of its peak, in (0, 1], at a step counted from 1: warm-up, then decay to 0."""
+    warmup = round(training.warmup * steps)
+    if step <= warmup:
+        return step / (warmup + 1)
+    done = (step - 1 - warmup) / (steps - warmup)
+    match training.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return (1.0 + math.cos(math.pi * done)) / 2
+
+
+def _parts(batch: list[Sample], count: int) -> list[list[Sample]]:
+    size = math.ceil(len(batch) / count)
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def _optimizer(parameters, training: Training):
+    """AdamW; vectors (norms and biases) do not decay."""
+    import torch
+
+    parameters = list(parameters)
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=training.learning_rate,
+    )
+
+
+def _check(samples: Sequence[Sample], model) -> None:
+    if not samples:
+        raise TrainingError("there are no samples to train on")
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for sample in samples:
+        if not sample.completion_ids:
+            raise TrainingError(f"candidate {sample.candidate_id} has no completion tokens: nothing would be trained")
+        if not sample.prompt_ids:
+            raise TrainingError(f"candidate {sample.candidate_id} has no prompt tokens to predict its first token from")
+        if (length := len(sample.prompt_ids) + len(sample.completion_ids)) > context:
+            raise TrainingError(
+                f"candidate {sample.candidate_id} has {length} tokens; the model's context is {context}"
+            )
+
+
+# --- going on after a kill --------------------------------------------------------------------
+
+
+class State:
+    """A training's saved state: one file, replaced whole, that only the very same training reads."""
+
+    def __init__(self, path: Path, fingerprint: str):
+        self.path, self.fingerprint = path, fingerprint
+
+    def save(self, parameters: dict, optimizer, history: History) -> None:
+        import torch
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        with open(temporary, "wb") as file:
+            torch.save(
+                {
+                    "fingerprint": self.fingerprint,
+                    "weights": {name: p.detach() for name, p in parameters.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "rng": rng,
+                    "steps": [tuple(step) for step in history.steps],
+                    "seconds": history.seconds,
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def restore(self, parameters: dict, optimizer) -> History | None:
+        """Put the saved state back, or change nothing and return None where there is none of this training."""
+        import torch
+
+        if not self.path.exists():
+            return None
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read (%s): training starts from the beginning", self.path, error)
+            return None
+        if saved["fingerprint"] != self.fingerprint:
+            log.warning("%s is of other samples, settings or weights: training starts from the beginning", self.path)
+            return None
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved["weights"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if "cuda" in saved["rng"]:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        steps = [Step(*step) for step in saved["steps"]]
+        log.info("training goes on after step %d", len(steps))
+        return History(steps, saved["seconds"], resumed_from=len(steps))
+
+
+def _fingerprint(samples, training: Training, start: str, seed: int, device: Device, parameters: dict) -> str:
+    """Everything that the weights after a given step follow from."""
+    drawn = hashlib.sha256()
+    for sample in samples:
+        drawn.update(repr((sample.candidate_id, sample.weight, len(sample.prompt_ids))).encode())
+        drawn.update(array("q", [*sample.prompt_ids, *sample.completion_ids]).tobytes())
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    settings = training.model_dump(mode="json", exclude={"save_every", "start", "data"})
+    return digest([drawn.hexdigest(), settings, start, seed, device.kind, device.dtype, shapes])

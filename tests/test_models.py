@@ -1,0 +1,397 @@
+"""models.py and bootstrap.py: finding, loading, choosing, saving and verifying weights; and making small ones."""
+
+import json
+import string
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from rsft_pipeline import bootstrap, lineage, models, recipe, training
+from rsft_pipeline.devices import Device
+from rsft_pipeline.models import ModelError
+from rsft_pipeline.prompts import encode
+from rsft_pipeline.recipe import Bootstrap, Lora, Model
+from rsft_pipeline.tasks import causal
+
+CPU = Device("cpu", "float32")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+GPT2 = {"model_type": "gpt2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = torch.tensor([[1, 5, 6, 7]])
+
+
+def characters() -> PreTrainedTokenizerFast:
+    settings = Bootstrap(config=LLAMA, corpus="-")
+    return bootstrap._tokenizer(settings, [string.ascii_lowercase])
+
+
+def tiny(config=LLAMA, **settings):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in config.items() if key != "model_type"}
+    config = AutoConfig.for_model(config["model_type"], **sizes, vocab_size=30, eos_token_id=2, **settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def trained(model, tmp_path):
+    """The model after a few real steps."""
+    samples = [training.Sample("a", [1, 5, 6], [7, 8, 2]), training.Sample("b", [1, 9], [10, 2])]
+    settings = recipe.Training(epochs=4, batch_size=1, learning_rate=1e-2)
+    where = {"scratch": tmp_path / "scratch", "device": CPU}
+    training.fit(model, samples, settings, task=causal, start="tiny", seed=0, pad_id=0, **where)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT).logits
+
+
+def a_recipe(folder, source="bootstrap", **bootstrapped):
+    """A recipe file beside a corpus of a to z, each letter followed by the next two."""
+    rows = [{"prompt": f"{a}=", "completion": chr(ord(a) + 1) + chr(ord(a) + 2)} for a in string.ascii_lowercase[:24]]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"source": source}
+    if source == "bootstrap":
+        model["bootstrap"] = {"config": LLAMA, "corpus": "corpus.jsonl", "steps": 4, "batch_size": 8, **bootstrapped}
+    tree = {
+        "description": "letters",
+        "model": model,
+        "prompts": {"source": "corpus.jsonl", "template": "{prompt}", "eval_fraction": 0.25},
+        "scoring": {"scorers": [{"kind": "length", "at_most": 3}]},
+        "acceptance": {"rule": "top_k", "k": 1},
+    }
+    file = folder / "letters.yaml"
+    file.write_text(json.dumps(tree))  # JSON is YAML
+    return recipe.load(file)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_named_after_its_content_and_comes_back_as_it_was(tmp_path):
+    model = tiny()
+    before = logits(model)
+    saved = models.save(model, characters(), tmp_path, {"round": "r000"}, "# a card")
+    assert saved.path == tmp_path / saved.digest
+    assert saved.digest == models.content_digest(saved.path) == models.read_meta(saved.path)["digest"]
+    assert models.read_meta(saved.path)["round"] == "r000"
+    assert (saved.path / "README.md").read_text() == "# a card"
+    assert torch.equal(logits(models.load(saved.path, CPU)), before)
+    assert models.verify(saved.path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [saved.digest]
+
+
+def test_the_digest_follows_from_content_and_never_from_what_is_said_about_it(tmp_path):
+    first = models.save(tiny(), characters(), tmp_path, {"round": "r000"}, "one")
+    padded = characters()
+    padded(["a", "bcd"], padding=True)
+    again = models.save(tiny(), padded, tmp_path, {"round": "r001"}, "two")
+    assert again == first
+    assert models.read_meta(first.path)["round"] == "r000"
+    other = models.save(trained(tiny(), tmp_path), characters(), tmp_path, {}, "three")
+    assert other.digest != first.digest
+
+
+def test_a_single_changed_byte_is_named(tmp_path):
+    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    weights = saved.path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert models.verify(saved.path) == ["model.safetensors"]
+    (saved.path / "chat_template.jinja").write_text("added since")
+    (saved.path / "tokenizer.json").unlink()
+    assert models.verify(saved.path) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
+    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    (saved.path / "config.json").write_text("{}")
+    record = models.read_meta(saved.path)
+    record["files"]["config.json"] = lineage.file_digest(saved.path / "config.json")
+    (saved.path / "meta.json").write_text(json.dumps(record))
+    assert models.verify(saved.path) == ["meta.json"]
+
+
+def test_a_folder_without_a_record_cannot_be_verified(tmp_path):
+    assert models.read_meta(tmp_path) == {}
+    with pytest.raises(ModelError, match="not saved as a checkpoint"):
+        models.verify(tmp_path)
+
+
+def test_a_bf16_base_trains_in_float32_and_is_saved_in_bf16_again(tmp_path):
+    tiny().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = models.load(tmp_path / "base", CPU, train=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    saved = models.save(trained(model, tmp_path), characters(), tmp_path, {}, "")
+    assert {tensor.dtype for tensor in load_file(saved.path / "model.safetensors").values()} == {torch.bfloat16}
+    assert models.load(saved.path, Device("cpu", "bfloat16")).dtype == torch.bfloat16
+
+
+# --- what trains ------------------------------------------------------------------------------
+
+
+def moved(model, tmp_path) -> set[str]:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained(model, tmp_path)
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_all_parameters_train(tmp_path):
+    model, trainable, total = models.select_trainable(tiny(), Model(source="-"))
+    assert trainable == total == sum(p.numel() for p in model.parameters())
+    assert moved(model, tmp_path) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("config", "tied", "expected"),
+    [
+        (LLAMA, False, ("model.layers.1.", "model.norm.", "lm_head.")),
+        (LLAMA, True, ("model.layers.1.", "model.norm.")),
+        (GPT2, True, ("transformer.h.1.", "transformer.ln_f.")),
+    ],
+)
+def test_the_last_layers_are_blocks_norm_and_an_untied_head(tmp_path, config, tied, expected):
+    model, trainable, _ = models.select_trainable(
+        tiny(config, tie_word_embeddings=tied), Model(source="-", train="last_layers", last_layers=1)
+    )
+    names = {name for name, _ in model.named_parameters() if name.startswith(expected)}
+    assert trainable == sum(model.get_parameter(name).numel() for name in names)
+    assert moved(model, tmp_path) == names
+
+
+def test_more_last_layers_than_there_are_is_an_error():
+    with pytest.raises(ModelError, match="has 2 transformer blocks"):
+        models.select_trainable(tiny(), Model(source="-", train="last_layers", last_layers=3))
+
+
+def test_frozen_patterns_stay_and_everything_else_trains(tmp_path):
+    config = Model(source="-", train="freeze", freeze=["*embed*", "*.mlp.*"])
+    model, trainable, total = models.select_trainable(tiny(), config)
+    assert total - trainable == 30 * 16 + 2 * 3 * 16 * 32
+    assert not any("embed" in name or ".mlp." in name for name in moved(model, tmp_path))
+
+
+def test_a_tied_weight_is_frozen_under_either_name():
+    config = Model(source="-", train="freeze", freeze=["lm_head.*"])
+    _, trainable, total = models.select_trainable(tiny(tie_word_embeddings=True), config)
+    assert total - trainable == 30 * 16
+
+
+def test_a_freeze_pattern_that_matches_nothing_names_what_is_near():
+    config = Model(source="-", train="freeze", freeze=["model.layer.0.mlp.up_proj.weight"])
+    with pytest.raises(ModelError, match=r"matches no parameter. Near: model\.layers\.0\.mlp\.up_proj\.weight"):
+        models.select_trainable(tiny(), config)
+
+
+def test_freezing_everything_is_an_error():
+    with pytest.raises(ModelError, match="leaves none of the"):
+        models.select_trainable(tiny(), Model(source="-", train="freeze", freeze=["*"]))
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2])
+def test_adapters_train_alone_and_merge_into_a_checkpoint_of_the_same_logits(tmp_path, config):
+    chosen = Model(source="-", train="lora", lora=Lora(rank=2, alpha=8))
+    base = tiny(config)
+    model, trainable, total = models.select_trainable(base, chosen, seed=3)
+    assert trainable == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) < total
+    names = moved(model, tmp_path)
+    assert names and all("lora_" in name for name in names)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, logits(tiny(config)), atol=1e-3)
+    saved = models.save(model, characters(), tmp_path, {}, "")
+    torch.testing.assert_close(logits(models.load(saved.path, CPU)), adapted, atol=1e-5, rtol=0)
+
+
+def test_adapters_start_from_the_seed_and_unknown_targets_are_named():
+    def started(seed):
+        model, _, _ = models.select_trainable(tiny(), Model(source="-", train="lora"), seed)
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(started(1), started(1)) and not torch.equal(started(1), started(2))
+    with pytest.raises(ModelError, match=r"`model.lora.targets` is \['nope'\]"):
+        models.select_trainable(tiny(), Model(source="-", train="lora", lora=Lora(targets=["nope"])))
+
+
+# --- finding and loading ----------------------------------------------------------------------
+
+
+def test_a_local_folder_is_used_in_place(tmp_path):
+    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    assert models.base(a_recipe(tmp_path, source=str(saved.path)), tmp_path / "home") == saved
+    assert models.base(a_recipe(tmp_path, source=saved.digest), tmp_path / "home") == saved  # relative to the recipe
+
+
+def test_a_folder_of_pickled_weights_is_refused(tmp_path):
+    folder = tmp_path / "pickled"
+    model = tiny()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \*\.safetensors weights, only pytorch_model\.bin.*safetensors only"):
+        models.base(a_recipe(tmp_path, source=str(folder)), tmp_path)
+    with pytest.raises(ModelError, match="safetensors only"):
+        models.load(folder, CPU)
+
+
+def test_a_missing_folder_or_one_without_a_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
+        models.base(a_recipe(tmp_path, source="./nowhere"), tmp_path)
+    with pytest.raises(ModelError, match=r"there is no config\.json.*--set model\.source="):
+        models.base(a_recipe(tmp_path, source="."), tmp_path)
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    wanted = a_recipe(tmp_path, source="nobody/no-such-model")
+    with pytest.raises(ModelError, match=r"(?s)nobody/no-such-model is neither.*--set model\.source=/path/to/folder"):
+        models.base(wanted, tmp_path)
+
+
+def test_a_tokenizer_without_padding_pads_with_eos_and_gains_no_token(tmp_path):
+    tokenizer = characters()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = models.tokenizer(tmp_path)
+    assert (loaded.pad_token, loaded.pad_token_id, len(loaded)) == ("</s>", 2, len(characters()))
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(2, {2}), ([7, 2], {2, 7}), (9, {2, 9}), (None, {2})])
+def test_a_completion_stops_at_the_models_and_the_tokenizers_eos(configured, expected):
+    model = tiny()
+    model.generation_config.eos_token_id = configured
+    assert models.stop_ids(model, characters()) == expected
+
+
+def test_the_context_length_is_the_configurations(tmp_path):
+    AutoConfig.for_model("gpt2", n_positions=48).save_pretrained(tmp_path / "gpt2")
+    AutoConfig.for_model("llama", max_position_embeddings=96).save_pretrained(tmp_path / "llama")
+    AutoConfig.for_model("bloom").save_pretrained(tmp_path / "bloom")  # relative positions: no bound
+    assert [models.context_length(tmp_path / kind) for kind in ("gpt2", "llama", "bloom")] == [48, 96, None]
+
+
+# --- bootstrap --------------------------------------------------------------------------------
+
+ODD = 'é😀á  two  spaces\n\n\ttab </s> <s>"don\'t" .,!'
+
+
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
+def test_a_bootstrapped_tokenizer_gives_back_the_very_text(tmp_path, kind):
+    settings = Bootstrap(config=LLAMA, corpus="-", tokenizer=kind, vocabulary=300)
+    bootstrap._tokenizer(settings, [ODD, "the cat the cat the cat"]).save_pretrained(tmp_path)
+    tokenizer = models.tokenizer(tmp_path)
+    ids = tokenizer(ODD)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == ODD
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_bpe_learns_the_corpus_and_can_still_write_any_text():
+    tokenizer = bootstrap._tokenizer(
+        Bootstrap(config=LLAMA, corpus="-", tokenizer="bpe", vocabulary=270), ["banana banana"]
+    )
+    assert len(tokenizer("banana", add_special_tokens=False)["input_ids"]) == 1
+    assert tokenizer.decode(tokenizer(ODD)["input_ids"], skip_special_tokens=True) == ODD
+
+
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
+def test_two_builds_give_the_same_digest_and_another_seed_another(tmp_path, kind):
+    wanted = a_recipe(tmp_path, tokenizer=kind, vocabulary=300)
+    first = models.base(wanted, tmp_path / "one")
+    assert models.base(wanted, tmp_path / "two").digest == first.digest
+    reseeded = recipe.load(tmp_path / "letters.yaml", {"seed": "1"})
+    assert models.base(reseeded, tmp_path / "one").digest != first.digest
+
+
+def test_a_bootstrapped_model_is_made_once_and_again_when_its_corpus_changes(tmp_path):
+    wanted, seen = a_recipe(tmp_path), []
+    first = models.base(wanted, tmp_path, lambda step, steps, loss, tokens: seen.append((step, steps)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert models.base(wanted, tmp_path, lambda *_: seen.append("again")) == first
+    assert len(seen) == 4
+    assert [path.name for path in (tmp_path / "models" / "bootstrap").iterdir() if path.is_dir()] == []
+    with open(tmp_path / "corpus.jsonl", "a") as corpus:
+        corpus.write('{"completion": "zz"}\n')
+    assert models.base(wanted, tmp_path).digest != first.digest
+
+
+def test_a_bootstrapped_model_loads_stops_at_eos_and_is_verified(tmp_path):
+    made = models.base(a_recipe(tmp_path), tmp_path)
+    model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
+    assert models.stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
+    assert model.config.vocab_size == len(tokenizer)
+    assert models.verify(made.path) == []
+    assert models.read_meta(made.path)["kind"] == "bootstrap"
+
+
+def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_end(tmp_path, monkeypatch):
+    seen = []
+    fit = training.fit
+    monkeypatch.setattr(
+        training, "fit", lambda model, samples, *a, **k: seen.extend(samples) or fit(model, samples, *a, **k)
+    )
+    made = models.base(a_recipe(tmp_path), tmp_path)
+    tokenizer = models.tokenizer(made.path)
+    prompts = {f"{letter}=" for letter in string.ascii_lowercase[:24]}
+    held_out = {prompt for prompt in prompts if lineage.in_eval_split(lineage.prompt_id(prompt), 0.25)}
+    assert 0 < len(held_out) < 24
+    assert {tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in seen} == prompts - held_out
+    assert {s.completion_ids[-1] for s in seen} == {tokenizer.eos_token_id}
+    assert seen[0].prompt_ids == encode(tokenizer, tokenizer.decode(seen[0].prompt_ids[1:]), chat=False)
+    meta = models.read_meta(made.path)
+    assert (meta["rows"], meta["rows_held_out"]) == (24 - len(held_out), len(held_out))
+
+
+def test_a_warmed_up_model_knows_its_corpus(tmp_path):
+    made = models.base(a_recipe(tmp_path, steps=150, learning_rate=1e-2), tmp_path)
+    model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
+    known = next(a for a in "abcdef" if not lineage.in_eval_split(lineage.prompt_id(f"{a}="), 0.25))
+    drawn = model.generate(**tokenizer(f"{known}=", return_tensors="pt"), do_sample=False, max_new_tokens=8)
+    text = tokenizer.decode(drawn[0], skip_special_tokens=True)
+    assert text == f"{known}={chr(ord(known) + 1)}{chr(ord(known) + 2)}" and drawn[0, -1] == tokenizer.eos_token_id
+
+
+def test_a_corpus_can_be_a_function_beside_the_recipe(tmp_path):
+    (tmp_path / "warmup.py").write_text("def rows():\n    yield {'completion': 'abc'}\n")
+    made = models.base(a_recipe(tmp_path, corpus="warmup:rows"), tmp_path)
+    assert models.read_meta(made.path)["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a="}', r"row 1 is \{'prompt': 'a='\}; expected"),
+        ('{"prompt": "a=", "completion": ""}', "row 1 is"),
+        ("not json", "line 1 is not JSON"),
+        ("", "no row is left"),
+    ],
+)
+def test_a_bad_corpus_is_named_by_row(tmp_path, line, message):
+    wanted = a_recipe(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text(line + "\n")
+    with pytest.raises(ModelError, match=message):
+        models.base(wanted, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": "nowhere.jsonl"}, "there is no file .*nowhere.jsonl"),
+        ({"config": {"hidden_size": 16}}, "has no `model_type`"),
+        ({"config": {"model_type": "lama"}}, "model_type is 'lama'"),
+        ({"config": {**LLAMA, "hiden_size": 16}}, "no such setting. Did you mean 'hidden_size'?"),
+        ({"config": {**LLAMA, "num_attention_heads": 3, "head_dim": None}}, "makes no model"),
+    ],
+)
+def test_a_bad_bootstrap_section_is_explained(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=message):
+        models.base(a_recipe(tmp_path, **changes), tmp_path)

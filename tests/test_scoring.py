@@ -1,0 +1,364 @@
+"""Scoring: each scorer's values, and that no sample can shift, lose or spoil another's score."""
+
+import json
+import logging
+import threading
+from fractions import Fraction
+
+import pytest
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rsft_pipeline import recipe, scoring
+from rsft_pipeline.devices import Device
+from rsft_pipeline.scoring import Sample, answer, blocklist, simple, symbolic
+
+CPU = Device("cpu", "float32")
+
+
+def sample(completion: str, reference: str | None = None, prompt: str = "") -> Sample:
+    return Sample(prompt, completion, reference, fields={}, log_p=None)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A recipe in tmp_path with the given scorers."""
+
+    def make(*scorers: dict, combine: str = "weighted") -> recipe.Recipe:
+        tree = {
+            "description": "a trial",
+            "model": {"source": "model"},
+            "prompts": {"source": "rows.jsonl", "template": "{q}"},
+            "scoring": {"scorers": list(scorers), "combine": combine},
+            "acceptance": {"rule": "threshold", "threshold": 0},
+        }
+        (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
+        return recipe.load(tmp_path / "trial.yaml")
+
+    return make
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 18", 18),
+        ("#### 3\nno, wait\n#### 18", 18),  # the last marker
+        ("#### 18\nThat took 2 steps.", 18),  # the marker, not the last number
+        ("so 42 ####", 42),  # a marker with nothing behind it marks nothing
+        ("#### $1,234,567.50 in total", Fraction(246913500, 200)),
+        ("48/2 = <<48/2=24>>24 clips.", 24),
+        ("It is 18.0.", 18),
+        ("It is .5", Fraction(1, 2)),
+        ("1/2", Fraction(1, 2)),
+        ("1/0", None),
+        ("-5", -5),
+        ("a loss of \u22125", -5),
+        ("-$5", -5),
+        ("$-5", -5),
+        (r"\$5", 5),
+        ("10-5", 5),
+        ("10 - 5", 5),
+        ("50%", 50),
+        ("1,2,3", 3),
+        ("1,2345", 2345),
+        ("\u0661\u0668", None),  # digits of other scripts are left alone
+        ("9" * 5000, None),  # more digits than Python reads
+        ("none at all", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_a_text_arrives_at(text, number):
+    assert answer.number(text) == number
+
+
+def test_answers_compare_as_exact_numbers():
+    assert answer.numeric("#### 18.00", "Sum.\n#### 18") == 1.0
+    assert answer.numeric("#### 1000", "#### 1,000") == 1.0
+    assert answer.numeric("#### 18.0000000000000001", "#### 18") == 0.0
+    assert answer.numeric("no idea", "#### 18") == 0.0
+    assert answer.numeric("18", None) is None
+    assert answer.numeric("18", "eighteen") is None
+
+
+def test_exact_answers_compare_but_for_case_and_white_space():
+    assert answer.exact(" Straße\n 5", "STRASSE 5") == 1.0
+    assert answer.exact("cafe\u0301", "café") == 1.0
+    assert answer.exact("It is Paris", "Paris") == 0.0
+    assert answer.exact("Paris", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expression"),
+    [
+        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{3} and then \boxed{unclosed", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("first 1\n#### x^2\nthen 3", "x^2"),
+        ("from $a$ we get $b + 1$, done", "b + 1"),
+        (r"thus \[ x = 2 \]", "x = 2"),
+        ("1 + 1\n\nThe answer is 2.\n", "2"),
+        ("x <= 3", "x <= 3"),
+        (" \n", ""),
+    ],
+)
+def test_the_final_expression_of_a_text(text, expression):
+    assert symbolic.final_expression(text) == expression
+
+
+def test_math_answers_are_compared_as_expressions_and_one_that_never_ends_harms_no_other(monkeypatch):
+    monkeypatch.setattr(symbolic, "SECONDS", 5.0)
+    pairs = {
+        (r"\boxed{\frac{2}{4}}", "0.5"): 1.0,
+        (r"\boxed{(x+1)^2}", "$x^2+2x+1$"): 1.0,
+        (r"\boxed{x \ge 3}", r"x \le 3"): 0.0,
+        (r"\boxed{18\text{ dollars}}", "#### 18"): 1.0,
+        ("x = 3", "3"): 1.0,
+        ("1 2 3 4 5", "3"): 0.0,  # all numbers, the right one among them
+        ("no idea", "3"): 0.0,
+        ("", "3"): 0.0,
+        ("3", None): None,
+        ("3", ""): None,
+        (r"\boxed{9^{9^{9^{9}}}}", "7"): None,
+        (r"\boxed{7}", "7"): 1.0,
+    }
+    scores = []
+    # math-verify's own time limit works in a main thread only; a scorer may run in any
+    thread = threading.Thread(target=lambda: scores.extend(symbolic.equal(list(pairs))))
+    thread.start()
+    thread.join()
+    assert dict(zip(pairs, scores, strict=True)) == pairs
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+def test_listed_words_are_found_whole_and_in_every_spelling():
+    listed = blocklist.Blocklist(["Ass", "tied  up", "🖕", "c++", "STRASSE", "バカ", "  "])
+    assert listed.hits("The class assessed a mass of assets") == []
+    assert listed.hits("ASS, ass. ａｓｓ") == ["ass", "ass", "ass"]
+    assert listed.hits("they tied\n\u00a0up") == ["tied up"]
+    assert listed.hits("they untied up") == []
+    assert listed.hits("well🖕🏽") == ["🖕"]
+    assert listed.hits("no c++11 but C++!") == ["c++", "c++"]
+    assert listed.hits("Straße") == ["strasse"]
+    assert listed.hits("あのバカです") == ["バカ"]  # no spaces between words in this script
+    assert listed.hits("") == []
+
+
+def test_entries_are_text_and_not_patterns():
+    assert blocklist.Blocklist(["a.c", "(x"]).hits("abc a.c (x") == ["a.c", "(x"]
+
+
+def test_the_longest_entry_is_the_one_found():
+    assert blocklist.Blocklist(["tied", "tied up"]).hits("tied up, tied") == ["tied up", "tied"]
+
+
+def test_a_blocklist_without_entries_is_an_error(make, tmp_path):
+    (tmp_path / "words.txt").write_text("\n \n")
+    made = make({"kind": "blocklist", "file": "words.txt"})
+    with pytest.raises(scoring.ScoringError, match="scorer 'blocklist': the blocklist has no entry"):
+        scoring.score(made, [sample("x")], CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(0, 0.0), (1, 0.5), (2, 1.0), (4, 1.0), (5, 0.75), (7, 0.25), (8, 0.0), (20, 0.0)]
+)
+def test_length_falls_linearly_outside_its_bounds(words, expected):
+    assert simple.length("word " * words, at_least=2, at_most=4, unit="words") == expected
+    assert simple.length("é" * words, at_least=2, at_most=4, unit="characters") == expected
+
+
+def test_the_simple_scorers_through_a_recipe(make, tmp_path):
+    (tmp_path / "words.txt").write_text("bad\n\nvery  worse\n", encoding="utf-8")
+    made = make(
+        {"kind": "blocklist", "words": ["worst"], "file": "words.txt"},
+        {"kind": "regex", "pattern": r"^\w+$"},
+        {"kind": "length", "at_most": 1},
+        {"kind": "sentiment"},
+        {"kind": "answer", "match": "exact"},
+    )
+    samples = [sample("good", "Good"), sample("BAD"), sample("the worst"), sample("very worse", "x")]
+    assert scoring.score(made, samples, CPU) == {
+        "blocklist": [1.0, 0.0, 0.0, 0.0],
+        "regex": [1.0, 1.0, 0.0, 0.0],
+        "length": [1.0, 1.0, 0.0, 0.0],
+        # VADER: x / √(x² + 15), with 1.9 for good, -2.5 for bad, -3.1 for worst, -2.1 - 0.293 for very worse
+        "sentiment": [0.4404, -0.5423, -0.6249, -0.5256],
+        "answer": [1.0, None, None, 0.0],
+    }
+
+
+# --- reward models ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A small untrained reward model with two outputs and a context of 24 characters."""
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0} | {chr(i): i for i in range(1, 128)}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=128, max_position_embeddings=24, num_labels=2, initializer_range=0.5, **sizes)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_model):
+    model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+
+    def alone(text):  # the head on the last token of the unpadded text
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([[ord(c) for c in text]])).last_hidden_state[0, -1]
+            return model.score(hidden)[1].item()
+
+    pairs = [("ab", "cdefgh"), ("a", "b"), ("x" * 20, "y" * 5), ("what?", "that is it"), ("q", "z")]
+    made = make({"kind": "reward", "model": str(reward_model), "label_index": 1, "batch_size": 2})
+    rewards = scoring.score(made, [sample(c, prompt=p) for p, c in pairs], CPU)["reward"]
+
+    assert rewards[2] is None  # 25 tokens do not fit, and half a text is not judged
+    expected = [alone(p + c) for i, (p, c) in enumerate(pairs) if i != 2]
+    assert [r for r in rewards if r is not None] == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.1
+
+
+def test_a_reward_model_that_cannot_be_used_is_named(make, reward_model, tmp_path):
+    with pytest.raises(scoring.ScoringError, match=r"scorer 'reward': label_index is 2, but .* has 2 outputs"):
+        scoring.score(make({"kind": "reward", "model": str(reward_model), "label_index": 2}), [sample("x")], CPU)
+    for file in reward_model.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle, which could run code: never loaded
+    with pytest.raises(scoring.ScoringError, match="safetensors"):
+        scoring.score(make({"kind": "reward", "model": "."}), [sample("x")], CPU)
+
+
+# --- many samples, one that fails -------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(make, tmp_path):
+    """A recipe whose only scorer is the function with the given body, called `mine`."""
+
+    def mine(body: str) -> recipe.Recipe:
+        (tmp_path / "judges.py").write_text(f"def judge(samples, factor=1):\n    {body}\n")
+        return make({"kind": "function", "function": "judges:judge", "name": "mine"})
+
+    return mine
+
+
+def test_a_sample_on_which_a_scorer_fails_gets_none_and_shifts_no_other(mine, caplog):
+    made = mine("return [1 / int(s.completion) for s in samples]")
+    with caplog.at_level(logging.WARNING):
+        scores = scoring.score(made, [sample(c) for c in ("1", "0", "2", "?", "4")], CPU)
+    assert scores == {"mine": [1.0, None, 0.5, None, 0.25]}
+    assert [r.getMessage() for r in caplog.records][1:] == [
+        "scorer 'mine' cannot judge 2 of 5 samples; sample 1: ZeroDivisionError('division by zero')"
+    ]
+
+
+def test_a_scorer_that_fails_on_everything_is_an_error_and_not_a_column_of_none(mine):
+    made = mine("return nothing")
+    with pytest.raises(scoring.ScoringError, match="'mine' failed on every one of 2 samples: NameError"):
+        scoring.score(made, [sample("a"), sample("b")], CPU)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "scorer 'mine' returned 1 scores for 2 samples"),
+        ("return None", "scorer 'mine' returned a NoneType, not a list"),
+        ("return [0.0, float('nan')]", "scorer 'mine' returned nan for sample 1, not a finite number or None"),
+        ("return [float('-inf'), 0.0]", "scorer 'mine' returned -inf for sample 0, not a finite number or None"),
+        ("return ['1', 0.0]", "scorer 'mine' returned '1' for sample 0, not a finite number or None"),
+    ],
+)
+def test_a_scorer_that_breaks_the_contract_is_named(mine, body, message):
+    with pytest.raises(scoring.ScoringError, match=message):
+        scoring.score(mine(body), [sample("a"), sample("b")], CPU)
+
+
+def test_the_sample_that_breaks_the_contract_is_named_by_its_place_in_the_whole(mine):
+    made = mine("return [float('nan') if s.completion == 'n' else 1 / int(s.completion) for s in samples]")
+    with pytest.raises(scoring.ScoringError, match="returned nan for sample 2"):
+        scoring.score(made, [sample("1"), sample("0"), sample("n")], CPU)
+
+
+def test_a_function_sees_everything_of_a_sample_and_its_arguments(make, tmp_path):
+    (tmp_path / "judges.py").write_text(
+        "def judge(samples, factor):\n"
+        "    return [factor * len(s.prompt + s.completion + s.reference) + s.fields['n'] + s.log_p for s in samples]\n"
+    )
+    made = make({"kind": "function", "function": "judges:judge", "arguments": {"factor": 10}})
+    assert scoring.score(made, [Sample("ab", "c", "d", {"n": 3}, -0.5)], CPU) == {"function": [42.5]}
+
+
+def test_no_samples_no_scores(mine):
+    assert scoring.score(mine("return [1 / len(samples)]"), [], CPU) == {"mine": []}
+
+
+# --- combined -----------------------------------------------------------------------------------
+
+
+def test_the_weighted_mean_leaves_gates_out_and_is_none_where_a_part_is(make):
+    made = make(
+        {"kind": "sentiment", "weight": 3},
+        {"kind": "length", "at_most": 9, "weight": 1, "minimum": 0.5},
+        {"kind": "regex", "pattern": "x", "weight": 0, "minimum": 1},
+    )
+    scores = {
+        "sentiment": [1.0, 0.0, None, 1.0, -1.0],
+        "length": [0.0, 1.0, 1.0, 0.5, None],
+        "regex": [1.0, None, 1.0, 1.0, 1.0],
+    }
+    combined, passed = scoring.combine(made.scoring, scores)
+    assert combined == [0.75, 0.25, None, 0.875, None]
+    assert passed == [False, False, True, True, False]
+
+
+def test_all_is_one_where_every_minimum_is_reached(make):
+    made = make(
+        {"kind": "sentiment", "minimum": 0}, {"kind": "regex", "pattern": "x", "minimum": 1, "weight": 0}, combine="all"
+    )
+    scores = {"sentiment": [0.0, -0.1, None, 1.0], "regex": [1.0, 1.0, 1.0, 0.0]}
+    assert scoring.combine(made.scoring, scores) == ([1.0, 0.0, 0.0, 0.0], [True, False, False, False])
+
+
+# --- versions -----------------------------------------------------------------------------------
+
+
+def test_a_version_follows_what_decides_the_scores_and_nothing_else(make, tmp_path, reward_model):
+    def version(**config):
+        made = make(config)
+        return scoring.version(made.scoring.scorers[0], made)
+
+    length = version(kind="length", at_most=5)
+    assert length == version(kind="length", at_most=5, name="short", weight=2, minimum=0.5)
+    assert length != version(kind="length", at_most=6)
+
+    (tmp_path / "words.txt").write_text("one\n")
+    listed = version(kind="blocklist", file="words.txt")
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    assert version(kind="blocklist", file="words.txt") != listed
+
+    (tmp_path / "judges.py").write_text("def judge(samples): return [1.0 for _ in samples]\n")
+    judged = version(kind="function", function="judges:judge")
+    (tmp_path / "judges.py").write_text("def judge(samples): return [0.0 for _ in samples]\n")
+    assert version(kind="function", function="judges:judge") != judged
+
+    for file in reward_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rewarded = version(kind="reward", model=".")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    assert version(kind="reward", model=".") != rewarded
+
+    kinds = [{"kind": "answer", "match": match} for match in ("exact", "numeric", "math")]
+    kinds += [{"kind": "sentiment"}, {"kind": "reward", "model": "owner/name", "revision": "abc"}]
+    versions = [version(**kind) for kind in kinds] + [length, listed, judged, rewarded]
+    assert len(set(versions)) == 9
