@@ -47,9 +47,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)
             outcome = steps.judge(lake, round_, contest, context.run.run_id)
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
-            write_card(
-                path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict)
-            )
+            write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             if outcome.promoted:
                 tracking.crown(recipe.name, version)

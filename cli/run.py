@@ -111,7 +111,7 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
     instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
     result = (
         build([recipe])
-        .get_job_def(job_name(recipe))
+        .resolve_job_def(job_name(recipe))
         .execute_in_process(
             instance=instance,
             partition_key=round_key,
@@ -235,27 +235,15 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
     if not rows:
         return
-    columns = (
-        "round",
-        "candidates",
-        "accepted",
-        "pass@1 policy",
-        "pass@1 checkpoint",
-        "pass@k",
-        "mean score",
-        "champion",
-    )
-    table = Table(*columns, title=f"{recipe}: held-out results", title_justify="left")
+    table = Table(title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left")
+    for column in ("round", "accepted", "pass@1", "pass@k", "mean score", "champion"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
         before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
         table.add_row(
             row["round"],
-            f"{row['candidates']:,}",
-            f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
-            _interval(before["pass_at_1"]),
-            _interval(after["pass_at_1"]),
-            _interval(after["pass_at_k"]),
-            _interval(after["mean_score"]),
+            f"{row['accepted']:,} of {row['candidates']:,}",
+            *(_change(before[name], after[name]) for name in ("pass_at_1", "pass_at_k", "mean_score")),
             "promoted" if row["promoted"] else "kept",
         )
     console.print(table)
@@ -264,5 +252,5 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     console.print("  Dagster  http://127.0.0.1:3000\n  MLflow   http://127.0.0.1:5000", highlight=False)
 
 
-def _interval(estimate: dict[str, Any] | None) -> str:
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]" if estimate else "-"
+def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    return f"{before['value']:.3f} → {after['value']:.3f}" if before and after else "-"

@@ -2,17 +2,26 @@
 
 Each row's randomness is its own stream, fixed by its seed, so a draw does not depend on which other
 rows share its batch (beyond the rounding of the matrix products). Each prompt is read once, however
-many rows draw from it; finished rows leave the batch.
+many rows draw from it (shared_prefix.py), and rows that have ended make room for others. Models whose
+attention cannot be shared so are drawn from by the plain loop at the end of this file.
 
 Left out on purpose: beam search, penalties and everything else that is not a draw from a stated
 distribution; `log_q` could not be given for them.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from rsft_pipeline import devices
+
+log = logging.getLogger(__name__)
+
+# Rows at once, where memory would hold more: enough to keep the processor's matrix units busy.
+MOST_ROWS = {"cpu": 256, "cuda": 2048, "mps": 256}
 
 
 @dataclass(frozen=True)
@@ -44,46 +53,237 @@ class Shape:
     stop_ids: frozenset[int]
 
 
-def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int) -> list[Drawn]:
+def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int, batch_rows: int | None = None) -> list[Drawn]:
     """Draw one completion for each row, in the order of the rows.
+
+    Out of memory, it goes on with half as many rows at once; draws already made are kept.
 
     Args:
         model: a causal language model of Transformers, in evaluation mode.
-        rows: the batch; rows of the same prompt share its prefill.
+        rows: all draws to make; rows of the same prompt share its prefix.
         shape: temperature, top-k, top-p (applied in this order, as in Transformers), length, stops.
         pad_id: any valid token id, for padding that is masked.
+        batch_rows: rows at once; default: as many as free memory holds, see `rows_at_once`.
+
+    Raises:
+        RuntimeError: when not even one row fits into memory.
     """
     import torch
 
+    made: dict[int, Drawn] = {}
+    batch_rows = batch_rows or rows_at_once(model, rows, shape)
     with torch.inference_mode():
-        return _decode(model, rows, shape, pad_id)
+        while len(made) < len(rows):
+            waiting = [(i, row) for i, row in enumerate(rows) if i not in made]
+            try:
+                for number, drawn in _loop(model, waiting, shape, pad_id, batch_rows):
+                    made[number] = drawn
+                continue
+            except RuntimeError as error:
+                if batch_rows == 1 or not _out_of_memory(error):
+                    raise
+            # Outside the handler: a traceback would keep the failed batch's tensors alive.
+            batch_rows = min(batch_rows, len(waiting)) // 2 or 1
+            devices.release(devices.Device(model.device.type, "float32"))
+            log.warning("out of memory: going on with %d rows at once", batch_rows)
+    return [made[i] for i in range(len(rows))]
 
 
-def _decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int) -> list[Drawn]:
+def _loop(
+    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, batch_rows: int
+) -> Iterator[tuple[int, Drawn]]:
+    from rsft_pipeline import shared_prefix
+
+    try:
+        yield from shared_prefix.draw(model, draws, shape, pad_id, batch_rows)
+    except shared_prefix.Unsupported as reason:
+        log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
+        for i in range(0, len(draws), batch_rows):
+            yield from plain(model, draws[i : i + batch_rows], shape, pad_id)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def state_bytes(model: Any, tokens: int) -> int:
+    """Bytes that keys and values of `tokens` tokens take, over all layers: 2 · layers · heads · dimension · size.
+
+    A draw costs those of its longest completion, a prompt those of its tokens, whatever its draws.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * dimension * model.dtype.itemsize * tokens
+
+
+def rows_at_once(model: Any, rows: Sequence[Row], shape: Shape) -> int:
+    """Rows that free memory holds: their suffixes, their share of two prefixes per prompt, and their logits.
+
+    A tenth of what is free is left alone.
+    """
+    device = model.device.type
+    longest = max((len(row.prompt_ids) for row in rows), default=0)
+    draws = len(rows) / max(1, len({row.prompt_ids for row in rows}))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    logits = vocabulary * (model.dtype.itemsize + 4 * 4)  # as computed, and four arrays of choose() in float32
+    each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / draws + logits
+    free = devices.memory(devices.Device(device, "float32"))["free"]
+    return max(1, min(MOST_ROWS.get(device, 256), int(0.9 * free / each)))
+
+
+# --- choosing a token -------------------------------------------------------------------------
+
+
+def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
+    """One token for each row, by inverting the distribution function at the row's own uniform number.
+
+    Args:
+        logits: [rows, vocabulary].
+        u: [rows], in [0, 1).
+
+    Returns:
+        Token ids, log q and log p, each [rows].
+    """
+    logits = logits.float()
+    weights, norm = _softmax(logits)
+    if shape.top_p < 1.0 or shape.top_k is not None:
+        chosen, log_q = _choose_truncated(logits / shape.temperature, u, shape)
+    elif shape.temperature != 1.0:
+        tempered = logits / shape.temperature
+        weights, tempered_norm = _softmax(tempered)
+        chosen = _invert(weights, u)
+        log_q = _at(tempered, chosen) - tempered_norm
+    else:
+        chosen = _invert(weights, u)
+        log_q = _at(logits, chosen) - norm
+    log_p = _at(logits, chosen) - norm
+    return chosen, log_q.double(), log_p.double()
+
+
+def _softmax(logits: Any) -> tuple[Any, Any]:
+    """softmax(logits), and log Σ exp(logits) of each row.
+
+    The largest weight is exp(largest logit) / Σ exp(logits): two cheap maxima give the logarithm of
+    the sum without another pass of exponentials.
+    """
+    import torch
+
+    weights = torch.softmax(logits, dim=-1)
+    return weights, logits.amax(-1) - weights.amax(-1).log()
+
+
+def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[Any, Any]:
+    """Token ids and log q, with only the most probable tokens kept.
+
+    Args:
+        k: tokens looked at first where top-p alone decides. Nearly always they are enough, and
+            sorting the whole vocabulary costs more than everything else in a step.
+    """
+    import torch
+
+    k = min(shape.top_k or k, logits.shape[-1])
+    best, order = logits.topk(k, dim=-1)  # sorted, most probable first
+    if shape.top_p < 1.0:
+        # After top-k the probabilities are those among the k; without it, those of the whole vocabulary.
+        probabilities = (best - _softmax(best if shape.top_k else logits)[1][:, None]).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        short = before[:, -1] + probabilities[:, -1] < shape.top_p
+        best = best.masked_fill(before >= shape.top_p, -torch.inf)
+    weights, norm = _softmax(best)
+    place = _invert(weights, u)
+    chosen, log_q = _at(order, place), _at(best, place) - norm
+    if shape.top_k is None and k < logits.shape[-1] and short.any():
+        chosen[short], log_q[short] = _choose_truncated(logits[short], u[short], shape, logits.shape[-1])
+    return chosen, log_q
+
+
+def _at(values: Any, index: Any) -> Any:
+    return values.gather(-1, index[:, None]).squeeze(-1)
+
+
+BLOCK = 64
+
+
+def _invert(weights: Any, u: Any) -> Any:
+    """Index at which each row's cumulative weight first exceeds u of the total; never one of weight 0.
+
+    First the block of entries is found, then the entry in the block: two short cumulative sums in
+    float64 instead of one over the whole vocabulary.
+
+    Args:
+        weights: [rows, entries], not negative, not all 0.
+        u: float64 [rows], in [0, 1).
+    """
+    import torch
+
+    rows, entries = weights.shape
+    if entries <= BLOCK:
+        return _first_above(weights.double(), u)[0]
+    if entries % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -entries % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    block, rest = _first_above(blocks.sum(-1).double(), u)
+    inside = blocks[torch.arange(rows, device=weights.device), block]
+    return block * BLOCK + _first_above(inside.double(), rest)[0]
+
+
+def _first_above(weights: Any, u: Any) -> tuple[Any, Any]:
+    """Index of the first entry whose cumulative weight exceeds u of the total, and where in the entry u falls.
+
+    An entry of weight 0 cannot be found, however the sums are rounded: it is passed over, and u of
+    the total is kept below the largest sum.
+    """
+    import torch
+
+    sums = weights.cumsum(-1).masked_fill(weights <= 0, -1.0)
+    top = sums.amax(-1)
+    target = torch.minimum(u * top, torch.nextafter(top, torch.zeros_like(top)))
+    index = (sums > target[:, None]).byte().argmax(-1)
+    weight = _at(weights, index)
+    inside = (target - (_at(sums, index) - weight)) / weight
+    return index, inside.clamp(0.0, 1.0 - 2.0**-53)
+
+
+def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), [rows, steps]: each row from its own counter-based (Philox) stream."""
+    return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds])
+
+
+# --- the plain loop ---------------------------------------------------------------------------
+
+
+def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
+    """Draw one batch for any causal model: each row has its own copy of its prompt's keys and values.
+
+    Yields:
+        Number and result of each draw.
+    """
     import torch
     from transformers import DynamicCache
 
+    from rsft_pipeline.shared_prefix import left_padded
+
     device = model.device
+    rows = [row for _, row in draws]
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for i, prompt in enumerate(prompts):  # padded on the left, so that the next token follows the last
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    mask = mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids, mask, positions = left_padded(prompts, pad_id, device)
     cache = DynamicCache(config=model.config)
     logits = model(
-        input_ids=ids.to(device), attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
     ).logits[:, -1]
 
     owner = torch.tensor([number[row.prompt_ids] for row in rows], device=device)
     cache.batch_select_indices(owner)
     logits, mask, position = logits[owner], mask[owner], positions[owner, -1]
     u = torch.from_numpy(uniforms([row.seed for row in rows], shape.max_tokens)).to(device)
-    stops = torch.tensor(sorted(shape.stop_ids), device=device)
+    stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=device)
 
     tokens = torch.full((len(rows), shape.max_tokens), pad_id, device=device)
     lengths = torch.full((len(rows),), shape.max_tokens, device=device)
@@ -112,59 +312,7 @@ def _decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int) -> list[
         logits = model(
             input_ids=chosen[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache
         ).logits[:, -1]
-    return [
-        Drawn(row[:n], bool(end), q, p)
-        for row, n, end, q, p in zip(
-            tokens.tolist(), lengths.tolist(), stopped.tolist(), log_q.tolist(), log_p.tolist(), strict=True
-        )
-    ]
-
-
-def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
-    """One token for each row, by inverting the distribution function at the row's own uniform number.
-
-    Args:
-        logits: [rows, vocabulary].
-        u: [rows], in [0, 1).
-
-    Returns:
-        Token ids, log q and log p, each [rows].
-    """
-    import torch
-
-    raw = torch.log_softmax(logits.float(), dim=-1)
-    if shape.temperature == 1.0 and shape.top_p == 1.0 and shape.top_k is None:
-        chosen = _invert(raw.exp(), u)
-        log_p = raw.gather(-1, chosen[:, None]).squeeze(-1)
-        return chosen, log_p.double(), log_p.double()
-    tempered = logits.float() / shape.temperature
-    if shape.top_p == 1.0 and shape.top_k is None:
-        log_q_all = torch.log_softmax(tempered, dim=-1)
-        chosen = _invert(log_q_all.exp(), u)
-        log_q = log_q_all.gather(-1, chosen[:, None]).squeeze(-1)
-    else:
-        k = min(shape.top_k or tempered.shape[-1], tempered.shape[-1])
-        best, order = tempered.topk(k, dim=-1)  # sorted, most probable first
-        log_q_best = torch.log_softmax(best, dim=-1)
-        if shape.top_p < 1.0:
-            before = log_q_best.exp().cumsum(-1) - log_q_best.exp()
-            log_q_best = torch.log_softmax(best.masked_fill(before >= shape.top_p, -torch.inf), dim=-1)
-        place = _invert(log_q_best.exp(), u)
-        chosen = order.gather(-1, place[:, None]).squeeze(-1)
-        log_q = log_q_best.gather(-1, place[:, None]).squeeze(-1)
-    return chosen, log_q.double(), raw.gather(-1, chosen[:, None]).squeeze(-1).double()
-
-
-def _invert(probabilities: Any, u: Any) -> Any:
-    """Index of the first entry whose cumulative probability exceeds u; never one of probability 0."""
-    import torch
-
-    cumulative = probabilities.cumsum(-1)
-    place = torch.searchsorted(cumulative, (u * cumulative[:, -1].double()).to(cumulative.dtype)[:, None], right=True)
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-    return torch.minimum(place, last).squeeze(-1)
-
-
-def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), [rows, steps]: each row from its own counter-based (Philox) stream."""
-    return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds])
+    for (draw, _), row, n, end, q, p in zip(
+        draws, tokens.tolist(), lengths.tolist(), stopped.tolist(), log_q.tolist(), log_p.tolist(), strict=True
+    ):
+        yield draw, Drawn(row[:n], end, q, p)

@@ -41,9 +41,9 @@ def _nothing(store: Store, round_: Round) -> str:
 def no_eval_prompt(store: Store, round_: Round) -> Finding:
     """No held-out prompt is trained on, by its id, by its split, or by its text."""
     rows = store.query(
-        f"""SELECT a.candidate_id FROM ({steps.ACCEPTED}) a WHERE a.split <> 'train'
-            UNION SELECT a.candidate_id FROM ({steps.ACCEPTED}) a JOIN prompts p
-            ON p.recipe = $recipe AND p.split = 'eval' AND (p.prompt_id = a.prompt_id OR p.text = a.prompt)""",
+        f"""WITH held_out AS (SELECT prompt_id, text FROM prompts WHERE recipe = $recipe AND split = 'eval')
+            SELECT candidate_id FROM ({steps.ACCEPTED}) WHERE split <> 'train'
+                OR prompt_id IN (SELECT prompt_id FROM held_out) OR prompt IN (SELECT text FROM held_out)""",
         steps.of_training(round_),
     )
     named = ", ".join(row["candidate_id"] for row in rows[:5])

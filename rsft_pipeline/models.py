@@ -126,7 +126,9 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     what bf16 can hold would be lost otherwise.
     """
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     _check_folder(Path(path))
     model = auto_class(task).from_pretrained(
         path,

@@ -36,7 +36,7 @@ class Bootstrap(Section):
     """A small model made on this machine, so that a recipe can run without a hub."""
 
     config: dict[str, Any] = Field(
-        description="Transformers configuration: `model_type` and its sizes, e.g. {model_type: llama, hidden_size: 64, …}. "
+        description="Transformers configuration: `model_type` and its sizes, e.g. {model_type: llama, hidden_size: 64}. "
         "Vocabulary size and special tokens are filled in from the tokenizer."
     )
     corpus: str = Field(
@@ -150,7 +150,9 @@ class Sampling(Section):
     top_k: int | None = Field(None, ge=1, description="Keep the k most probable tokens.")
     max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
     stop: list[str] = Field([], description="Extra stop tokens, each exactly one token of the tokenizer.")
-    batch_size: int = Field(256, ge=1, description="Rows drawn at once; halved when memory runs out.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Rows drawn at once, halved when memory runs out; default: what free memory holds."
+    )
     wave_size: int = Field(2048, ge=1, description="Candidates persisted together; the most that a kill can cost.")
 
 
@@ -259,7 +261,7 @@ class Scoring(Section):
     scorers: list[AnyScorer] = Field(min_length=1, description="Each is recorded under its name and version.")
     combine: Literal["weighted", "all"] = Field(
         "weighted",
-        description="`weighted`: the weighted mean of the scores. `all`: 1.0 when every scorer reaches its minimum, else 0.0.",
+        description="`weighted`: the weighted mean of the scores. `all`: 1.0 when each reaches its minimum, else 0.0.",
     )
 
     @model_validator(mode="after")

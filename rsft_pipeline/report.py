@@ -53,8 +53,8 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
         if label == "champion":
             axes.step(range(len(keys)), values, style, where="post", color="#c0504d", label=label, alpha=0.8)
             continue
-        below = [value - max(s[metric]["low"], value - 10) for value, s in zip(values, summaries, strict=True)]
-        above = [min(s[metric]["high"], value + 10) - value for value, s in zip(values, summaries, strict=True)]
+        below = [s[metric]["value"] - (s[metric]["low"] or s[metric]["value"]) for s in summaries]  # None: open end
+        above = [(s[metric]["high"] or s[metric]["value"]) - s[metric]["value"] for s in summaries]
         axes.errorbar(range(len(keys)), values, [below, above], fmt=style, color="#4f7cac", capsize=3, label=label)
     axes.set(xticks=range(len(keys)), xticklabels=keys, ylabel=metric, title=f"{recipe}: held-out {metric} by round")
     rates = axes.twinx()
@@ -93,8 +93,10 @@ def candidates(store: Store, round_: "Round") -> CandidateFacts:
     )[0]
     ids = store.arrow(f"SELECT candidate_id FROM ({steps.ROUND_CANDIDATES})", parameters)["candidate_id"].to_pylist()
     shown = store.query(
-        f"""SELECT p.text AS prompt, c.text AS candidate, c.finish_reason, c.log_q FROM ({steps.ROUND_CANDIDATES}) c
-            JOIN prompts p ON p.recipe = c.recipe AND p.prompt_id = c.prompt_id ORDER BY c.candidate_id LIMIT {SHOWN}""",
+        f"""SELECT p.text AS prompt, c.text AS candidate, c.finish_reason, c.log_q
+            FROM ({steps.ROUND_CANDIDATES}) c
+            JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            ORDER BY c.candidate_id LIMIT {SHOWN}""",
         parameters,
     )
     return CandidateFacts(**facts, digest=set_digest(ids), examples=table(shown))
@@ -115,7 +117,7 @@ def scores(store: Store, round_: "Round") -> ScoreFacts:
     rows = store.query(
         f"""SELECT s.scorer, s.version, count(*) AS judged, count(*) FILTER (s.value IS NULL) AS unjudged,
                 min(s.value) AS lowest, avg(s.value) AS mean, max(s.value) AS highest
-            FROM ({steps.ROUND_CANDIDATES}) c JOIN scores s ON s.recipe = c.recipe AND s.candidate_id = c.candidate_id
+            FROM ({steps.ROUND_CANDIDATES}) c JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
             WHERE list_contains($versions, s.version) GROUP BY ALL ORDER BY s.scorer""",
         {**steps.of_round(round_), "versions": list(version_of.values())},
     )
@@ -148,9 +150,10 @@ class DecisionFacts:
 
 def decisions(store: Store, round_: "Round") -> DecisionFacts:
     """A round's decisions in numbers, by reason, and some accepted and rejected candidates side by side."""
-    of = [round_.recipe.name, round_.key]
-    joined = """decisions d JOIN candidates c ON c.recipe = d.recipe AND c.candidate_id = d.candidate_id
-        JOIN prompts p ON p.recipe = d.recipe AND p.prompt_id = d.prompt_id WHERE d.recipe = ? AND d.round = ?"""
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    here = "WHERE d.recipe = $recipe AND d.round = $round"
+    joined = f"""decisions d JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
+        JOIN prompts p ON p.prompt_id = d.prompt_id AND p.recipe = $recipe {here}"""
     numbers = store.query(
         f"""SELECT count(*) AS candidates, count(*) FILTER (d.accepted) AS accepted,
                 coalesce(avg(d.accepted::INTEGER), 0) AS rate,
@@ -159,9 +162,9 @@ def decisions(store: Store, round_: "Round") -> DecisionFacts:
                 count(DISTINCT CASE WHEN d.accepted THEN d.prompt_id END) AS prompts FROM {joined}""",
         of,
     )[0]
-    ids = store.arrow("SELECT candidate_id FROM decisions WHERE recipe = ? AND round = ? AND accepted", of)
+    ids = store.arrow(f"SELECT candidate_id FROM decisions d {here} AND accepted", of)
     reasons = store.query(
-        "SELECT reason, count(*) AS candidates FROM decisions WHERE recipe = ? AND round = ? GROUP BY ALL ORDER BY 2 DESC",
+        f"SELECT reason, count(*) AS candidates FROM decisions d {here} GROUP BY ALL ORDER BY candidates DESC",
         of,
     )
     shown = store.query(

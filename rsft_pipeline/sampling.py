@@ -89,10 +89,7 @@ def pending(plan: Sequence[Sequence[Request]], there: Collection[str]) -> Iterat
 
 
 class InProcess:
-    """The backend that draws in this process, with Transformers: loads the policy, gives its memory back.
-
-    Out of memory, it halves its batch and goes on; rows already drawn are kept.
-    """
+    """The backend that draws in this process, with Transformers: loads the policy, gives its memory back."""
 
     def __init__(self, policy: Path, task: ModuleType, device: Device):
         self.policy, self.task, self.device = policy, task, device
@@ -107,23 +104,4 @@ class InProcess:
         release(self.device)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
-        done: list[Candidate] = []
-        size = sampling.batch_size
-        while len(done) < len(requests):
-            batch = requests[len(done) : len(done) + size]
-            try:
-                done += self.task.draw(self.model, self.tokenizer, batch, sampling)
-                continue
-            except RuntimeError as error:
-                if len(batch) == 1 or not _out_of_memory(error):
-                    raise
-            # Outside the handler: a traceback would keep the failed batch's tensors alive.
-            size = len(batch) // 2
-            release(self.device)
-        return done
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+        return self.task.draw(self.model, self.tokenizer, requests, sampling)

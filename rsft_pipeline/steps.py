@@ -8,6 +8,7 @@ Every step can be repeated: what is there already is kept, and what is replaced 
 """
 
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -28,6 +29,9 @@ from rsft_pipeline.training import History, Sample, fit
 
 COMBINED = "combined"  # the scorer name of the combined score
 SCORING_BATCH = 4096  # candidates scored and persisted together
+
+# Joins are on ids alone and every table is filtered by the recipe itself: with `a.recipe = b.recipe` as a
+# join condition the planner may take it for one worth joining by, and builds the cross product.
 
 # The candidates that a round drew to be trained on. A candidate of older settings, or of a policy that
 # has been superseded since, stays in the table but is not the round's.
@@ -224,19 +228,21 @@ def score(
     version_of = versions(recipe)
     unscored = store.arrow(
         f"""SELECT c.candidate_id, c.round, c.text, c.log_p, p.text AS prompt, p.reference, p.fields
-            FROM ({candidates}) c JOIN prompts p ON p.recipe = c.recipe AND p.prompt_id = c.prompt_id
+            FROM ({candidates}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             ANTI JOIN (SELECT candidate_id FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
                        AND version = $version) s ON s.candidate_id = c.candidate_id""",
         {**parameters, "version": version_of[COMBINED]},
     )
-    done = 0
+    if not unscored.num_rows:
+        return 0
+    judges, done = scoring.judges(recipe, device), 0
     for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
         rows = batch.to_pylist()
         samples = [
             scoring.Sample(row["prompt"], row["text"], row["reference"], json.loads(row["fields"]), row["log_p"])
             for row in rows
         ]
-        values = scoring.score(recipe, samples, device)
+        values = scoring.score(judges, samples)
         combined, passed = scoring.combine(recipe.scoring, values)
         store.append(
             "scores", _score_rows(rows, recipe.name, values | {COMBINED: combined}, passed, version_of, run_id)
@@ -272,13 +278,13 @@ def scored(recipe: Recipe) -> str:
     target, joined = "c.log_p", ""
     if isinstance(recipe.acceptance, RejectionRule) and recipe.acceptance.target != "policy":
         target = "t.value"
-        joined = f"""LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = c.recipe
+        joined = f"""LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = $recipe
             AND t.scorer = '{recipe.acceptance.target}' AND t.version = '{version_of[recipe.acceptance.target]}'"""
     return f"""
         SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p,
                s.value AS score, s.passed, {target} AS target
         FROM ({ROUND_CANDIDATES}) c
-        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = c.recipe
+        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
             AND s.scorer = '{COMBINED}' AND s.version = '{version_of[COMBINED]}'
         {joined}"""
 
@@ -309,8 +315,8 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
 ACCEPTED = """
     SELECT c.candidate_id, c.token_ids, p.text AS prompt, p.chat, d.weight, d.round, d.prompt_id, p.split
     FROM decisions d
-    JOIN candidates c ON c.recipe = d.recipe AND c.candidate_id = d.candidate_id
-    JOIN prompts p ON p.recipe = d.recipe AND p.prompt_id = d.prompt_id
+    JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
+    JOIN prompts p ON p.prompt_id = d.prompt_id AND p.recipe = $recipe
     WHERE d.recipe = $recipe AND d.accepted AND d.round BETWEEN $first AND $last
 """
 
@@ -503,7 +509,7 @@ def results(store: Store, recipe: Recipe, policy: str) -> list[PromptResult]:
                 count(*) FILTER (s.value > $above AND s.passed) AS passes, avg(s.value) AS score,
                 count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
             FROM ({EVALUATION_CANDIDATES}) c
-            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = c.recipe
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
                 AND s.scorer = '{COMBINED}' AND s.version = $version
             WHERE list_contains($held_out, c.prompt_id)
             GROUP BY c.prompt_id ORDER BY c.prompt_id""",
@@ -519,17 +525,16 @@ def results(store: Store, recipe: Recipe, policy: str) -> list[PromptResult]:
 
 def conclude(store: Store, round_: Round, contest: Contest, outcome: Outcome) -> None:
     """Finish the round's record: the point from which the round counts as done."""
-    recipe = round_.recipe
     counts = store.query(
         f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
                 count(*) FILTER (d.accepted) AS accepted,
                 count(DISTINCT CASE WHEN d.accepted THEN c.prompt_id || {acceptance.normalised("c.text")} END)
                     AS distinct_accepted
             FROM ({ROUND_CANDIDATES}) c LEFT JOIN decisions d
-                ON d.recipe = c.recipe AND d.round = c.round AND d.candidate_id = c.candidate_id""",
+                ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round""",
         of_round(round_),
     )[0]
-    as_json = {role: json.dumps(asdict(summary)) for role, summary in outcome.summaries.items()}
+    as_json = {role: json.dumps(_finite(asdict(summary))) for role, summary in outcome.summaries.items()}
     rounds.finish(
         store,
         round_,
@@ -542,3 +547,10 @@ def conclude(store: Store, round_: Round, contest: Contest, outcome: Outcome) ->
         champion_eval=as_json["checkpoint" if outcome.promoted else "champion"],
         **counts,
     )
+
+
+def _finite(value):
+    """The same with None for what JSON has no number for: the open end of an interval."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

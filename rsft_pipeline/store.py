@@ -11,6 +11,7 @@ import importlib.util
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +129,7 @@ class Store:
         while True:
             try:
                 return attempt()
-            except (duckdb.TransactionException, duckdb.IOException, duckdb.Error) as error:
+            except duckdb.Error as error:
                 if not _is_conflict(error):
                     raise
                 if time.monotonic() > deadline:
@@ -162,10 +163,8 @@ def _is_conflict(error: Exception) -> bool:
 
 
 def _roll_back(cursor: duckdb.DuckDBPyConnection) -> None:
-    try:
+    with suppress(duckdb.Error):  # a failed COMMIT has rolled back already
         cursor.execute("ROLLBACK")
-    except duckdb.Error:
-        pass  # a failed COMMIT has rolled back already
 
 
 def _load(connection: duckdb.DuckDBPyConnection, extension: str) -> None:

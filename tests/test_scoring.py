@@ -162,7 +162,7 @@ def test_a_blocklist_without_entries_is_an_error(make, tmp_path):
     (tmp_path / "words.txt").write_text("\n \n")
     made = make({"kind": "blocklist", "file": "words.txt"})
     with pytest.raises(scoring.ScoringError, match="scorer 'blocklist': the blocklist has no entry"):
-        scoring.score(made, [sample("x")], CPU)
+        scoring.score(scoring.judges(made, CPU), [sample("x")])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_the_simple_scorers_through_a_recipe(make, tmp_path):
         {"kind": "answer", "match": "exact"},
     )
     samples = [sample("good", "Good"), sample("BAD"), sample("the worst"), sample("very worse", "x")]
-    assert scoring.score(made, samples, CPU) == {
+    assert scoring.score(scoring.judges(made, CPU), samples) == {
         "blocklist": [1.0, 0.0, 0.0, 0.0],
         "regex": [1.0, 1.0, 0.0, 0.0],
         "length": [1.0, 1.0, 0.0, 0.0],
@@ -220,7 +220,7 @@ def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_mo
 
     pairs = [("ab", "cdefgh"), ("a", "b"), ("x" * 20, "y" * 5), ("what?", "that is it"), ("q", "z")]
     made = make({"kind": "reward", "model": str(reward_model), "label_index": 1, "batch_size": 2})
-    rewards = scoring.score(made, [sample(c, prompt=p) for p, c in pairs], CPU)["reward"]
+    rewards = scoring.score(scoring.judges(made, CPU), [sample(c, prompt=p) for p, c in pairs])["reward"]
 
     assert rewards[2] is None  # 25 tokens do not fit, and half a text is not judged
     expected = [alone(p + c) for i, (p, c) in enumerate(pairs) if i != 2]
@@ -230,12 +230,14 @@ def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_mo
 
 def test_a_reward_model_that_cannot_be_used_is_named(make, reward_model, tmp_path):
     with pytest.raises(scoring.ScoringError, match=r"scorer 'reward': label_index is 2, but .* has 2 outputs"):
-        scoring.score(make({"kind": "reward", "model": str(reward_model), "label_index": 2}), [sample("x")], CPU)
+        scoring.score(
+            scoring.judges(make({"kind": "reward", "model": str(reward_model), "label_index": 2}), CPU), [sample("x")]
+        )
     for file in reward_model.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle, which could run code: never loaded
     with pytest.raises(scoring.ScoringError, match="safetensors"):
-        scoring.score(make({"kind": "reward", "model": "."}), [sample("x")], CPU)
+        scoring.score(scoring.judges(make({"kind": "reward", "model": "."}), CPU), [sample("x")])
 
 
 # --- many samples, one that fails -------------------------------------------------------------
@@ -255,7 +257,7 @@ def mine(make, tmp_path):
 def test_a_sample_on_which_a_scorer_fails_gets_none_and_shifts_no_other(mine, caplog):
     made = mine("return [1 / int(s.completion) for s in samples]")
     with caplog.at_level(logging.WARNING):
-        scores = scoring.score(made, [sample(c) for c in ("1", "0", "2", "?", "4")], CPU)
+        scores = scoring.score(scoring.judges(made, CPU), [sample(c) for c in ("1", "0", "2", "?", "4")])
     assert scores == {"mine": [1.0, None, 0.5, None, 0.25]}
     assert [r.getMessage() for r in caplog.records][1:] == [
         "scorer 'mine' cannot judge 2 of 5 samples; sample 1: ZeroDivisionError('division by zero')"
@@ -265,7 +267,7 @@ def test_a_sample_on_which_a_scorer_fails_gets_none_and_shifts_no_other(mine, ca
 def test_a_scorer_that_fails_on_everything_is_an_error_and_not_a_column_of_none(mine):
     made = mine("return nothing")
     with pytest.raises(scoring.ScoringError, match="'mine' failed on every one of 2 samples: NameError"):
-        scoring.score(made, [sample("a"), sample("b")], CPU)
+        scoring.score(scoring.judges(made, CPU), [sample("a"), sample("b")])
 
 
 @pytest.mark.parametrize(
@@ -280,13 +282,13 @@ def test_a_scorer_that_fails_on_everything_is_an_error_and_not_a_column_of_none(
 )
 def test_a_scorer_that_breaks_the_contract_is_named(mine, body, message):
     with pytest.raises(scoring.ScoringError, match=message):
-        scoring.score(mine(body), [sample("a"), sample("b")], CPU)
+        scoring.score(scoring.judges(mine(body), CPU), [sample("a"), sample("b")])
 
 
 def test_the_sample_that_breaks_the_contract_is_named_by_its_place_in_the_whole(mine):
     made = mine("return [float('nan') if s.completion == 'n' else 1 / int(s.completion) for s in samples]")
     with pytest.raises(scoring.ScoringError, match="returned nan for sample 2"):
-        scoring.score(made, [sample("1"), sample("0"), sample("n")], CPU)
+        scoring.score(scoring.judges(made, CPU), [sample("1"), sample("0"), sample("n")])
 
 
 def test_a_function_sees_everything_of_a_sample_and_its_arguments(make, tmp_path):
@@ -295,11 +297,11 @@ def test_a_function_sees_everything_of_a_sample_and_its_arguments(make, tmp_path
         "    return [factor * len(s.prompt + s.completion + s.reference) + s.fields['n'] + s.log_p for s in samples]\n"
     )
     made = make({"kind": "function", "function": "judges:judge", "arguments": {"factor": 10}})
-    assert scoring.score(made, [Sample("ab", "c", "d", {"n": 3}, -0.5)], CPU) == {"function": [42.5]}
+    assert scoring.score(scoring.judges(made, CPU), [Sample("ab", "c", "d", {"n": 3}, -0.5)]) == {"function": [42.5]}
 
 
 def test_no_samples_no_scores(mine):
-    assert scoring.score(mine("return [1 / len(samples)]"), [], CPU) == {"mine": []}
+    assert scoring.score(scoring.judges(mine("return [1 / len(samples)]"), CPU), []) == {"mine": []}
 
 
 # --- combined -----------------------------------------------------------------------------------

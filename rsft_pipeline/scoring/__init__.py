@@ -43,20 +43,26 @@ class Sample:
 Judge = Callable[[Sequence[Sample]], list[float | None]]
 
 
-def score(recipe: Recipe, samples: Sequence[Sample], device: Device) -> dict[str, list[float | None]]:
+def judges(recipe: Recipe, device: Device) -> dict[str, Judge]:
+    """The recipe's scorers by label, with what they need loaded: make them once, use them for every batch.
+
+    Raises:
+        ScoringError: a scorer that cannot be made.
+    """
+    return {config.label: scorer(config, recipe, device) for config in recipe.scoring.scorers}
+
+
+def score(judges: dict[str, Judge], samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """The scores by scorer label; each list is as long as `samples` and in their order.
 
     A scorer that raises is asked again sample by sample, and those on which it still fails get None, with the
-    first reason logged. Models are loaded once per call: score many samples at a time.
+    first reason logged.
 
     Raises:
-        ScoringError: a scorer that cannot be made, fails on every one of several samples, or returns
-            anything but one finite number or None for each.
+        ScoringError: a scorer that fails on every one of several samples, or returns anything but one finite
+            number or None for each.
     """
-    return {
-        config.label: _judged(config.label, scorer(config, recipe, device), samples)
-        for config in recipe.scoring.scorers
-    }
+    return {label: _judged(label, judge, samples) for label, judge in judges.items()}
 
 
 def combine(scoring: Scoring, scores: dict[str, list[float | None]]) -> tuple[list[float | None], list[bool]]:

@@ -27,7 +27,7 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     stop_ids = set(models.stop_ids(model, tokenizer)) | _stop_tokens(tokenizer, sampling.stop)
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, frozenset(stop_ids))
     rows = [Row(request.prompt_ids, request.seed) for request in requests]
-    drawn = decode(model, rows, shape, tokenizer.pad_token_id)
+    drawn = decode(model, rows, shape, tokenizer.pad_token_id, sampling.batch_size)
     texts = tokenizer.batch_decode(
         [one.token_ids[:-1] if one.stopped else one.token_ids for one in drawn], skip_special_tokens=True
     )

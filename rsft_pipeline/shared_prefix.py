@@ -1,0 +1,559 @@
+"""Shared-prefix decoding: a prompt is read once, and all its draws attend to that one reading.
+
+Belongs here: the loop that keeps many draws going at once, the keys and values it keeps, and the
+attention over them. Does not: what a draw is and how a token is chosen (decoding.py).
+
+A *row* is a draw that is under way. Its keys and values are its own *suffix*, preallocated; those of
+its prompt, the *prefix*, are kept once for all rows of the prompt. Attention is the sum over the two
+parts, each normalised by itself and weighted by its share of the normaliser (the log-sum-exp merge of
+FlashAttention, Dao et al. 2022; sharing the prefix so is Hydragen, Juravsky et al. 2024). For the
+prefix the queries of all rows of a prompt meet its keys in one matrix product.
+
+The model runs as Transformers wrote it, layer by layer: only its cache and its attention function are
+ours, through `Cache` and `AttentionInterface`.
+
+This module imports torch and transformers; import it inside functions.
+"""
+
+import contextlib
+import inspect
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID253
+from transformers import (  # noqa: TID253
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import (  # noqa: TID253
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
+from transformers.masking_utils import sdpa_mask  # noqa: TID253
+
+from rsft_pipeline.decoding import Drawn, Row, Shape, choose, uniforms
+
+log = logging.getLogger(__name__)
+
+NAME = "rsft_shared_prefix"
+HIDDEN = -1e30  # the score of a key that must not be seen; finite, so that an empty prefix makes no NaN
+PREFILL_TOKENS = 8192  # most tokens of prompts read in one forward pass
+PREFILL_PADDING = 1.25  # longest over shortest prompt of such a pass
+STRIDE = 8  # steps on a GPU between two looks at which rows have ended: a look makes the host wait
+
+
+class Unsupported(Exception):
+    """The model's attention is not one that this module computes."""
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+
+class SharedPrefixLayer(CacheLayerMixin):
+    """Keys and values of one layer: a prefix for each place, aligned right, and a suffix for each row.
+
+    Shapes: prefix [places, heads, longest prompt, dimension], suffix [rows, heads, tokens, dimension].
+    """
+
+    is_compileable = False
+
+    def __init__(self, cache: "SharedPrefixCache", window: int | None):
+        super().__init__()
+        self.cache, self.window = cache, window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for heads and dimension like those given, each [any, heads, any, dimension]."""
+
+        def empty(states: torch.Tensor, number: int, tokens: int) -> torch.Tensor:
+            return states.new_zeros(number, states.shape[1], tokens, states.shape[3])
+
+        places, rows, longest, tokens = self.cache.sizes
+        self.prefix_keys, self.prefix_values = empty(key_states, places, longest), empty(value_states, places, longest)
+        self.keys, self.values = empty(key_states, rows, tokens), empty(value_states, rows, tokens)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
+        """Store the rows' newest keys and values, each [rows, heads, 1, dimension]; returns their suffixes."""
+        cache, rows = self.cache, len(key_states)
+        self.keys[cache.every_row[:rows], :, cache.age[:rows]] = key_states[:, :, 0]
+        self.values[cache.every_row[:rows], :, cache.age[:rows]] = value_states[:, :, 0]
+        return self.keys[:rows, :, : cache.span], self.values[:rows, :, : cache.span]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.span, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.span
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SharedPrefixCache(Cache):
+    """Prefixes and suffixes of all layers, and who sees what in the coming step.
+
+    Args:
+        windows: sliding window of each layer, in tokens; None where it sees everything.
+        places: prompts kept at once.
+        rows: draws kept at once.
+        longest: tokens of the longest prompt.
+        tokens: longest suffix.
+    """
+
+    def __init__(
+        self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
+    ):
+        self.sizes = (places, rows, longest, tokens)
+        self.every_row = torch.arange(rows, device=device)
+        self.columns = torch.arange(max(longest, tokens), device=device)
+        self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in each suffix
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
+        self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
+        super().__init__(layers=[SharedPrefixLayer(self, window) for window in windows])
+
+    def keep_prefix(self, place: int, read: DynamicCache, row: int) -> None:
+        """Keep the keys and values of one row of a batch of prompts, padded on the left, as a prefix."""
+        for layer, source in zip(self.layers, read.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+            width = min(source.keys.shape[2], self.sizes[2])
+            layer.prefix_keys[place, :, self.sizes[2] - width :] = source.keys[row, :, source.keys.shape[2] - width :]
+            layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[
+                row, :, source.values.shape[2] - width :
+            ]
+
+    def move_places(self, source: list[int], target: list[int]) -> None:
+        self.length[target] = self.length[source]
+        for layer in self.layers:
+            layer.prefix_keys[target] = layer.prefix_keys[source]
+            layer.prefix_values[target] = layer.prefix_values[source]
+
+    def move_rows(self, source: list[int], target: list[int], span: int) -> None:
+        self.age[target], self.position[target] = self.age[source], self.position[source]
+        for layer in self.layers:
+            layer.keys[target, :, :span] = layer.keys[source, :, :span]
+            layer.values[target, :, :span] = layer.values[source, :, :span]
+
+    def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
+        """Arrange the rows in a grid [places, most rows of a place], so that a prompt's rows lie together.
+
+        Args:
+            prefix: tokens of the longest prompt among the places.
+        """
+        owner = np.asarray(place_of_row)
+        counts = np.bincount(owner, minlength=places)
+        order = np.argsort(owner, kind="stable")
+        number = np.empty(len(owner), dtype=np.int64)  # of the row among its prompt's rows
+        number[order] = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.grid_shape = (places, int(counts.max()))
+        seats = owner * self.grid_shape[1] + number
+        grid = np.zeros(places * self.grid_shape[1], dtype=np.int64)  # an empty seat computes row 0 for nobody
+        grid[seats] = np.arange(len(owner))
+        self.grid, self.seats = torch.from_numpy(grid).to(device), torch.from_numpy(seats).to(device)
+        self.prefix = prefix
+        # Position of each prefix column in its prompt; negative where there is padding.
+        self.prefix_positions = self.columns[:prefix] - prefix + self.length[:places, None]
+
+    def look(self, rows: int, span: int, even: bool) -> None:
+        """Work out who sees what in the coming step.
+
+        Args:
+            rows: how many there are.
+            span: tokens of the longest suffix, the coming one included.
+            even: whether all suffixes are equally long.
+        """
+        self.span = span
+        self.prefix_bias: dict[int | None, torch.Tensor] = {}
+        self.suffix_bias: dict[int | None, torch.Tensor | None] = {}
+        age, position = self.age[:rows, None], self.position[:rows]
+        distance = age - self.columns[:span]  # of each suffix column from the newest token
+        for window in {layer.window for layer in self.layers}:
+            hidden = self.prefix_positions[:, None] < 0  # [places, 1, prefix]
+            if window is not None:
+                seated = position[self.grid].view(*self.grid_shape, 1)
+                hidden = hidden | (self.prefix_positions[:, None] <= seated - window)
+            self.prefix_bias[window] = _bias(hidden)[:, None, :, None]  # [places, 1, 1 or seats, 1, prefix]
+            if even and (window is None or span <= window):
+                self.suffix_bias[window] = None
+            else:
+                hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+                self.suffix_bias[window] = _bias(hidden)[:, None, None]  # [rows, 1, 1, span]
+
+
+def _bias(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, HIDDEN)
+
+
+# --- attention --------------------------------------------------------------------------------
+
+
+# What models hand to their attention function that does not change its result for a single query.
+IGNORED = {"dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position", "output_attentions"}
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    shared_prefix: SharedPrefixCache | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token of each row to its prompt's prefix and its own suffix.
+
+    Without `shared_prefix` a prompt is being read: then it is Transformers' SDPA.
+
+    Args:
+        query: [rows, query heads, 1, dimension].
+        key: [rows, heads, span, dimension], and value likewise: the suffixes.
+
+    Returns:
+        [rows, 1, query heads, dimension], and no weights.
+
+    Raises:
+        Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
+    """
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if others := sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED):
+        raise Unsupported(f"its attention takes {', '.join(others)}")
+    cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
+    (rows, heads, _, _), kv_heads, dimension = query.shape, key.shape[1], value.shape[-1]
+    (places, seats), group = cache.grid_shape, heads // kv_heads
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = (query * scaling).view(rows, kv_heads, group, -1)
+
+    scores = query @ key.transpose(-1, -2)  # [rows, kv heads, group, span]
+    bias = cache.suffix_bias[layer.window]
+    own, own_norm = _weighted(scores if bias is None else scores.add_(bias), value)
+
+    keys, values = layer.prefix_keys[:places, :, -cache.prefix :], layer.prefix_values[:places, :, -cache.prefix :]
+    seated = query[cache.grid].view(places, seats, kv_heads, -1).transpose(1, 2)
+    scores = seated.reshape(places, kv_heads, seats * group, -1) @ keys.transpose(-1, -2)
+    scores.view(places, kv_heads, seats, group, -1).add_(cache.prefix_bias[layer.window])
+    shared, shared_norm = _weighted(scores, values)
+    shared = shared.view(places, kv_heads, seats, group, dimension).transpose(1, 2).flatten(0, 1)[cache.seats]
+    shared_norm = shared_norm.view(places, kv_heads, seats, group, 1).transpose(1, 2).flatten(0, 1)[cache.seats]
+
+    merged = torch.lerp(own, shared, torch.sigmoid(shared_norm - own_norm).to(own.dtype))
+    return merged.view(rows, 1, heads, dimension), None
+
+
+def _weighted(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scores) @ values, and log Σ exp(scores) as [..., 1].
+
+    The largest weight is exp(largest score) / Σ exp(scores): two cheap maxima give the logarithm of
+    the sum without a second pass of exponentials.
+    """
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    norm = scores.amax(-1, keepdim=True).float() - weights.amax(-1, keepdim=True).log()
+    return weights.to(values.dtype) @ values, norm
+
+
+def _mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """Where prompts are read, Transformers' mask for SDPA; a step of single tokens needs none."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def _attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """The model with our attention function; afterwards with its own again."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def windows(model: Any) -> list[int | None]:
+    """Sliding window of each of the model's layers.
+
+    Raises:
+        Unsupported: naming what the model does that this module does not compute.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.is_backend_compatible():
+        raise Unsupported("it does not take its attention from Transformers' AttentionInterface")
+    if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise Unsupported("it is not a decoder that takes position ids")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise Unsupported("it attends in chunks")
+    found = []
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise Unsupported(f"it keeps a {type(layer).__name__}")
+        found.append(getattr(layer, "sliding_window", None))
+    return found
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+def draw(
+    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, rows: int
+) -> Iterator[tuple[int, Drawn]]:
+    """Make the draws, `rows` at once: number and result of each, in the order in which they end.
+
+    Raises:
+        Unsupported: naming what the model does that this module does not compute.
+    """
+    loop = Loop(model, draws, shape, pad_id, rows)
+    with _attention_of(model):
+        yield from loop.run()
+
+
+class Loop:
+    """Draws under way. Rows that end leave, waiting draws take their places, until none waits.
+
+    What a row is made of lies at the row's index in each tensor; rows and places are kept without
+    holes, the last one moving into a hole. The host knows every suffix's length without asking the
+    device, so that between two looks at which rows have ended nothing waits.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, capacity: int
+    ):
+        """Args:
+        draws: number and row of each draw to make.
+        capacity: rows at once.
+        """
+        self.model, self.shape, self.pad_id, self.device = model, shape, pad_id, model.device
+        by_prompt: dict[tuple[int, ...], deque[tuple[int, Row]]] = {}
+        for number, row in draws:
+            by_prompt.setdefault(row.prompt_ids, deque()).append((number, row))
+        self.unread = deque(by_prompt.items())  # prompts not read yet, with their draws
+        self.capacity = capacity = min(capacity, len(draws))
+        most = max(map(len, by_prompt.values()))
+        # Twice the prompts that fill all rows: a few prompts' stragglers must not keep others out.
+        self.places = min(len(by_prompt), 2 * -(-capacity // most))
+        longest = max(map(len, by_prompt))
+        self.cache = SharedPrefixCache(
+            [None if w is None or longest + shape.max_tokens <= w else w for w in windows(model)],
+            self.places,
+            capacity,
+            longest,
+            max(1, shape.max_tokens - 1),
+            self.device,
+        )
+
+        def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
+
+        self.token = zeros(capacity, dtype=torch.long)
+        self.alive = zeros(capacity, dtype=torch.bool)
+        self.stopped = zeros(capacity, dtype=torch.bool)
+        self.drawn = zeros(capacity, dtype=torch.long)
+        self.log_q = zeros(capacity, dtype=torch.float64)
+        self.log_p = zeros(capacity, dtype=torch.float64)
+        self.u = zeros(capacity, shape.max_tokens, dtype=torch.float64)
+        self.tokens = zeros(capacity, shape.max_tokens, dtype=torch.long)
+        self.stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=self.device)
+        # The host's side: for each row its draw's number, its place and its age; for each place its prompt.
+        self.number: list[int] = []
+        self.place: list[int] = []
+        self.age: list[int] = []
+        self.prompts: list[tuple[int, deque[tuple[int, Row]], torch.Tensor]] = []
+
+    def run(self) -> Iterator[tuple[int, Drawn]]:
+        """Number and result of each draw, as it ends."""
+        while self.unread or self.prompts:
+            self._admit()
+            yield from self._release()
+            if self.number:
+                left = self.shape.max_tokens - 1 - max(self.age)
+                for _ in range(min(left, STRIDE) if self.device.type == "cuda" else 1):
+                    self._step()
+                yield from self._release()
+
+    def _step(self) -> None:
+        """One more token for every row."""
+        rows, cache = len(self.number), self.cache
+        cache.look(rows, max(self.age) + 1, min(self.age) == max(self.age))
+        logits = self.model(
+            input_ids=self.token[:rows, None],
+            position_ids=cache.position[:rows, None],
+            past_key_values=cache,
+            use_cache=True,
+            shared_prefix=cache,
+        ).logits[:, -1]
+        cache.age[:rows] += 1
+        cache.position[:rows] += 1
+        self.age = [age + 1 for age in self.age]
+        self._take(logits, slice(0, rows))
+
+    def _take(self, logits: torch.Tensor, rows: slice) -> None:
+        """Choose each row's next token and note it, where the row has not ended."""
+        alive, age = self.alive[rows], self.cache.age[rows]
+        chosen, log_q, log_p = choose(logits, self.u[rows].gather(1, age[:, None])[:, 0], self.shape)
+        self.token[rows] = chosen
+        self.tokens[rows].scatter_(1, age[:, None], chosen[:, None])
+        self.log_q[rows] += log_q.where(alive, 0.0)
+        self.log_p[rows] += log_p.where(alive, 0.0)
+        self.drawn[rows] += alive
+        stopped = torch.isin(chosen, self.stops)
+        self.stopped[rows] |= stopped & alive
+        self.alive[rows] &= ~stopped & (age + 1 < self.shape.max_tokens)
+
+    def _release(self) -> Iterator[tuple[int, Drawn]]:
+        """Take the rows out that have ended, and the prompts that have no more rows."""
+        alive = self.alive[: len(self.number)].tolist()  # the host waits here
+        ended = [row for row, living in enumerate(alive) if not living]
+        if not ended:
+            return
+        results = zip(
+            self.tokens[ended].tolist(),
+            self.drawn[ended].tolist(),
+            self.stopped[ended].tolist(),
+            self.log_q[ended].tolist(),
+            self.log_p[ended].tolist(),
+            strict=True,
+        )
+        yield from (
+            (self.number[row], Drawn(tokens[:drawn], stopped, log_q, log_p))
+            for row, (tokens, drawn, stopped, log_q, log_p) in zip(ended, results, strict=True)
+        )
+        source, target = _moves(alive)
+        self.number, self.place, self.age = (
+            _moved(values, source, target, sum(alive)) for values in (self.number, self.place, self.age)
+        )
+        if source:
+            self.cache.move_rows(source, target, max(self.age))
+            for state in (
+                self.token,
+                self.alive,
+                self.stopped,
+                self.drawn,
+                self.log_q,
+                self.log_p,
+                self.u,
+                self.tokens,
+            ):
+                state[target] = state[source]
+
+        present = set(self.place)
+        needed = [i in present or bool(waiting) for i, (_, waiting, _) in enumerate(self.prompts)]
+        source, target = _moves(needed)
+        self.prompts = _moved(self.prompts, source, target, sum(needed))
+        if source:
+            self.cache.move_places(source, target)
+            renamed = dict(zip(source, target, strict=True))
+            self.place = [renamed.get(place, place) for place in self.place]
+        if self.number:
+            self._seat()
+
+    def _admit(self) -> None:
+        """Start waiting draws in the free rows, reading further prompts once enough rows are free."""
+        room = self.capacity - len(self.number)
+        room -= self._start(room)
+        if self.unread and len(self.prompts) < self.places and room >= max(1, self.capacity // 8):
+            wanted, promised = [], 0
+            while self.unread and len(self.prompts) + len(wanted) < self.places and promised < room:
+                wanted.append(self.unread.popleft())
+                promised += len(wanted[-1][1])
+            for batch in _batches(wanted):
+                self._read(batch)
+            self._start(room)
+
+    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Row]]]]) -> None:
+        """Read prompts in one forward pass, padded on the left, and keep their prefixes."""
+        ids, mask, positions = left_padded([ids for ids, _ in prompts], self.pad_id, self.device)
+        read = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=read,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for row, (prompt, waiting) in enumerate(prompts):
+            self.cache.keep_prefix(len(self.prompts), read, row)
+            self.cache.length[len(self.prompts)] = len(prompt)
+            self.prompts.append((len(prompt), waiting, logits[row]))
+
+    def _start(self, room: int) -> int:
+        """Start up to `room` waiting draws of the prompts that have been read: how many it were."""
+        first = len(self.number)
+        seeds, logits = [], []
+        for place, (_, waiting, next_logits) in enumerate(self.prompts):
+            while waiting and len(seeds) < room:
+                number, row = waiting.popleft()
+                self.number.append(number)
+                self.place.append(place)
+                self.age.append(0)
+                seeds.append(row.seed)
+                logits.append(next_logits)
+        if not seeds:
+            return 0
+        rows = slice(first, len(self.number))
+        self.u[rows] = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
+        self.cache.age[rows] = 0
+        self.cache.position[rows] = self.cache.length[self.place[rows]]
+        self.drawn[rows] = 0
+        self.alive[rows], self.stopped[rows] = True, False
+        self.log_q[rows], self.log_p[rows] = 0.0, 0.0
+        self._take(torch.stack(logits), rows)
+        self._seat()
+        return len(seeds)
+
+    def _seat(self) -> None:
+        longest = max(length for length, _, _ in self.prompts)
+        self.cache.seat(self.place, len(self.prompts), longest, self.device)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, mask and position ids of prompts, each int64 [prompts, longest].
+
+    Padded on the left, so that the next token follows the last.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    mask = mask.to(device)
+    return ids.to(device), mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _batches(prompts: list[tuple[tuple[int, ...], Any]]) -> Iterator[list[tuple[tuple[int, ...], Any]]]:
+    """Prompts to be read together: of like length, and not more tokens than fit."""
+    batch: list[tuple[tuple[int, ...], Any]] = []
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt[0])):
+        length = len(prompt[0])
+        if batch and (length > PREFILL_PADDING * len(batch[0][0]) or length * (len(batch) + 1) > PREFILL_TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    yield batch
+
+
+def _moves(kept: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """From where to where the last kept entries move, so that the first ones are kept and no hole is left."""
+    number = sum(kept)
+    holes = [i for i in range(number) if not kept[i]]
+    return [i for i in range(number, len(kept)) if kept[i]], holes
+
+
+def _moved(values: list, source: list[int], target: list[int], number: int) -> list:
+    values = list(values)
+    for i, j in zip(source, target, strict=True):
+        values[j] = values[i]
+    return values[:number]
