@@ -7,7 +7,7 @@ sampling keeps the right answers, and only those are trained on.
 import random
 from collections.abc import Iterator
 
-LARGEST = 99
+LARGEST = 49
 CARELESS = 0.6  # share of warm-up answers that are off by a little
 
 

@@ -21,10 +21,14 @@ class Accelerator(dg.ConfigurableResource):
     kind: str = Field("auto", description="auto, cpu, cuda or mps.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
 
+    def device(self) -> Device:
+        """The device, without holding it."""
+        return resolve(self.kind, self.dtype)
+
     @contextmanager
     def lease(self, log) -> Iterator[Device]:
         """The device, for the length of the `with`; a GPU is locked against this home's other processes."""
-        device = resolve(self.kind, self.dtype)
+        device = self.device()
         with _alone(device):
             try:
                 yield device

@@ -151,31 +151,31 @@ def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
         Token ids, log q and log p, each [rows].
     """
     logits = logits.float()
-    weights, norm = _softmax(logits)
+    weights, norm = softmax(logits)
     if shape.top_p < 1.0 or shape.top_k is not None:
         chosen, log_q = _choose_truncated(logits / shape.temperature, u, shape)
     elif shape.temperature != 1.0:
         tempered = logits / shape.temperature
-        weights, tempered_norm = _softmax(tempered)
+        weights, tempered_norm = softmax(tempered)
         chosen = _invert(weights, u)
-        log_q = _at(tempered, chosen) - tempered_norm
+        log_q = _at(tempered, chosen) - tempered_norm[:, 0]
     else:
         chosen = _invert(weights, u)
-        log_q = _at(logits, chosen) - norm
-    log_p = _at(logits, chosen) - norm
+        log_q = _at(logits, chosen) - norm[:, 0]
+    log_p = _at(logits, chosen) - norm[:, 0]
     return chosen, log_q.double(), log_p.double()
 
 
-def _softmax(logits: Any) -> tuple[Any, Any]:
-    """softmax(logits), and log Σ exp(logits) of each row.
+def softmax(scores: Any) -> tuple[Any, Any]:
+    """softmax(scores) in float32, and log Σ exp(scores) as [..., 1], over the last dimension.
 
-    The largest weight is exp(largest logit) / Σ exp(logits): two cheap maxima give the logarithm of
+    The largest weight is exp(largest score) / Σ exp(scores): two cheap maxima give the logarithm of
     the sum without another pass of exponentials.
     """
     import torch
 
-    weights = torch.softmax(logits, dim=-1)
-    return weights, logits.amax(-1) - weights.amax(-1).log()
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    return weights, scores.amax(-1, keepdim=True).float() - weights.amax(-1, keepdim=True).log()
 
 
 def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[Any, Any]:
@@ -191,13 +191,13 @@ def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[
     best, order = logits.topk(k, dim=-1)  # sorted, most probable first
     if shape.top_p < 1.0:
         # After top-k the probabilities are those among the k; without it, those of the whole vocabulary.
-        probabilities = (best - _softmax(best if shape.top_k else logits)[1][:, None]).exp()
+        probabilities = (best - softmax(best if shape.top_k else logits)[1]).exp()
         before = probabilities.cumsum(-1) - probabilities
         short = before[:, -1] + probabilities[:, -1] < shape.top_p
         best = best.masked_fill(before >= shape.top_p, -torch.inf)
-    weights, norm = _softmax(best)
+    weights, norm = softmax(best)
     place = _invert(weights, u)
-    chosen, log_q = _at(order, place), _at(best, place) - norm
+    chosen, log_q = _at(order, place), _at(best, place) - norm[:, 0]
     if shape.top_k is None and k < logits.shape[-1] and short.any():
         chosen[short], log_q[short] = _choose_truncated(logits[short], u[short], shape, logits.shape[-1])
     return chosen, log_q

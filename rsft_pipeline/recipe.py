@@ -36,8 +36,8 @@ class Bootstrap(Section):
     """A small model made on this machine, so that a recipe can run without a hub."""
 
     config: dict[str, Any] = Field(
-        description="Transformers configuration: `model_type` and its sizes, e.g. {model_type: llama, hidden_size: 64}. "
-        "Vocabulary size and special tokens are filled in from the tokenizer."
+        description="Transformers configuration: `model_type` and its sizes, e.g. {model_type: llama}; "
+        "vocabulary size and special tokens are filled in from the tokenizer."
     )
     corpus: str = Field(
         description="Warm-up text: `module:function` that yields {prompt, completion} rows, or a JSONL file of them. "

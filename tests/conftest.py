@@ -1,0 +1,87 @@
+"""What the tests share: a home of their own, and recipes that run in seconds on two-layer models."""
+
+import textwrap
+
+import pytest
+import yaml
+
+from rsft_pipeline.recipe import load
+
+FUNCTIONS = '''
+def letters():
+    """Prompts: two letters to continue. The reference is the second letter."""
+    for a in "abcdefghij":
+        for b in "abcdefghij":
+            yield {"question": a + b, "answer": b}
+
+
+def babble():
+    """Warm-up: the next letter is the last one again half of the time, else another."""
+    import random
+
+    chance = random.Random(0)
+    for _ in range(6):
+        for row in letters():
+            answer = row["answer"] if chance.random() < 0.5 else chance.choice("abcdefghij")
+            yield {"prompt": row["question"], "completion": answer}
+'''
+
+RECIPE = """
+description: Repeat the last letter.
+model:
+  source: bootstrap
+  bootstrap:
+    config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+             num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 16}
+    corpus: letters:babble
+    tokenizer: characters
+    steps: 60
+    batch_size: 64
+    learning_rate: 0.01
+prompts:
+  source: letters:letters
+  template: "{question}"
+  reference: answer
+  eval_fraction: 0.3
+sampling: {draws: 6, max_tokens: 2, wave_size: 120}
+scoring:
+  scorers:
+    - {kind: answer, match: exact}
+acceptance: {rule: threshold, threshold: 0.5, cap: 2}
+training: {epochs: 4, batch_size: 16, learning_rate: 0.005, save_every: 2}
+evaluation: {draws: 8, k: 4}
+largest_share: 0.5
+stop: {rounds: 5}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home that the environment names."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("RSFT_HOME", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Write a recipe file: the small one with sections replaced. Returns its path."""
+
+    def write(name="letters_loop", **sections):
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        (folder / "letters.py").write_text(textwrap.dedent(FUNCTIONS))
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(RECIPE), **sections}, allow_unicode=True))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe(write_recipe):
+    """The small recipe, loaded."""
+    return load(write_recipe())

@@ -1,0 +1,59 @@
+"""The architecture of the folder tree: imports go one way, and the method stands without Dagster."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOWNWARDS = ["cli", "definitions", "automation", "assets", "resources", "rsft_pipeline"]
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def files_of(layer: str) -> list[Path]:
+    return [ROOT / f"{layer}.py"] if layer == "definitions" else sorted((ROOT / layer).rglob("*.py"))
+
+
+def test_imports_go_down_the_list_only():
+    for i, layer in enumerate(DOWNWARDS):
+        assert files_of(layer), layer
+        for file in files_of(layer):
+            upwards = imports(file) & set(DOWNWARDS[:i])
+            assert not upwards, f"{file.relative_to(ROOT)} imports {sorted(upwards)}, which stand above it"
+
+
+def test_the_method_imports_no_dagster_and_no_mlflow():
+    for file in files_of("rsft_pipeline"):
+        assert not imports(file) & {"dagster", "mlflow"}, file
+
+
+def test_the_method_works_where_dagster_mlflow_and_duckdb_are_not_installed():
+    code = """
+import sys
+for absent in ("dagster", "mlflow", "duckdb"):
+    sys.modules[absent] = None
+from rsft_pipeline import decoding, devices, models, sampling, scoring, training
+from rsft_pipeline.tasks import causal
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_loading_the_definitions_loads_no_model_library():
+    code = """
+import sys
+import definitions
+definitions.defs()
+assert not {"mlflow", "torch", "transformers", "datasets"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,101 @@
+"""Recipes: what is wrong is said with file, field, expectation and the nearest name, before anything runs."""
+
+import jsonschema
+import pytest
+import yaml
+
+from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, find, load
+
+
+def changed(write_recipe, **sections):
+    with pytest.raises(RecipeError) as caught:
+        load(write_recipe(**sections))
+    return str(caught.value)
+
+
+def test_every_recipe_of_the_project_loads_and_satisfies_its_own_schema():
+    files = sorted(RECIPES.glob("*.yaml"))
+    assert files
+    for file in files:
+        assert load(file).name == file.stem
+        jsonschema.validate(yaml.safe_load(file.read_text()), Recipe.model_json_schema())
+
+
+def test_every_field_is_described():
+    def undescribed(schema):
+        return [
+            f"{name}.{field}"
+            for name, section in schema["$defs"].items()
+            for field, value in section["properties"].items()
+            if field not in ("kind", "rule") and "description" not in value
+        ]
+
+    assert undescribed(Recipe.model_json_schema()) == []
+
+
+def test_a_wrong_key_is_named_with_file_path_and_nearest_name(write_recipe):
+    message = changed(write_recipe, sampling={"drawz": 4})
+    assert "letters_loop.yaml" in message
+    assert "sampling.drawz: unknown field. Did you mean 'draws'? Expected one of: batch_size, draws" in message
+
+
+def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(write_recipe):
+    message = changed(write_recipe, acceptance={"rule": "top_k", "k": 1, "threshold": 3})
+    assert "acceptance.top_k.threshold: unknown field" in message
+    assert "Expected one of: cap, distinct, k, rule" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"sampling": {"draws": "many"}}, "sampling.draws: Input should be a valid integer"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature: Input should be greater than 0 (got 0)"),
+        ({"acceptance": {"rule": "treshold"}}, "got 'treshold'. Did you mean 'threshold'?"),
+        ({"training": {"start": "champ"}}, "training.start: got 'champ'. Did you mean 'champion'?"),
+        ({"scoring": {"scorers": []}}, "scoring.scorers: List should have at least 1 item"),
+        ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold.threshold: this field is required"),
+        ({"model": {"source": "bootstrap"}}, "go together"),
+        ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
+        ({"acceptance": {"rule": "rejection", "target": "teacher"}}, "expected one of policy, answer"),
+        ({"scoring": {"scorers": [{"kind": "regex", "pattern": "("}]}}, "is not a regular expression"),
+    ],
+)
+def test_a_wrong_value_says_what_was_expected(write_recipe, sections, expected):
+    assert expected in changed(write_recipe, **sections)
+
+
+def test_yaml_that_is_broken_or_no_mapping_is_said_so(tmp_path):
+    for text, expected in (("a: [", "not readable as YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")):
+        path = tmp_path / "broken.yaml"
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=expected):
+            load(path)
+
+
+def test_overrides_reach_into_sections_and_lists(write_recipe):
+    path = write_recipe()
+    overrides = {"sampling.draws": "3", "scoring.scorers.0.match": "numeric", "stop.target": "0.5"}
+    recipe = load(path, overrides)
+    assert (recipe.sampling.draws, recipe.scoring.scorers[0].match, recipe.stop.target) == (3, "numeric", 0.5)
+    assert recipe.digest != load(path).digest
+    with pytest.raises(RecipeError, match="sampling.drawz"):
+        load(path, {"sampling.drawz": "3"})
+    with pytest.raises(RecipeError, match="expected a list position from 0 to 0"):
+        load(path, {"scoring.scorers.7": "{}"})
+    with pytest.raises(RecipeError, match="description is a value, not a section"):
+        load(path, {"description.a": "1"})
+
+
+def test_a_recipe_is_found_by_name_or_path_and_near_names_are_offered(write_recipe):
+    path = write_recipe()
+    assert find(path) == path
+    assert find("arithmetic") == RECIPES / "arithmetic.yaml"
+    with pytest.raises(RecipeError, match="Did you mean 'arithmetic'"):
+        find("arithmetics")
+    with pytest.raises(RecipeError, match="there is no such file"):
+        find(path.with_name("nowhere.yaml"))
+
+
+def test_a_name_that_dagster_cannot_take_is_refused(write_recipe):
+    with pytest.raises(RecipeError, match="lower-case letters"):
+        load(write_recipe(name="My-Recipe"))

@@ -1,0 +1,254 @@
+"""Rounds in Dagster, in process, on a two-layer model: the whole loop with the real store and MLflow."""
+
+import json
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+import definitions
+from assets.shared import OVERRIDES, rounds_of
+from automation.jobs import job_name
+from rsft_pipeline import lineage, models, prompts, rounds, steps
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import load
+from rsft_pipeline.store import Store
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+def run(instance, recipe, round_key, overrides=None):
+    instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
+    job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
+    tags = {OVERRIDES: json.dumps(overrides)} if overrides else {}
+    return job.execute_in_process(instance=instance, partition_key=round_key, tags=tags, raise_on_error=False)
+
+
+def checks(result):
+    return {e.check_name: e.passed for e in result.get_asset_check_evaluations()}
+
+
+def test_two_rounds_improve_the_model_and_leave_the_whole_lineage(home, instance, recipe):
+    for round_key in ("r000", "r001"):
+        result = run(instance, recipe, round_key)
+        assert result.success
+        assert checks(result) == {
+            "something_accepted": True,
+            "no_eval_prompt": True,
+            "acceptance_rate": True,
+            "prompt_share": True,
+            "source_is_latest": True,
+            "not_worse": True,
+        }
+    with Store.at(home) as store:
+        first, second = rounds.history(store, recipe.name)
+        assert first["promoted"]
+        before = json.loads(first["policy_eval"])["pass_at_1"]["value"]
+        assert json.loads(first["checkpoint_eval"])["pass_at_1"]["value"] > 1.2 * before
+        assert second["policy"] == first["checkpoint"] == first["champion"]
+        # The same weights are not evaluated twice.
+        assert second["policy_eval"] == first["checkpoint_eval"]
+
+        # Every sample that was trained on can be followed to its prompt, score and decision.
+        trained = store.query(
+            """SELECT t.candidate_id, c.policy, s.value, d.accepted, d.u, p.split, c.token_ids, c.text
+               FROM training_samples t JOIN candidates c USING (candidate_id) JOIN decisions d USING (candidate_id)
+               JOIN scores s ON s.candidate_id = t.candidate_id AND s.scorer = 'combined'
+               JOIN prompts p ON p.prompt_id = c.prompt_id WHERE t.round = 'r001'"""
+        )
+        meta = models.read_meta(Path(store.value("SELECT path FROM checkpoints WHERE round = 'r001'")))
+        assert len(trained) == meta["samples"] == second["accepted"]
+        assert lineage.set_digest(row["candidate_id"] for row in trained) == meta["accepted_digest"]
+        for row in trained:
+            assert (row["policy"], row["value"], row["accepted"], row["split"]) == (
+                second["policy"],
+                1.0,
+                True,
+                "train",
+            )
+            assert row["u"] == lineage.uniform(row["candidate_id"], recipe.seed)
+        assert store.value(
+            f"SELECT count(*) FROM decisions AT (VERSION => {meta['store_snapshot']}) WHERE accepted AND round = 'r001'"
+        ) == len(trained)
+        assert store.value("SELECT count(*) FROM candidates GROUP BY candidate_id ORDER BY 1 DESC LIMIT 1") == 1
+    check_mlflow(first, second, recipe)
+
+
+def check_mlflow(first, second, recipe):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+    for row in (first, second):
+        tracked = client.get_run(row["mlflow_run_id"])
+        assert tracked.info.status == "FINISHED"
+        assert tracked.data.tags["rsft.dagster_run_id"] == row["dagster_run_id"]
+        assert tracked.data.tags["rsft.checkpoint"] == row["checkpoint"]
+        assert tracked.data.params["acceptance.rule"] == "threshold"
+        assert client.get_metric_history(row["mlflow_run_id"], "train/loss")
+    champion = client.get_model_version_by_alias(recipe.name, "champion")
+    assert champion.tags["rsft.checkpoint"] == second["champion"]
+    card = Path(first_path(first)) / "README.md"
+    assert first["champion"] and "pass" in card.read_text()
+
+
+def first_path(row):
+    return Home.here().checkpoints / row["checkpoint"]
+
+
+def test_log_q_and_log_p_are_what_a_teacher_forced_pass_gives(home, instance, recipe):
+    run(instance, recipe, "r000", {"sampling.temperature": "0.7", "sampling.top_k": "4"})
+    import torch
+
+    with Store.at(home) as store:
+        row = rounds.raw(store, recipe.name, "r000")
+        path = rounds.locate(store, recipe, Home.here(), row["policy"]).path
+        drawn = store.query(
+            "SELECT c.*, p.text AS prompt FROM candidates c JOIN prompts p USING (prompt_id) WHERE c.split = 'train' "
+            "ORDER BY candidate_id LIMIT 60"
+        )
+    tokenizer = models.tokenizer(path)
+    model = models.load(path, definitions.Accelerator(kind="cpu").device())
+    for candidate in drawn:
+        prompt = prompts.encode(tokenizer, candidate["prompt"], False)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + candidate["token_ids"]])).logits[0].double()
+        log_q = log_p = 0.0
+        for i, token in enumerate(candidate["token_ids"]):
+            at = logits[len(prompt) - 1 + i]
+            log_p += torch.log_softmax(at, -1)[token].item()
+            best = (at / 0.7).topk(4)
+            assert token in best.indices
+            log_q += torch.log_softmax(best.values, -1)[best.indices.tolist().index(token)].item()
+        assert candidate["log_p"] == pytest.approx(log_p, abs=1e-4)
+        assert candidate["log_q"] == pytest.approx(log_q, abs=1e-4)
+
+
+def test_a_round_that_is_run_again_draws_nothing_again(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        before = store.query("SELECT candidate_id, token_ids, dagster_run_id FROM candidates ORDER BY 1")
+        checkpoint = store.value("SELECT checkpoint FROM checkpoints")
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        assert store.query("SELECT candidate_id, token_ids, dagster_run_id FROM candidates ORDER BY 1") == before
+        assert store.value("SELECT checkpoint FROM checkpoints") == checkpoint
+        assert store.value("SELECT count(*) FROM rounds") == 1
+        assert store.value("SELECT count(*) FROM scores WHERE scorer = 'combined'") == len(before)
+
+
+def test_a_changed_setting_reuses_no_stale_candidate(home, instance, recipe):
+    run(instance, recipe, "r000")
+    assert run(instance, recipe, "r000", {"sampling.temperature": "0.5"}).success
+    with Store.at(home) as store:
+        settings = store.query("SELECT DISTINCT settings FROM candidates WHERE split = 'train'")
+        assert len(settings) == 2
+        decided = store.query(
+            "SELECT DISTINCT c.settings FROM decisions d JOIN candidates c USING (candidate_id) WHERE d.round = 'r000'"
+        )
+        assert len(decided) == 1
+        recorded = rounds.record(store, recipe, "r000").recipe
+        assert decided[0]["settings"] == steps.of_round(rounds.record(store, recipe, "r000"))["settings"]
+        assert recorded.sampling.temperature == 0.5
+
+
+def test_nothing_accepted_stops_before_training_and_a_lone_checkpoint_run_is_stopped_too(home, instance, recipe):
+    result = run(instance, recipe, "r000", {"acceptance.threshold": "1.0"})
+    assert not result.success
+    assert not checks(result)["something_accepted"]
+    with Store.at(home) as store:
+        assert store.value("SELECT count(*) FROM checkpoints") == 0
+        assert rounds.history(store, recipe.name) == []
+    alone = dg.materialize(
+        definitions.build([recipe]).assets,
+        selection=dg.AssetSelection.assets(dg.AssetKey([recipe.name, "checkpoint"])),
+        partition_key="r000",
+        instance=instance,
+        resources=definitions.usual_resources(),
+        raise_on_error=False,
+    )
+    assert not alone.success
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(recipe.name)
+    assert [tracked.info.status for tracked in client.search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+def test_a_round_whose_predecessor_is_missing_says_which(home, instance, recipe):
+    result = run(instance, recipe, "r001")
+    assert not result.success
+    error = result.failure_data_for_node(f"{recipe.name}__policy").error
+    while error.cause:
+        error = error.cause
+    assert "needs r000, which is not finished" in error.message
+
+
+def test_training_starts_from_base_champion_or_previous_and_on_one_or_all_rounds(home, instance, write_recipe):
+    recipe = load(write_recipe())
+    run(instance, recipe, "r000")
+    run(instance, recipe, "r001", {"training.start": "base", "training.data": "all_rounds"})
+    # Nothing can be this much better, so that champion and previous checkpoint differ from here on.
+    run(instance, recipe, "r002", {"promotion.margin": "0.99"})
+    run(instance, recipe, "r003", {"training.start": "previous", "promotion.margin": "0.99"})
+    run(instance, recipe, "r004", {"policy": "previous", "training.start": "champion"})
+    with Store.at(home) as store:
+        made = {row["round"]: row for row in store.query("SELECT * FROM checkpoints")}
+        done = {row["round"]: row for row in rounds.history(store, recipe.name)}
+        base = models.base(recipe, home).digest
+        assert made["r000"]["parent"] == made["r001"]["parent"] == base
+        assert made["r001"]["samples"] == done["r000"]["accepted"] + done["r001"]["accepted"]
+        assert made["r002"]["parent"] == done["r001"]["champion"]
+        assert not done["r002"]["promoted"]
+        assert done["r002"]["champion"] == done["r001"]["champion"]
+        assert made["r003"]["parent"] == made["r002"]["checkpoint"]
+        assert done["r004"]["policy"] == made["r003"]["checkpoint"]
+        assert made["r004"]["parent"] == done["r003"]["champion"]
+        # The checkpoint is measured against the champion, not against the policy it was drawn from.
+        roles = store.query("SELECT DISTINCT role, checkpoint FROM evaluations WHERE round = 'r004'")
+        assert {row["role"]: row["checkpoint"] for row in roles}["champion"] == done["r003"]["champion"]
+
+
+RULES = [
+    {"rule": "threshold", "threshold": 0.5, "cap": 2},
+    {"rule": "top_k", "k": 1},
+    {"rule": "quantile", "share": 0.25},
+    {"rule": "rejection", "M": "estimate", "safety": 1.5, "distinct": False},
+    {"rule": "boltzmann", "beta": 0.5, "r_max": 1.0},
+    {"rule": "loss", "k": 2.0},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
+def test_every_rule_runs_a_round_and_its_decisions_replay_to_the_bit(home, instance, write_recipe, rule):
+    sampling = {"draws": 6, "max_tokens": 2, "temperature": 1.3}
+    recipe = load(write_recipe(acceptance=rule, sampling=sampling))
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        query = "SELECT * EXCLUDE (dagster_run_id) FROM decisions ORDER BY candidate_id"
+        before = store.query(query)
+        reasons = {row["reason"] for row in before}
+        assert "accepted" in reasons and len(reasons) > 1
+        steps.decide(store, rounds.record(store, recipe, "r000"), "again")
+        assert store.query(query) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"train": "lora", "lora": {"rank": 2}}, lambda trainable, total: trainable < 0.5 * total),
+        ({"train": "last_layers", "last_layers": 1}, lambda trainable, total: trainable < total),
+        ({"train": "freeze", "freeze": ["*embed*"]}, lambda trainable, total: trainable < total),
+    ],
+    ids=["lora", "last_layers", "freeze"],
+)
+def test_part_of_the_model_trains_and_the_counts_are_reported(home, instance, recipe, model, expected):
+    overrides = {f"model.{name}": json.dumps(value) for name, value in model.items()}
+    result = run(instance, recipe, "r000", overrides)
+    assert result.success
+    (event,) = result.asset_materializations_for_node(f"{recipe.name}__checkpoint")
+    trainable, total = event.metadata["trainable_parameters"].value, event.metadata["parameters"].value
+    assert expected(trainable, total)

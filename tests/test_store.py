@@ -1,0 +1,112 @@
+"""The store: whole or nothing, many processes at once, nothing reported and lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from rsft_pipeline.store import Store, insert, replace
+
+ROOT = Path(__file__).resolve().parent.parent
+LABEL = {"recipe": "a", "round": "r000", "scorer": "x"}
+
+
+def rows(first, count):
+    return [{**LABEL, "candidate_id": f"{first}-{i}", "value": float(i)} for i in range(count)]
+
+
+def test_a_failed_transaction_leaves_nothing_behind(tmp_path):
+    with Store.at(tmp_path) as store:
+
+        def work(connection):
+            insert(connection, "scores", rows("half", 50))
+            connection.execute("INSERT INTO no_such_table VALUES (1)")
+
+        with pytest.raises(duckdb.Error, match="no_such_table"):
+            store.commit(work)
+        assert store.value("SELECT count(*) FROM scores") == 0
+
+
+def test_replacing_spares_the_rows_of_others(tmp_path):
+    with Store.at(tmp_path) as store:
+        store.append("scores", [*rows("a", 3), {**LABEL, "round": "r001", "candidate_id": "kept"}])
+        store.replace("scores", rows("b", 2), recipe="a", round="r000")
+        found = store.query("SELECT candidate_id FROM scores ORDER BY 1")
+        assert [row["candidate_id"] for row in found] == ["b-0", "b-1", "kept"]
+
+
+def test_an_older_snapshot_stays_readable_after_rows_are_replaced_and_files_compacted(tmp_path):
+    with Store.at(tmp_path) as store:
+        for i in range(4):
+            store.append("scores", rows(str(i), 50))
+        then = store.snapshot()
+        store.commit(lambda connection: replace(connection, "scores", [], recipe="a"))
+        store.compact()
+        assert store.value("SELECT count(*) FROM scores") == 0
+        assert store.value(f"SELECT count(*) FROM scores AT (VERSION => {then})") == 200
+
+
+def test_compaction_bounds_the_number_of_files(tmp_path):
+    with Store.at(tmp_path) as store:
+        for i in range(12):
+            store.append("scores", rows(str(i), 50))
+        store.compact()
+        files = store.query("SELECT data_file FROM ducklake_list_files('lake', 'scores')")
+        assert len(files) <= 2
+        assert store.value("SELECT count(*) FROM scores") == 600
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from rsft_pipeline.store import Store
+home, name, commits = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+with Store.at(home) as store:
+    for i in range(commits):
+        def work(connection):
+            for table in ("scores", "decisions"):
+                batch = [{"recipe": name, "round": "r000", "candidate_id": f"{name}-{i}-{j}"} for j in range(20)]
+                __import__("rsft_pipeline.store").store.insert(connection, table, batch)
+        store.commit(work)
+        print(i, flush=True)
+"""
+
+
+def writer(home, name, commits):
+    command = [sys.executable, "-c", WRITER, str(home), name, str(commits)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_three_processes_write_at_once_with_a_reader_open_and_none_is_lost(tmp_path):
+    with Store.at(tmp_path) as reader:
+        processes = [writer(tmp_path, name, 8) for name in "abc"]
+        while any(process.poll() is None for process in processes):
+            counts = reader.query("SELECT (SELECT count(*) FROM scores) AS s, (SELECT count(*) FROM decisions) AS d")[0]
+            assert counts["s"] == counts["d"]
+            time.sleep(0.02)
+        assert [process.returncode for process in processes] == [0, 0, 0]
+        assert reader.value("SELECT count(DISTINCT candidate_id) FROM scores") == 3 * 8 * 20
+
+
+def test_kill_minus_9_leaves_every_commit_whole_and_none_reported_and_lost(tmp_path):
+    Store.at(tmp_path).close()
+    for attempt in range(4):
+        process = writer(tmp_path, f"w{attempt}", 1000)
+        reported = [process.stdout.readline() for _ in range(3 + attempt)][-1]
+        time.sleep(0.01 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with Store.at(tmp_path) as store:
+            found = store.query(
+                """SELECT count(*) AS s, count(DISTINCT candidate_id) AS distinct_ids,
+                    (SELECT count(*) FROM decisions WHERE recipe = $r) AS d FROM scores WHERE recipe = $r""",
+                {"r": f"w{attempt}"},
+            )[0]
+        assert found["s"] == found["d"] == found["distinct_ids"]
+        assert found["s"] % 20 == 0
+        assert found["s"] >= 20 * (int(reported) + 1)
