@@ -9,6 +9,7 @@ from resources.store import StoreResource
 from rsft_pipeline import steps
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import table
+from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
 
 
@@ -21,8 +22,8 @@ def prompts(recipe: Recipe) -> dg.AssetsDefinition:
         held-out prompts. A row that cannot be a prompt goes to quarantine with its reason.
         """
         now = as_run(recipe, context)
-        with store.open() as lake:
-            read = steps.ingest(lake, now, Home.here(), context.run.run_id)
+        with store.open() as lake, track("bootstrap", None, context.log) as show:
+            read = steps.ingest(lake, now, Home.here(), context.run.run_id, show)
         splits = Counter(prompt.split for prompt in read.prompts)
         reasons = Counter(row.reason for row in read.refused)
         context.log.info("%d rows: %d prompts, %d in quarantine", read.rows, len(read.prompts), len(read.refused))

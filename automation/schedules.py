@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.sensors import busy
+from automation.runs import busy
 from resources.store import StoreResource
 from rsft_pipeline import rounds
 from rsft_pipeline.recipe import Recipe

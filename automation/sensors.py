@@ -7,17 +7,11 @@ Both are off until somebody turns them on.
 import dagster as dg
 
 from assets.shared import as_file, rounds_of
-from automation.jobs import LOOP, job_name
+from automation.jobs import job_name
+from automation.runs import busy
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.recipe import Recipe
-
-ACTIVE = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-]
 
 
 def sensors(recipe: Recipe) -> list[dg.SensorDefinition]:
@@ -67,12 +61,6 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         return result._replace(cursor=seen)
 
     return new_prompts
-
-
-def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
-    """Whether a round of the recipe is queued or running."""
-    filters = dg.RunsFilter(tags={LOOP: recipe.name}, statuses=ACTIVE)
-    return bool(instance.get_run_records(filters, limit=1))
 
 
 def _request(recipe: Recipe, round_key: str, run_key: str) -> dg.SensorResult:

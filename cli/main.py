@@ -23,6 +23,7 @@ app.command("ui")(ui.ui)
 
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     for telemetry in (
         "DAGSTER_DISABLE_TELEMETRY",
         "MLFLOW_DISABLE_TELEMETRY",

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rsft_pipeline import prompts, rounds, scoring
 from rsft_pipeline import recipe as recipes
-from rsft_pipeline import rounds, scoring
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import Recipe, RecipeError
@@ -41,7 +42,7 @@ def run(
 ) -> None:
     """Run rounds. One that was interrupted is finished first, from where it stopped."""
     overrides = _overrides(set_)
-    loaded = _linked(recipes.load(_find(recipe), overrides))
+    loaded = _linked(_checked(recipes.load(_find(recipe), overrides)))
     watch()
     instance = _instance()
     finished = []
@@ -80,14 +81,9 @@ def status(
 
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Say whether a recipe can run: its fields, its files, its scorers."""
-    loaded = recipes.load(_find(recipe), _overrides(set_))
-    try:
-        for config in loaded.scoring.scorers:
-            scoring.version(config, loaded)
-    except ValueError as error:
-        raise RecipeError(f"{loaded.file}: {error}") from error
-    console.print(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})")
+    """Say whether a recipe can run: its fields, its prompt source, its scorers."""
+    loaded = _checked(recipes.load(_find(recipe), _overrides(set_)))
+    console.print(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})", soft_wrap=True, highlight=False)
 
 
 def schema() -> None:
@@ -103,19 +99,20 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
 
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
-    from automation.sensors import busy
+    from automation.runs import PROCESS, busy, this_process
     from definitions import build
 
     if busy(instance, recipe):
         raise RecipeError(f"a round of {recipe.name} is under way in Dagster: wait for it, or cancel it in the UI")
     instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
+    tags = {PROCESS: this_process(), **({OVERRIDES: json.dumps(overrides)} if overrides else {})}
     result = (
         build([recipe])
         .resolve_job_def(job_name(recipe))
         .execute_in_process(
             instance=instance,
             partition_key=round_key,
-            tags={OVERRIDES: json.dumps(overrides)} if overrides else {},
+            tags=tags,
             run_config={"loggers": {"console": {"config": {"log_level": "WARNING"}}}},
             raise_on_error=False,
         )
@@ -159,6 +156,17 @@ def _store() -> Store:
 
 def _find(name: str) -> Path:
     return recipes.find(name, (recipes.RECIPES, Home.here().recipes))
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """The recipe, once what it names is seen to be there: nothing has run by then."""
+    try:
+        prompts.check(recipe)
+        for config in recipe.scoring.scorers:
+            scoring.version(config, recipe)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.file}: {error}") from error
+    return recipe
 
 
 def _linked(recipe: Recipe) -> Recipe:
@@ -235,14 +243,14 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
     if not rows:
         return
-    table = Table(title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left")
-    for column in ("round", "accepted", "pass@1", "pass@k", "mean score", "champion"):
+    table = Table(title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE)
+    for column in ("round", "accepted", "pass@1", "pass@k", "score", "champion"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
         table.add_row(
             row["round"],
-            f"{row['accepted']:,} of {row['candidates']:,}",
+            f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
             *(_change(before[name], after[name]) for name in ("pass_at_1", "pass_at_k", "mean_score")),
             "promoted" if row["promoted"] else "kept",
         )

@@ -1,5 +1,9 @@
 """The store as a resource: where the lineage tables are. What it can do is in rsft_pipeline/store.py."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import dagster as dg
 from pydantic import Field
 
@@ -8,14 +12,21 @@ from rsft_pipeline.store import Store
 
 
 class StoreResource(dg.ConfigurableResource):
-    """Opens the DuckLake; every step opens and closes its own."""
+    """Opens the DuckLake. Nothing is locked between commits, so a process keeps it open."""
 
     catalog: str = Field("", description="`postgres:…` or `sqlite:/path`; default: a SQLite catalog in $RSFT_HOME.")
     data: str = Field("", description="Folder or object-store prefix of the Parquet files; default: in $RSFT_HOME.")
     memory: str = Field("", description="Most memory DuckDB takes, e.g. 4GB; default: its own, 80 % of the machine's.")
 
-    def open(self) -> Store:
-        """The store, as a context manager."""
+    @contextmanager
+    def open(self) -> Iterator[Store]:
+        """The store, for the length of the `with`."""
         folder = Home.here().folder("store")
         catalog = self.catalog or f"sqlite:{folder / 'catalog.sqlite'}"
-        return Store(catalog, self.data or str(folder / "data"), memory=self.memory or None)
+        yield _opened(catalog, self.data or str(folder / "data"), self.memory or None)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(catalog: str, data: str, memory: str | None) -> Store:
+    """Loading DuckDB's extensions takes a quarter of a second: once in a process is enough."""
+    return Store(catalog, data, memory=memory)

@@ -21,7 +21,7 @@ from rsft_pipeline import devices
 log = logging.getLogger(__name__)
 
 # Rows at once, where memory would hold more: enough to keep the processor's matrix units busy.
-MOST_ROWS = {"cpu": 256, "cuda": 2048, "mps": 256}
+MOST_ROWS = {"cpu": 256, "cuda": 1024, "mps": 256}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int, batch_row
     """
     import torch
 
+    if not rows:
+        return []
     made: dict[int, Drawn] = {}
     batch_rows = batch_rows or rows_at_once(model, rows, shape)
     with torch.inference_mode():
@@ -128,8 +130,8 @@ def rows_at_once(model: Any, rows: Sequence[Row], shape: Shape) -> int:
     A tenth of what is free is left alone.
     """
     device = model.device.type
-    longest = max((len(row.prompt_ids) for row in rows), default=0)
-    draws = len(rows) / max(1, len({row.prompt_ids for row in rows}))
+    longest = max(len(row.prompt_ids) for row in rows)
+    draws = len(rows) / len({row.prompt_ids for row in rows})
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     logits = vocabulary * (model.dtype.itemsize + 4 * 4)  # as computed, and four arrays of choose() in float32
     each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / draws + logits
@@ -150,19 +152,18 @@ def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
     Returns:
         Token ids, log q and log p, each [rows].
     """
-    logits = logits.float()
     weights, norm = softmax(logits)
     if shape.top_p < 1.0 or shape.top_k is not None:
-        chosen, log_q = _choose_truncated(logits / shape.temperature, u, shape)
+        chosen, log_q = _choose_truncated(logits.float() / shape.temperature, u, shape)
     elif shape.temperature != 1.0:
-        tempered = logits / shape.temperature
-        weights, tempered_norm = softmax(tempered)
+        weights, _ = softmax(logits.float() / shape.temperature)
         chosen = _invert(weights, u)
-        log_q = _at(tempered, chosen) - tempered_norm[:, 0]
+        log_q = _at(weights, chosen).log()
     else:
         chosen = _invert(weights, u)
-        log_q = _at(logits, chosen) - norm[:, 0]
-    log_p = _at(logits, chosen) - norm[:, 0]
+        log_q = _at(weights, chosen).log()
+        return chosen, log_q.double(), log_q.double()
+    log_p = _at(logits, chosen).float() - norm[:, 0]
     return chosen, log_q.double(), log_p.double()
 
 
@@ -195,9 +196,9 @@ def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[
         before = probabilities.cumsum(-1) - probabilities
         short = before[:, -1] + probabilities[:, -1] < shape.top_p
         best = best.masked_fill(before >= shape.top_p, -torch.inf)
-    weights, norm = softmax(best)
+    weights, _ = softmax(best)
     place = _invert(weights, u)
-    chosen, log_q = _at(order, place), _at(best, place) - norm[:, 0]
+    chosen, log_q = _at(order, place), _at(weights, place).log()
     if shape.top_k is None and k < logits.shape[-1] and short.any():
         chosen[short], log_q[short] = _choose_truncated(logits[short], u[short], shape, logits.shape[-1])
     return chosen, log_q

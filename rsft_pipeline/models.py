@@ -126,9 +126,8 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     what bf16 can hold would be lost otherwise.
     """
     import torch
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    _no_bars()
     _check_folder(Path(path))
     model = auto_class(task).from_pretrained(
         path,
@@ -138,6 +137,13 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     )
     model.stored_dtype = _stored_dtype(Path(path))
     return model.to(device.kind).eval()
+
+
+def _no_bars() -> None:
+    """Progress is ours to show (progress.py): bars for single files only get in its way."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def stop_ids(model, tokenizer) -> set[int]:
@@ -293,6 +299,7 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
 
+    _no_bars()
     temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:

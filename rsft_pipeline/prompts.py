@@ -133,6 +133,29 @@ def read(recipe: Recipe, tokenizer, context_length: int) -> Ingest:
     return Ingest(prompts, refused, len(prompts) + len(refused), lineage.set_digest(content))
 
 
+def check(recipe: Recipe) -> None:
+    """See that the source is there, before a model is loaded or made for it. A hub is not asked.
+
+    Raises:
+        PromptError: a missing file or folder, an unknown format, or a function that cannot be loaded.
+    """
+    name, path = recipe.prompts.source, recipe.path(recipe.prompts.source)
+    match _format(recipe):
+        case "function":
+            try:
+                functions.load(name, recipe.folder)
+            except functions.FunctionError as error:
+                raise PromptError(f"prompts.source: {error}") from error
+        case "hub":
+            pass
+        case "dataset" if not path.is_dir():
+            raise PromptError(f"prompts.source is {name!r}: there is no folder {path}")
+        case "dataset":
+            pass
+        case _ if not path.is_file():
+            raise PromptError(f"prompts.source is {name!r}: there is no file {path}")
+
+
 def encode(tokenizer, prompt_text: str, chat: bool) -> list[int]:
     """The token ids of a prompt, for sampling and training alike: what the policy's completion follows.
 
@@ -303,10 +326,7 @@ def _chat(tokenizer, messages: list[dict]) -> str:
 def _source(recipe: Recipe) -> Iterator[_Row | Refused]:
     section = recipe.prompts
     name, path = section.source, recipe.path(section.source)
-    kind = section.format
-    if kind == "auto":
-        kind = _kind(name, path)
-    match kind:
+    match kind := _format(recipe):
         case "function":
             return _from_function(name, recipe.folder)
         case "hub":
@@ -317,8 +337,11 @@ def _source(recipe: Recipe) -> Iterator[_Row | Refused]:
             return _from_file(path, name, kind, section.encoding)
 
 
-def _kind(name: str, path: Path) -> str:
-    """What `format: auto` makes of a source's name."""
+def _format(recipe: Recipe) -> str:
+    """The recipe's format, or what `auto` makes of the source's name."""
+    if recipe.prompts.format != "auto":
+        return recipe.prompts.format
+    name, path = recipe.prompts.source, recipe.path(recipe.prompts.source)
     if functions.REFERENCE.fullmatch(name):
         return "function"
     if path.is_dir():

@@ -44,11 +44,11 @@ from rsft_pipeline.decoding import Drawn, Row, Shape, choose, softmax, uniforms
 log = logging.getLogger(__name__)
 
 NAME = "rsft_shared_prefix"
-HIDDEN = -1e30  # the score of a key that must not be seen; finite, so that an empty prefix makes no NaN
+HIDDEN = -3e4  # the score of a key that must not be seen; finite in fp16 too, so that an empty prefix makes no NaN
 PREFILL_TOKENS = 8192  # most tokens of prompts read in one forward pass
 PREFILL_PADDING = 1.25  # longest over shortest prompt of such a pass
-BLOCK = 16  # tokens of a suffix that lie together, on a CPU
-STRIDE = 8  # steps on a GPU between two looks at which rows have ended: a look makes the host wait
+BLOCK = {"cpu": 16}  # tokens of a suffix that lie together, by device; 64 elsewhere
+STRIDE = {"cuda": 8}  # steps between two looks at which rows have ended: a look makes the host wait; 1 elsewhere
 
 
 class Unsupported(Exception):
@@ -103,7 +103,7 @@ class SharedPrefixLayer(CacheLayerMixin):
         return 1, 0
 
     def get_seq_length(self) -> int:
-        return int(self.cache.age.max())
+        return 0  # it differs from row to row; the loop gives the position ids
 
     def get_max_length(self) -> int:
         return -1
@@ -123,10 +123,10 @@ class SharedPrefixCache(Cache):
     def __init__(
         self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
     ):
-        self.sizes = (places, rows, longest, tokens)
-        self.block = min(tokens, BLOCK) if device.type == "cpu" else tokens
+        self.sizes = (places, rows, _rounded(longest), tokens)
+        self.block = BLOCK.get(device.type, 64)
         self.every_row = torch.arange(rows, device=device)
-        self.columns = torch.arange(max(longest, tokens + self.block), device=device)
+        self.columns = torch.arange(max(_rounded(longest), tokens + self.block), device=device)
         self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in each suffix
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
@@ -137,11 +137,9 @@ class SharedPrefixCache(Cache):
         for layer, source in zip(self.layers, read.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
-            width = min(source.keys.shape[2], self.sizes[2])
-            layer.prefix_keys[place, :, self.sizes[2] - width :] = source.keys[row, :, source.keys.shape[2] - width :]
-            layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[
-                row, :, source.values.shape[2] - width :
-            ]
+            width = source.keys.shape[2]
+            layer.prefix_keys[place, :, self.sizes[2] - width :] = source.keys[row]
+            layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[row]
 
     def move_places(self, source: list[int], target: list[int]) -> None:
         self.length[target] = self.length[source]
@@ -172,9 +170,9 @@ class SharedPrefixCache(Cache):
         grid = np.zeros(places * self.grid_shape[1], dtype=np.int64)  # an empty seat computes row 0 for nobody
         grid[seats] = np.arange(len(owner))
         self.grid, self.seats = torch.from_numpy(grid).to(device), torch.from_numpy(seats).to(device)
-        self.prefix = prefix
-        # Position of each prefix column in its prompt; negative where there is padding.
-        self.prefix_positions = self.columns[:prefix] - prefix + self.length[:places, None]
+        # Position of each prefix column in its prompt, negative where there is padding: [places, 1, prefix].
+        prefix = self.prefix = min(self.sizes[2], _rounded(prefix))
+        self.prefix_positions = (self.columns[:prefix] - prefix + self.length[:places, None])[:, None]
 
     def look(self, rows: int, oldest: int) -> None:
         """Work out where the coming step's keys and values go, and who sees what.
@@ -184,21 +182,25 @@ class SharedPrefixCache(Cache):
             oldest: tokens of the longest suffix so far.
         """
         age, position = self.age[:rows], self.position[:rows]
+        self.blocks = oldest // self.block + 1
         self.newest_block = torch.div(age, self.block, rounding_mode="floor")
         self.newest_column = age - self.newest_block * self.block
-        self.blocks = oldest // self.block + 1
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
-        distance = age[:, None] - self.columns[: self.blocks * self.block]  # of each column from the newest token
+        distance = age[:, None] - self.columns[: self.blocks * self.block]  # of suffix columns from the newest token
         for window in {layer.window for layer in self.layers}:
-            hidden = self.prefix_positions[:, None] < 0  # [places, 1, prefix]
-            late = distance < 0
+            early, late = self.prefix_positions < 0, distance < 0
             if window is not None:
                 seated = position[self.grid].view(*self.grid_shape, 1)
-                hidden = hidden | (self.prefix_positions[:, None] <= seated - window)
+                early = early | (self.prefix_positions <= seated - window)
                 late = late | (distance >= window)
-            self.prefix_bias[window] = _bias(hidden)[:, None, :, None]  # [places, 1, 1 or seats, 1, prefix]
-            self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, tokens of the blocks]
+            self.prefix_bias[window] = _bias(early)[:, None, :, None]  # [places, 1, 1 or seats, 1, prefix]
+            self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, columns]
+
+
+def _rounded(tokens: int) -> int:
+    """To whole vectors: over rows of 15 numbers PyTorch's CPU kernels take up to 8 times as long as over 16."""
+    return -(-tokens // 16) * 16
 
 
 def _bias(hidden: torch.Tensor) -> torch.Tensor:
@@ -236,10 +238,10 @@ def shared_prefix_attention(
     Raises:
         Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
     """
-    if shared_prefix is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if others := sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
     (rows, heads, _, _), kv_heads, dimension = query.shape, key.shape[1], value.shape[-1]
     (places, seats), group = cache.grid_shape, heads // kv_heads
@@ -393,7 +395,7 @@ class Loop:
             yield from self._release()
             if self.number:
                 left = self.shape.max_tokens - 1 - max(self.age)
-                for _ in range(min(left, STRIDE) if self.device.type == "cuda" else 1):
+                for _ in range(min(left, STRIDE.get(self.device.type, 1))):
                     self._step()
                 yield from self._release()
 

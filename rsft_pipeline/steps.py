@@ -74,12 +74,13 @@ def evaluation_sampling(recipe: Recipe) -> Sampling:
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def ingest(store: Store, recipe: Recipe, home: Home, run_id: str) -> prompts.Ingest:
+def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) -> prompts.Ingest:
     """Read the recipe's prompts into `prompts` and `quarantine`.
 
     A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again.
     """
-    base = models.base(recipe, home.path)
+    prompts.check(recipe)  # before a model is made or fetched for them
+    base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     read = prompts.read(recipe, tokenizer, models.context_length(base.path))
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])

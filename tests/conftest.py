@@ -1,5 +1,6 @@
 """What the tests share: a home of their own, and recipes that run in seconds on two-layer models."""
 
+import shutil
 import textwrap
 
 import pytest
@@ -55,11 +56,22 @@ stop: {rounds: 5}
 """
 
 
+@pytest.fixture(scope="session")
+def tracking_database(tmp_path_factory):
+    """An empty MLflow database: making one takes seconds of migrations, copying it none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty home that the environment names."""
+def home(tmp_path, monkeypatch, tracking_database):
+    """A home that the environment names, with nothing in it but MLflow's empty database."""
     folder = tmp_path / "home"
-    folder.mkdir()
+    (folder / "mlflow").mkdir(parents=True)
+    shutil.copy(tracking_database, folder / "mlflow")
     monkeypatch.setenv("RSFT_HOME", str(folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("DAGSTER_HOME", raising=False)

@@ -78,7 +78,7 @@ def test_overrides_reach_into_sections_and_lists(write_recipe):
     recipe = load(path, overrides)
     assert (recipe.sampling.draws, recipe.scoring.scorers[0].match, recipe.stop.target) == (3, "numeric", 0.5)
     assert recipe.digest != load(path).digest
-    with pytest.raises(RecipeError, match="sampling.drawz"):
+    with pytest.raises(RecipeError, match=r"sampling\.drawz"):
         load(path, {"sampling.drawz": "3"})
     with pytest.raises(RecipeError, match="expected a list position from 0 to 0"):
         load(path, {"scoring.scorers.7": "{}"})

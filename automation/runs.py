@@ -1,0 +1,48 @@
+"""Runs: whether a round of a recipe is under way in Dagster, killed ones aside."""
+
+import os
+import socket
+
+import dagster as dg
+import psutil
+
+from automation.jobs import LOOP
+from rsft_pipeline.recipe import Recipe
+
+PROCESS = "rsft/process"  # run tag: the process that a round started from the command line lives in
+ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
+
+
+def this_process() -> str:
+    """Names this process on this machine, also once its number has been given to another."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+
+
+def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
+    """Whether a round of the recipe is queued or running.
+
+    A run whose process was killed stays «started» in Dagster's records; it is reported as failed here.
+    """
+    active = instance.get_runs(dg.RunsFilter(tags={LOOP: recipe.name}, statuses=ACTIVE))
+    for run in active:
+        if _killed(run.tags.get(PROCESS)):
+            instance.report_run_failed(run, f"the process of this run is gone: {run.tags[PROCESS]}")
+            active = [other for other in active if other is not run]
+    return bool(active)
+
+
+def _killed(process: str | None) -> bool:
+    if process is None:
+        return False  # started by Dagster's daemon, which watches its runs itself
+    host, pid, created = process.split(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        return str(psutil.Process(int(pid)).create_time()) != created
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,394 @@
+"""Sampling benchmark: N draws of each prompt, by the shared-prefix sampler and by what people would use instead.
+
+    python -m benchmarks.sampling                       # on a CPU: some minutes
+    python -m benchmarks.sampling qwen2-1.5b qwen2-7b   # on a GPU
+
+All ways run in one process, in turns, on the same random weights and prompts. A ratio is the median
+of the ratios within a turn: absolute times do not travel between machines, and a neighbour's load hits
+all ways of a turn alike. Results go to docs/benchmarks: JSON, a Markdown table and a plot.
+
+The floor is what the draws would cost if nothing but the weights had to be applied: on a CPU the
+linear layers alone on the same number of tokens (each prompt once), on a GPU the bytes that must be
+read (weights once a step, prefixes once a prompt, suffixes) over the measured memory bandwidth, plus
+reading the prompts.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from rsft_pipeline import decoding
+from rsft_pipeline.decoding import Row, Shape
+
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+
+# As long as GSM8K's test questions: their characters at 16 evenly spaced quantiles, 4 to a token, and 40
+# tokens of chat template.
+GSM8K = (67, 73, 77, 80, 83, 87, 91, 94, 97, 100, 104, 110, 114, 122, 133, 157)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's shape, and what is drawn from it."""
+
+    config: transformers.PreTrainedConfig
+    lengths: tuple[int, ...]  # tokens of each prompt
+    draws: int
+    tokens: int  # longest completion
+    stop_share: float = 0.0  # of the vocabulary: with random weights, about the chance to end at each token
+
+
+def llama_7m() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
+
+
+def qwen2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool):
+    return transformers.Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+CPU_CASES = {
+    "mixed-prompts": lambda: Case(llama_7m(), tuple(range(60, 241, 12)), 16, 64),
+    "short-prompts": lambda: Case(llama_7m(), (10,) * 16, 16, 64),
+    "uneven-ends": lambda: Case(llama_7m(), tuple(range(60, 241, 12)), 16, 128, stop_share=1 / 32),
+}
+GPU_CASES = {
+    "qwen2-1.5b": lambda: Case(qwen2(1536, 8960, 28, 12, 2, 151936, True), GSM8K, 64, 256),
+    "qwen2-1.5b-uneven": lambda: Case(qwen2(1536, 8960, 28, 12, 2, 151936, True), GSM8K, 64, 256, stop_share=1 / 128),
+    "qwen2-7b": lambda: Case(qwen2(3584, 18944, 28, 28, 4, 152064, False), GSM8K, 64, 256),
+    "qwen2-7b-16": lambda: Case(qwen2(3584, 18944, 28, 28, 4, 152064, False), GSM8K, 16, 256),
+}
+
+
+class Work:
+    """A case made ready: the model with random weights, prompts of random tokens, rows with seeds."""
+
+    def __init__(self, case: Case, device: str):
+        self.case, self.device = case, device
+        torch.manual_seed(0)
+        with torch.device(device):
+            dtype = torch.bfloat16 if device == "cuda" else torch.float32
+            self.model = transformers.AutoModelForCausalLM.from_config(case.config, dtype=dtype).eval()
+        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+        generator = np.random.default_rng(0)
+        vocabulary = case.config.vocab_size
+        self.stops = sorted(int(i) for i in generator.choice(vocabulary, int(vocabulary * case.stop_share), False))
+        self.prompts = [[int(i) for i in generator.integers(0, vocabulary, length)] for length in case.lengths]
+        self.shape = Shape(1.0, 1.0, None, case.tokens, frozenset(self.stops))
+        self.rows = [
+            Row(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(case.draws)
+        ]
+
+    # Each way makes all the draws and returns how many tokens they have.
+
+    def shared_prefix(self) -> int:
+        return sum(len(drawn.token_ids) for drawn in decoding.decode(self.model, self.rows, self.shape, 0))
+
+    def plain_loop(self) -> int:
+        """This project's loop for models that cannot share: ended rows leave, each row has its own prefix."""
+        with torch.inference_mode():
+            drawn = list(decoding.plain(self.model, list(enumerate(self.rows)), self.shape, 0))
+        return sum(len(one.token_ids) for _, one in drawn)
+
+    def generate(self) -> int:
+        """Transformers' `generate`, one call for all prompts, padded on the left."""
+        width = max(self.case.lengths)
+        ids = torch.zeros(len(self.prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(self.prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=self._generation(),
+            )
+        return sum(map(self._length, out[:, width:].tolist()))
+
+    def generate_batch(self) -> int:
+        """Transformers' continuous batching, which forks a prompt's draws off one prefill."""
+        out = self.model.generate_batch(inputs=self.prompts, generation_config=self._generation(), progress_bar=False)
+        if len(out) != len(self.rows):
+            raise RuntimeError(f"generate_batch returned {len(out)} of {len(self.rows)} draws")
+        return sum(len(one.generated_tokens) for one in out.values())
+
+    def _generation(self) -> transformers.GenerationConfig:
+        return transformers.GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.case.tokens,
+            num_return_sequences=self.case.draws,
+            eos_token_id=self.stops or None,
+            pad_token_id=0,
+        )
+
+    def _length(self, ids: list[int]) -> int:
+        ended = [i for i, token in enumerate(ids) if token in self.shape.stop_ids]
+        return ended[0] + 1 if ended else len(ids)
+
+
+WAYS = ("shared_prefix", "plain_loop", "generate", "generate_batch")
+
+
+# --- the floor --------------------------------------------------------------------------------
+
+
+def floor(work: Work, tokens: int) -> float:
+    """Seconds that `tokens` drawn tokens cannot be made in less; see the top of this file."""
+    return _bytes_floor(work, tokens) if work.device == "cuda" else _linear_floor(work, tokens)
+
+
+def _linear_floor(work: Work, tokens: int) -> float:
+    layers = [module for module in work.model.modules() if isinstance(module, torch.nn.Linear)]
+    head = work.model.get_output_embeddings()
+    inputs = {width: torch.randn(256, width) for width in {layer.in_features for layer in layers}}
+    with torch.inference_mode():
+        seconds = _time(lambda: [layer(inputs[layer.in_features]) for layer in layers], 8)
+        without_head = _time(lambda: [layer(inputs[layer.in_features]) for layer in layers if layer is not head], 8)
+    return (seconds * tokens + without_head * sum(work.case.lengths)) / 256
+
+
+def _bytes_floor(work: Work, tokens: int) -> float:
+    case, model = work.case, work.model
+    rows, steps = len(work.rows), tokens / len(work.rows)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not case.config.tie_word_embeddings:  # of the input embedding only the rows' own vectors are read
+        weights -= model.get_input_embeddings().weight.nbytes
+    prefixes = decoding.state_bytes(model, sum(case.lengths))
+    suffixes = rows * decoding.state_bytes(model, 1) * steps / 2  # half as long on average
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _time(lambda: target.copy_(source), 20)
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    rate = 2 * 8192**3 / _time(lambda: square @ square, 20)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    bytes_seconds = steps * (weights + prefixes + suffixes) / bandwidth
+    arithmetic_seconds = 2 * parameters * tokens / rate
+    print(
+        f"  bandwidth {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s; "
+        f"bytes {bytes_seconds:.2f} s, arithmetic {arithmetic_seconds:.2f} s"
+    )
+    return max(bytes_seconds, arithmetic_seconds) + 2 * parameters * sum(case.lengths) / rate
+
+
+def _time(call: Callable[[], object], times: int) -> float:
+    """Median seconds of a call."""
+    found = []
+    for _ in range(times):
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def measure(name: str, case: Case, device: str, turns: int, ways: list[str]) -> dict:
+    """Seconds and tokens of each way in each turn, and the floor of each turn."""
+    work = Work(case, device)
+    result: dict = {
+        "case": name,
+        "config": type(case.config).__name__,
+        "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
+        "lengths": case.lengths,
+        "draws": case.draws,
+        "tokens": case.tokens,
+        "stop_share": case.stop_share,
+        "state_bytes_per_draw": decoding.state_bytes(work.model, case.tokens),
+        "state_bytes_per_prefix_token": decoding.state_bytes(work.model, 1),
+        "ways": {},
+        "errors": {},
+        "floor_seconds": [],
+    }
+    for turn in range(turns + 1):  # the first warms up
+        for way in ways:
+            if way in result["errors"]:
+                continue
+            try:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                _synchronize()
+                start = time.perf_counter()
+                tokens = getattr(work, way)()
+                _synchronize()
+                seconds = time.perf_counter() - start
+            except Exception as error:  # a peer that does not run here is part of the result
+                result["errors"][way] = f"{type(error).__name__}: {error}"[:300]
+                result["ways"].pop(way, None)
+                print(f"  {way}: {result['errors'][way]}", flush=True)
+                continue
+            finally:
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+            print(f"  turn {turn} {way:15} {seconds:8.2f} s {tokens:8d} tokens", flush=True)
+            if turn:
+                found = result["ways"].setdefault(way, {"seconds": [], "tokens": [], "peak_bytes": peak})
+                found["seconds"].append(seconds)
+                found["tokens"].append(tokens)
+        if turn:
+            drawn = result["ways"]["shared_prefix"]["tokens"][-1]
+            result["floor_seconds"].append(floor(work, drawn))
+    return result
+
+
+def summary(result: dict) -> list[dict]:
+    """A line for each way: medians, and the median over the turns of its speed over `generate`'s and of the floor."""
+    rows = len(result["lengths"]) * result["draws"]
+    per_token = {
+        way: [s / t for s, t in zip(found["seconds"], found["tokens"], strict=True)]
+        for way, found in result["ways"].items()
+    }
+    floor_per_token = [
+        s / t for s, t in zip(result["floor_seconds"], result["ways"]["shared_prefix"]["tokens"], strict=True)
+    ]
+    lines = []
+    for way, found in result["ways"].items():
+        mine = per_token[way]
+        over = per_token.get("generate")
+        lines.append(
+            {
+                "way": way,
+                "seconds": statistics.median(found["seconds"]),
+                "tokens_per_second": 1 / statistics.median(mine),
+                "samples_per_second": rows / statistics.median(found["seconds"]),
+                "over_generate": over and statistics.median(g / m for g, m in zip(over, mine, strict=True)),
+                "of_floor": statistics.median(f / m for f, m in zip(floor_per_token, mine, strict=True)),
+                "peak_gb": found["peak_bytes"] and found["peak_bytes"] / 1e9,
+            }
+        )
+    return lines
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def table(results: list[dict]) -> str:
+    """The results as Markdown."""
+    lines = []
+    for result in results:
+        lengths = result["lengths"]
+        lines += [
+            f"### {result['case']}",
+            "",
+            f"{result['parameters'] / 1e6:,.0f} M parameters; {len(lengths)} prompts of {min(lengths)} to "
+            f"{max(lengths)} tokens × {result['draws']} draws × "
+            + (
+                f"up to {result['tokens']} tokens, each ending with probability {result['stop_share']:.3f}"
+                if result["stop_share"]
+                else f"{result['tokens']} tokens"
+            )
+            + f"; {len(result['floor_seconds'])} turns. State: {result['state_bytes_per_draw'] / 1e6:.2f} MB a draw, "
+            f"{result['state_bytes_per_prefix_token'] / 1e3:.1f} kB a token of a prompt.",
+            "",
+            "| way | seconds | tokens/s | samples/s | × `generate` | of the floor | peak memory |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for line in summary(result):
+            over = "" if line["over_generate"] is None else f"{line['over_generate']:.2f}"
+            peak = "" if line["peak_gb"] is None else f"{line['peak_gb']:.1f} GB"
+            lines.append(
+                f"| {line['way']} | {line['seconds']:.2f} | {line['tokens_per_second']:,.0f} | "
+                f"{line['samples_per_second']:.1f} | {over} | {line['of_floor']:.2f} | {peak} |"
+            )
+        lines += [f"\n{way} did not run: {error}" for way, error in result["errors"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Tokens per second of each way, as a multiple of `generate`'s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 2.6), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        lines = [line for line in summary(result) if line["over_generate"] is not None]
+        bars = axis.barh([line["way"] for line in lines], [line["over_generate"] for line in lines])
+        axis.bar_label(bars, fmt="%.1f×", padding=3)
+        axis.set_title(result["case"])
+        axis.set_xlabel("speed over generate")
+        axis.margins(x=0.2)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    cases = {**CPU_CASES, **GPU_CASES}
+    parser.add_argument("cases", nargs="*", metavar="case", help="default: those of this machine's device")
+    parser.add_argument("--turns", type=int, default=5, help="measured turns, after one that warms up")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.cases) - set(cases)):
+        parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(cases)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = arguments.cases or list(GPU_CASES if device == "cuda" else CPU_CASES)
+    results = []
+    for name in names:
+        print(name, flush=True)
+        results.append(measure(name, cases[name](), device, arguments.turns, arguments.ways))
+    record = {
+        "command": f"python -m benchmarks.sampling {' '.join(names)} --turns {arguments.turns}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "results": results,
+        "summary": {result["case"]: summary(result) for result in results},
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"sampling_{device}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    (arguments.out / f"sampling_{device}.md").write_text(
+        f"Made by `{record['command']}` on {record['device']}, {record['threads']} threads, "
+        f"torch {record['torch']}, transformers {record['transformers']}.\n\n{table(results)}",
+        "utf-8",
+    )
+    plot(results, arguments.out / f"sampling_{device}.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

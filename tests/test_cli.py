@@ -1,0 +1,100 @@
+"""The command line, as a person or a scheduler uses it: real processes, real output."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from rsft_pipeline.recipe import RECIPES
+
+
+def rsft(*words, cwd=None):
+    command = [sys.executable, "-m", "cli.main", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ, timeout=300, check=False)
+
+
+@pytest.fixture
+def path(home, write_recipe):
+    return write_recipe()
+
+
+def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
+    done = rsft("run", path, "--rounds", "2", "--set", "sampling.draws=4", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["recipe"] == "letters_loop"
+    assert [one["round"] for one in told["rounds"]] == ["r000", "r001"]
+    first, second = told["rounds"]
+    assert set(first) >= {
+        "round", "candidates", "accepted", "distinct_accepted", "acceptance_rate", "eval", "policy_eval",
+        "promoted", "checkpoint", "mlflow_run_id", "dagster_run_id",
+    }  # fmt: skip
+    assert set(first["eval"]) == {"pass_at_1", "pass_at_k", "mean_score"}
+    assert first["acceptance_rate"] == first["accepted"] / first["candidates"]
+    assert second["policy_eval"] == (first["eval"] if first["promoted"] else first["policy_eval"])
+    assert told["champion"] in {first["checkpoint"], second["checkpoint"]}
+
+    status = rsft("status", path, "--json")
+    assert json.loads(status.stdout.splitlines()[-1]) == told
+    assert "r001" in status.stdout
+
+    # It is Dagster that ran them: runs, tags and partitions are in the instance, and the UI will load the recipe.
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        assert instance.get_dynamic_partitions("letters_loop_rounds") == ["r000", "r001"]
+        recorded = instance.get_run_by_id(first["dagster_run_id"])
+        assert recorded.is_success and json.loads(recorded.tags["rsft/set"]) == {"sampling.draws": "4"}
+    assert (home / "recipes" / "letters_loop.yaml").resolve() == path
+
+
+def test_stop_rules_end_a_run_and_say_why(path):
+    done = rsft("run", path, "--set", "stop.rounds=1", "--json")
+    assert len(json.loads(done.stdout.splitlines()[-1])["rounds"]) == 1
+    assert "rounds used up: 1 of 1" in done.stdout
+    again = rsft("run", path, "--set", "stop.rounds=1", "--json")
+    assert json.loads(again.stdout.splitlines()[-1])["rounds"] == []
+
+
+def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
+    done = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0")
+    assert done.returncode == 1
+    assert "letters_loop r000 failed" in done.stdout
+    assert "nothing was accepted (below threshold:" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("run", "arithmetics"), "Did you mean 'arithmetic'?"),
+        (("check", "arithmetic", "--set", "sampling.draw=1"), "Did you mean 'draws'?"),
+        (("check", "arithmetic", "--set", "sampling"), "expected a.b=value"),
+        (("run", "arithmetic", "--set", "prompts.source=nowhere.jsonl"), "nowhere.jsonl"),
+        (("status", "arithmetic"), "has no rounds yet"),
+    ],
+)
+def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, expected):
+    done = rsft(*words)
+    assert done.returncode != 0
+    output = " ".join((done.stdout + done.stderr).split())
+    assert expected in output
+    assert "Traceback" not in done.stderr
+
+
+def test_check_and_schema(home, path):
+    assert "can run" in rsft("check", "arithmetic").stdout
+    schema = json.loads(rsft("schema").stdout)
+    for file in RECIPES.glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**yaml.safe_load(path.read_text()), "promts": {}}, schema)
+
+
+def test_two_recipes_of_one_name_are_refused(home, write_recipe):
+    done = rsft("run", write_recipe(name="arithmetic"))
+    assert done.returncode == 2
+    assert "a recipe called 'arithmetic' is already" in done.stderr

@@ -1,0 +1,101 @@
+"""The loop driven by Dagster's own daemon: the sensor starts each round, with a reader open all the while."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from rsft_pipeline import rounds
+from rsft_pipeline.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP = {"rounds": 2}
+
+
+@pytest.fixture
+def instance(home, monkeypatch):
+    (home / "dagster").mkdir()
+    shutil.copy(ROOT / "dagster.yaml", home / "dagster")
+    monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
+    with dg.DagsterInstance.get() as made:
+        yield made
+
+
+@pytest.fixture
+def daemon(instance, tmp_path):
+    """Start the daemon as `rsft ui` does; stop it with everything it started."""
+    processes = []
+
+    def begin():
+        log = open(tmp_path / "daemon.log", "w")  # noqa: SIM115 (as long as the daemon)
+        command = [sys.executable, "-m", "dagster._daemon", "run", "-w", str(ROOT / "workspace.yaml")]
+        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, start_new_session=True))
+
+    yield begin
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def known(home, path):
+    """Make a recipe known to a home, as `rsft run` does."""
+    (home / "recipes").mkdir(exist_ok=True)
+    (home / "recipes" / path.name).symlink_to(path)
+
+
+def turn_on(instance, *sensors):
+    """Switch sensors on, as the UI does."""
+    command = [sys.executable, "-m", "dagster", "sensor", "start", "-w", str(ROOT / "workspace.yaml"), "-l", "rsft"]
+    for sensor in sensors:
+        subprocess.run([*command, sensor], check=True, capture_output=True, env=os.environ)
+
+
+def wait_for(what, patience=240):
+    deadline = time.monotonic() + patience
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.5)
+
+
+def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_round(
+    home, instance, daemon, write_recipe, tmp_path
+):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "eval_fraction": 0.3}
+    known(home, write_recipe("first", stop=STOP, prompts={**prompts, "inbox": str(inbox)}))
+    known(home, write_recipe("second", stop=STOP))
+    turn_on(instance, "first_next_round", "second_next_round", "first_new_prompts")
+    daemon()
+    with Store.at(home) as reader:
+
+        def finished(recipe):
+            return [row["round"] for row in rounds.history(reader, recipe)]
+
+        wait_for(lambda: finished("first") == finished("second") == ["r000", "r001"])
+        time.sleep(15)  # longer than a tick of the sensor: the stop rule holds
+        assert len(instance.get_runs()) == 4
+        overlapping = reader.query(
+            """SELECT a.round FROM rounds a JOIN rounds b ON a.recipe = b.recipe AND a.round < b.round
+               WHERE a.finished_at > b.started_at"""
+        )
+        assert overlapping == []
+
+        before = reader.value("SELECT count(*) FROM prompts WHERE recipe = 'first'")
+        (inbox / "more.jsonl").write_text(
+            '{"question": "ab a", "answer": "a"}\n{"question": "cd d", "answer": "d"}\nnot JSON\n'
+        )
+        wait_for(lambda: finished("first") == ["r000", "r001", "r002"])
+        assert reader.value("SELECT count(*) FROM prompts WHERE recipe = 'first'") == before + 2
+        refused = reader.query("SELECT line, reason, raw FROM quarantine WHERE recipe = 'first'")
+        assert refused == [{"line": 3, "reason": "broken JSON", "raw": b"not JSON"}]
+    assert all(run.is_success for run in instance.get_runs())

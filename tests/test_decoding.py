@@ -1,0 +1,418 @@
+"""Decoding: draws follow the stated distribution, and neither batch mates nor a shared prefix change them."""
+
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import transformers
+
+from rsft_pipeline import decoding, devices, shared_prefix
+from rsft_pipeline.decoding import Row, Shape, choose, decode, uniforms
+
+VOCABULARY = 48
+STOPS = frozenset({1, 2})
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "smollm2": (transformers.LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2_sliding": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "mistral_sliding": (transformers.MistralConfig, {"sliding_window": 6}),
+    "phi3": (transformers.Phi3Config, {"pad_token_id": 0}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7, "initializer_range": 0.1},
+    ),
+    "gpt_neox": (transformers.GPTNeoXConfig, {}),
+}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ALL = ["gpt2", *FAMILIES]
+
+
+def tiny(family: str, seed: int = 0):
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        config = transformers.GPT2Config(**GPT2)
+    else:
+        kind, more = FAMILIES[family]
+        config = kind(**{**SMALL, **more})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def mixed_rows(prompts: int = 5, draws: int = 6) -> list[Row]:
+    """Draws of prompts of 1, 4, 9, ... tokens, not in the order of length."""
+    generator = np.random.default_rng(7)
+    lengths = [1, 9, 4, 17, 12][:prompts]
+    ids = [tuple(int(i) for i in generator.integers(5, VOCABULARY, n)) for n in lengths]
+    return [Row(prompt, 1000 * i + draw) for draw in range(draws) for i, prompt in enumerate(ids)]
+
+
+def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS) -> Shape:
+    return Shape(temperature, top_p, top_k, max_tokens, stop_ids)
+
+
+def plain(model, rows, shape):
+    with torch.inference_mode():
+        return [drawn for _, drawn in decoding.plain(model, list(enumerate(rows)), shape, pad_id=0)]
+
+
+def teacher_forced(model, row: Row, token_ids: list[int], temperature: float = 1.0) -> float:
+    """Log-probability of a completion by one forward pass over prompt and completion, alone in its batch."""
+    ids = torch.tensor([[*row.prompt_ids, *token_ids]])
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1)[range(len(token_ids)), token_ids].sum().item()
+
+
+# --- exactness --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("capacity", [30, 7], ids=["all at once", "places refilled"])
+def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(family, capacity, monkeypatch, caplog):
+    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
+    model, rows, settings = tiny(family), mixed_rows(), shape()
+    made = decode(model, rows, settings, pad_id=0, batch_rows=capacity)
+
+    assert not caplog.records  # the plain loop would have left a note
+    assert len({len(drawn.token_ids) for drawn in made}) > 3  # rows ended at different times
+    assert {drawn.stopped for drawn in made} == {True, False}
+    for row, drawn, reference in zip(rows, made, plain(model, rows, settings), strict=True):
+        assert drawn.token_ids == reference.token_ids
+        assert drawn.stopped == reference.stopped == (drawn.token_ids[-1] in STOPS)
+        assert len(drawn.token_ids) == 20 or drawn.stopped
+        assert not STOPS & set(drawn.token_ids[:-1])
+        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-4)
+        assert drawn.log_q == drawn.log_p
+
+
+def test_a_draw_does_not_depend_on_its_batch_mates():
+    model, rows, settings = tiny("llama"), mixed_rows(), shape()
+    together = decode(model, rows, settings, pad_id=0, batch_rows=11)
+    for i in (0, 8, 29):
+        (alone,) = decode(model, [rows[i]], settings, pad_id=0)
+        assert alone.token_ids == together[i].token_ids
+        assert alone.log_p == pytest.approx(together[i].log_p, abs=5e-5)
+
+
+def test_steps_taken_before_the_host_looks_again_change_nothing(monkeypatch):
+    """As on a GPU: rows that have ended go on unnoticed for some steps."""
+    model, rows, settings = tiny("llama"), mixed_rows(), shape()
+    expected = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    monkeypatch.setitem(shared_prefix.STRIDE, "cpu", 8)
+    made = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
+    assert [d.log_p for d in made] == pytest.approx([d.log_p for d in expected], abs=5e-5)
+    assert [d.stopped for d in made] == [d.stopped for d in expected]
+
+
+def test_one_prompt_with_more_draws_than_rows_is_read_once(monkeypatch):
+    model, rows = tiny("llama"), [Row((9, 8, 7), seed) for seed in range(40)]
+    read = []
+    original = shared_prefix.Loop._read
+    monkeypatch.setattr(shared_prefix.Loop, "_read", lambda self, batch: (read.append(batch), original(self, batch)))
+    made = decode(model, rows, shape(), pad_id=0, batch_rows=6)
+    assert len(read) == 1
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in plain(model, rows, shape())]
+
+
+def test_a_single_token_needs_no_step_after_the_prompt():
+    model, rows = tiny("llama"), mixed_rows()
+    made = decode(model, rows, shape(max_tokens=1), pad_id=0, batch_rows=4)
+    assert [len(drawn.token_ids) for drawn in made] == [1] * len(rows)
+    assert [drawn.token_ids for drawn in made] == [d.token_ids for d in plain(model, rows, shape(max_tokens=1))]
+
+
+def test_no_rows_make_no_draws():
+    assert decode(tiny("llama"), [], shape(), pad_id=0) == []
+
+
+def test_the_models_own_attention_is_back_afterwards():
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    decode(model, mixed_rows(2, 2), shape(), pad_id=0)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 1.0, None), (1.0, 0.8, None), (1.3, 0.9, 12), (1.0, 1.0, 5)]
+)
+def test_log_q_is_that_of_the_distribution_sampled_from(temperature, top_p, top_k):
+    """Against Transformers' own logits processors, applied to a plain forward pass."""
+    model, rows = tiny("qwen3"), mixed_rows(4, 5)
+    settings = shape(temperature, top_p, top_k)
+    warpers = [transformers.TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+    warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+    for row, drawn in zip(rows, decode(model, rows, settings, pad_id=0, batch_rows=9), strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *drawn.token_ids]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
+        for warper in warpers:
+            logits = warper(None, logits)
+        log_q = logits.double().log_softmax(-1)[range(len(drawn.token_ids)), drawn.token_ids].sum().item()
+        assert drawn.log_q == pytest.approx(log_q, abs=1e-4)
+        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("capacity", [30, 7], ids=["all at once", "places refilled"])
+def test_on_a_gpu_log_p_is_that_of_a_plain_forward_pass(family, capacity):
+    model, rows, settings = tiny(family).cuda(), mixed_rows(), shape(max_tokens=90, stop_ids=frozenset({1}))
+    made = decode(model, rows, settings, pad_id=0, batch_rows=capacity)
+    on_cpu = decode(tiny(family), rows, settings, pad_id=0)
+    reference = tiny(family)
+    for row, drawn in zip(rows, made, strict=True):
+        expected = teacher_forced(reference, row, drawn.token_ids)
+        assert drawn.log_p == pytest.approx(expected, abs=1e-4 * len(drawn.token_ids))
+    same = sum(gpu.token_ids == cpu.token_ids for gpu, cpu in zip(made, on_cpu, strict=True))
+    assert same >= 0.9 * len(rows)  # u may fall on an edge, within rounding
+
+
+# --- the distribution -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, None), (0.6, 1.0, None), (1.0, 0.7, None), (1.0, 1.0, 3), (1.5, 0.8, 4)],
+)
+def test_draws_follow_the_enumerated_distribution(temperature, top_p, top_k):
+    """All sequences of up to 3 tokens out of 6, one of which stops: chi-square of 6,000 draws of two prompts."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 6, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, **sizes, "num_hidden_layers": 1, "initializer_range": 0.2})
+    ).eval()
+    settings = Shape(temperature, top_p, top_k, 3, frozenset({0}))
+    for prompt in ((3,), (1, 5, 2, 4)):
+        made = decode(model, [Row(prompt, seed) for seed in range(6000)], settings, pad_id=0, batch_rows=3000)
+        probability = enumerate_sequences(model, prompt, settings)
+        assert sum(probability.values()) == pytest.approx(1.0, abs=1e-5)
+        seen = {sequence: 0 for sequence in probability}
+        for drawn in made:
+            sequence = tuple(drawn.token_ids)
+            assert probability[sequence] > 0
+            assert drawn.log_q == pytest.approx(math.log(probability[sequence]), abs=1e-4)
+            seen[sequence] += 1
+        expected = np.array([6000 * p for p in probability.values()])
+        counts = np.array(list(seen.values()))
+        rare = expected < 5  # lumped together, as the chi-square approximation needs
+        groups = [(counts[~rare], expected[~rare])]
+        if rare.any():
+            groups.append(([counts[rare].sum()], [expected[rare].sum()]))
+        observed, wanted = (np.concatenate(part) for part in zip(*groups, strict=True))
+        assert len(observed) >= 5
+        assert scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+
+
+def enumerate_sequences(model, prompt: tuple[int, ...], settings: Shape) -> dict[tuple[int, ...], float]:
+    """Probability of each sequence, written out by hand: temperature, then top-k, then top-p."""
+
+    def next_token(done: tuple[int, ...]) -> list[float]:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*prompt, *done]])).logits[0, -1].double()
+        p = (logits / settings.temperature).softmax(-1).tolist()
+        order = sorted(range(len(p)), key=lambda i: -p[i])[: settings.top_k]
+        total = sum(p[i] for i in order)
+        kept, mass = [], 0.0
+        for i in order:
+            if mass < settings.top_p:
+                kept.append(i)
+            mass += p[i] / total
+        total = sum(p[i] for i in kept)
+        return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
+
+    found: dict[tuple[int, ...], float] = {}
+    open_ends = {(): 1.0}
+    while open_ends:
+        done, probability = open_ends.popitem()
+        for token, p in enumerate(next_token(done)):
+            sequence = (*done, token)
+            if token == 0 or len(sequence) == settings.max_tokens:
+                found[sequence] = probability * p
+            elif p > 0:
+                open_ends[sequence] = probability * p
+    return {sequence: p for sequence, p in found.items() if p > 0}
+
+
+def test_a_token_is_chosen_where_the_distribution_function_passes_u():
+    # Cumulative probabilities 0.1, 0.1, 0.4, 0.4, 1.0.
+    logits = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.6]).log().expand(6, -1)
+    u = torch.tensor([0.0, 0.09, 0.11, 0.39, 0.41, 1 - 2**-53], dtype=torch.float64)
+    chosen, log_q, log_p = choose(logits, u, shape())
+    assert chosen.tolist() == [0, 0, 2, 2, 4, 4]
+    expected = [math.log(p) for p in (0.1, 0.1, 0.3, 0.3, 0.6, 0.6)]
+    assert log_q.tolist() == pytest.approx(expected, abs=1e-6)
+    assert log_p.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("entries", [5, 64, 65, 1000])
+def test_a_token_of_probability_zero_is_never_chosen(entries):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, entries, generator=generator) * 3
+    logits[torch.rand(500, entries, generator=generator) < 0.7] = -torch.inf
+    logits[:, 3] = 0.0  # something is left in every row
+    logits[:, -1] = -torch.inf
+    for extreme in (0.0, 0.5, 1 - 2**-53):
+        chosen, log_q, _ = choose(logits, torch.full((500,), extreme, dtype=torch.float64), shape())
+        assert torch.isfinite(logits.gather(1, chosen[:, None])).all()
+        assert torch.isfinite(log_q).all()
+
+
+@pytest.mark.parametrize("entries", [48, 300, 1000])
+def test_blocks_find_what_one_cumulative_sum_finds(entries):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, entries, generator=generator) * 2
+    u = torch.rand(200, generator=generator, dtype=torch.float64)
+    chosen, _, _ = choose(logits, u, shape())
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
+    assert (chosen != expected).sum() <= 1  # u may fall on an edge, within float32
+
+
+def test_top_p_beyond_the_first_look_sorts_the_whole_vocabulary():
+    generator = torch.Generator().manual_seed(2)
+    flat, steep = torch.randn(20, 1000, generator=generator) * 0.1, torch.randn(20, 1000, generator=generator) * 9
+    logits = torch.cat([flat, steep])
+    u = torch.rand(40, generator=generator, dtype=torch.float64)
+    chosen, log_q, _ = choose(logits, u, shape(top_p=0.9))
+    kept = transformers.TopPLogitsWarper(0.9)(None, logits).double().log_softmax(-1)
+    assert (torch.isfinite(kept).sum(-1)[:20] > 128).all()
+    assert log_q.tolist() == pytest.approx(kept.gather(1, chosen[:, None])[:, 0].tolist(), abs=1e-4)
+    assert torch.isfinite(log_q).all()
+
+
+def test_uniforms_are_each_seeds_own_stream():
+    first = uniforms([5, 6], 8)
+    assert first.shape == (2, 8)
+    assert (uniforms([6], 8)[0] == first[1]).all()
+    assert (uniforms([5], 3)[0] == first[0, :3]).all()
+    assert len(set(itertools.chain(*first.tolist()))) == 16
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplog):
+    model, rows, settings = tiny("llama"), mixed_rows(5, 8), shape()
+    expected = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    rows_seen: list[int] = []
+    before = shared_prefix.Loop._step
+    results: list[int] = []
+
+    def step(self):
+        rows_seen.append(len(self.number))
+        if len(self.number) > 10 and len(rows_seen) > 6:
+            raise torch.OutOfMemoryError("the test's device is full")
+        before(self)
+
+    released = shared_prefix.Loop._release
+
+    def release(self):
+        for number, drawn in released(self):
+            results.append(number)
+            yield number, drawn
+
+    monkeypatch.setattr(shared_prefix.Loop, "_step", step)
+    monkeypatch.setattr(shared_prefix.Loop, "_release", release)
+    made = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
+    assert sorted(results) == list(range(40))  # each was made exactly once
+    assert max(rows_seen[8:]) <= 10
+    assert "out of memory" in caplog.text
+
+
+def test_out_of_memory_with_a_single_row_is_raised(monkeypatch):
+    def step(self):
+        raise torch.OutOfMemoryError("the test's device is full")
+
+    monkeypatch.setattr(shared_prefix.Loop, "_step", step)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(tiny("llama"), mixed_rows(1, 4), shape(stop_ids=frozenset()), pad_id=0, batch_rows=4)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def step(self):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(shared_prefix.Loop, "_step", step)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        decode(tiny("llama"), mixed_rows(1, 4), shape(stop_ids=frozenset()), pad_id=0, batch_rows=4)
+
+
+def test_state_bytes_count_what_is_allocated():
+    model, rows, settings = tiny("llama"), mixed_rows(5, 6), shape(max_tokens=33)
+    # 2 (keys, values) · 2 layers · 2 heads · dimension 8 · 4 bytes = 256 bytes a token
+    assert decoding.state_bytes(model, 1) == 256
+    loop = shared_prefix.Loop(model, list(enumerate(rows)), settings, 0, 30)
+    with torch.inference_mode(), shared_prefix._attention_of(model):
+        for _ in loop.run():
+            pass
+    suffixes = sum(layer.keys.nbytes + layer.values.nbytes for layer in loop.cache.layers)
+    prefixes = sum(layer.prefix_keys.nbytes + layer.prefix_values.nbytes for layer in loop.cache.layers)
+    assert suffixes == 30 * decoding.state_bytes(model, 32)  # the last token is never fed back
+    assert prefixes == 5 * decoding.state_bytes(model, 32)  # 17 tokens, in whole vectors of 16
+
+
+def test_rows_at_once_follow_free_memory(monkeypatch):
+    model, rows, settings = tiny("llama"), mixed_rows(5, 6), shape(max_tokens=20)
+    # a suffix of 20 tokens, 2 prefixes of 17 tokens shared by 6 draws, and 48 logits of 4 + 16 bytes
+    each = 20 * 256 + 2 * 17 * 256 / 6 + 48 * 20
+    for fits, expected in ((10.5, 10), (0.1, 1), (1e6, 256)):
+        free = {"free": int(fits * each / 0.9)}
+        monkeypatch.setattr(devices, "memory", lambda device, free=free: free)
+        assert decoding.rows_at_once(model, rows, settings) == expected
+
+
+# --- models that cannot share -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.BloomConfig(vocab_size=48, hidden_size=32, n_layer=1, n_head=2), "AttentionInterface"),
+        (transformers.Gemma2Config(**{**SMALL, "head_dim": 8}), "softcap"),
+        (transformers.GptOssConfig(**{**SMALL, "head_dim": 8, "num_local_experts": 4}), "s_aux"),
+    ],
+    ids=["bloom", "gemma2", "gpt_oss"],
+)
+def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, reason, caplog):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    rows, settings = mixed_rows(3, 3), shape(max_tokens=5)
+    with caplog.at_level(logging.WARNING, logger="rsft_pipeline.decoding"):
+        made = decode(model, rows, settings, pad_id=0, batch_rows=4)
+    assert reason in caplog.text
+    for row, drawn in zip(rows, made, strict=True):
+        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-3)

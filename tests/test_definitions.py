@@ -1,0 +1,80 @@
+"""What Dagster loads, as one snapshot, and the schedule."""
+
+import dagster as dg
+import pytest
+from toposort import CircularDependencyError
+
+import definitions
+from automation.schedules import schedules
+from rsft_pipeline.recipe import RECIPES, load
+
+
+def described(defs: dg.Definitions) -> dict:
+    """Assets with what people see of them, checks, jobs, sensors and schedules, in plain values."""
+    graph = defs.resolve_asset_graph()
+    assets = {
+        key.to_user_string(): {
+            "reads": sorted(parent.to_user_string() for parent in graph.get(key).parent_keys),
+            "group": graph.get(key).group_name,
+            "kinds": sorted(graph.get(key).kinds),
+            "partitions": getattr(graph.get(key).partitions_def, "name", None),
+            "pools": sorted(graph.get(key).pools or ()),
+            "description": (graph.get(key).description or "").splitlines()[0],
+        }
+        for key in sorted(graph.get_all_asset_keys())
+    }
+    return {
+        "assets": assets,
+        "checks": {
+            f"{key.asset_key.to_user_string()}:{key.name}": "blocking" if graph.get(key).blocking else "reports"
+            for key in sorted(graph.asset_check_keys, key=str)
+        },
+        "jobs": sorted(job.name for job in defs.jobs),
+        "sensors": sorted(sensor.name for sensor in defs.sensors),
+        "schedules": sorted(schedule.name for schedule in defs.schedules),
+    }
+
+
+def test_the_definitions_of_a_recipe(home, write_recipe, snapshot):
+    prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "inbox": "inbox"}
+    recipe = load(write_recipe(schedule="0 3 * * *", owners=["team:models"], prompts=prompts))
+    defs = definitions.build([recipe])
+    dg.Definitions.validate_loadable(defs)
+    assert described(defs) == snapshot
+
+
+def test_every_recipe_of_the_project_is_loaded_and_a_broken_one_spares_the_others(home, write_recipe, caplog):
+    (home / "recipes").mkdir()
+    (home / "recipes" / "broken.yaml").write_text("description: 1\nmodle: {}")
+    (home / "recipes" / "letters_loop.yaml").symlink_to(write_recipe())
+    loaded = {job.name for job in definitions.defs().jobs}
+    assert loaded == {f"{file.stem}_round" for file in RECIPES.glob("*.yaml")} | {"letters_loop_round"}
+    assert "broken.yaml" in caplog.text and "Did you mean 'model'" in caplog.text
+
+
+def test_the_schedule_starts_the_next_round_until_a_stop_rule_holds(home, write_recipe, tmp_path):
+    recipe = load(write_recipe(schedule="0 3 * * *"))
+    (schedule,) = schedules(recipe)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def tick():
+            loaded = definitions.build([recipe]).get_repository_def()
+            context = dg.build_schedule_context(
+                instance=instance, repository_def=loaded, resources=definitions.usual_resources()
+            )
+            return schedule.evaluate_tick(context)
+
+        (request,) = tick().run_requests
+        assert request.partition_key == "r000"
+        assert instance.get_dynamic_partitions("letters_loop_rounds") == ["r000"]
+
+
+def test_a_cycle_from_checkpoint_to_policy_would_be_refused_which_is_why_the_policy_looks_it_up():
+    @dg.asset(deps=["checkpoint"])
+    def policy(): ...
+
+    @dg.asset(deps=[policy])
+    def checkpoint(): ...
+
+    with pytest.raises(CircularDependencyError):
+        dg.Definitions.validate_loadable(dg.Definitions(assets=[policy, checkpoint]))

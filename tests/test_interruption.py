@@ -1,0 +1,80 @@
+"""Kill -9 while drawing and while training, then run again: the outcome is as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rsft_pipeline.store import Store
+
+SETTINGS = ("--set", "sampling.wave_size=24", "--set", "training.epochs=40", "--set", "training.batch_size=4")
+
+
+def start(path):
+    command = [sys.executable, "-m", "cli.main", "run", str(path), "--rounds", "1", *SETTINGS]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def outcome(home):
+    with Store.at(home) as store:
+        return {
+            "candidates": store.query(
+                "SELECT candidate_id, token_ids, log_q, log_p, seed FROM candidates ORDER BY ALL"
+            ),
+            "decisions": store.query("SELECT candidate_id, accepted, reason, u FROM decisions ORDER BY ALL"),
+            "checkpoint": store.query("SELECT checkpoint, accepted_digest, samples FROM checkpoints"),
+            "round": store.query("SELECT policy, champion, promoted, candidates, accepted FROM rounds"),
+        }
+
+
+def kill_when(process, reached, patience=120):
+    deadline = time.monotonic() + patience
+    while not reached():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "the moment to kill at never came"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def drawn(store):
+    return store.value("SELECT count(*) FROM candidates WHERE split = 'train'")
+
+
+@pytest.fixture
+def undisturbed(home, write_recipe, tmp_path, monkeypatch):
+    """What a run that nothing happened to ends with."""
+    other = tmp_path / "undisturbed"
+    (other / "mlflow").mkdir(parents=True)
+    (other / "mlflow" / "mlflow.db").write_bytes((home / "mlflow" / "mlflow.db").read_bytes())
+    monkeypatch.setenv("RSFT_HOME", str(other))
+    process = start(write_recipe())
+    assert process.wait() == 0, process.stdout.read()
+    monkeypatch.setenv("RSFT_HOME", str(home))
+    return outcome(other)
+
+
+def test_killed_while_drawing_and_again_while_training_a_round_ends_the_same(home, write_recipe, undisturbed):
+    path = write_recipe()
+    with Store.at(home) as store:
+        process = start(path)
+        kill_when(process, lambda: drawn(store) > 0)
+        kept = store.query("SELECT candidate_id, dagster_run_id FROM candidates")
+        total = sum(1 for row in undisturbed["candidates"])
+        assert 0 < len(kept) < total
+
+        process = start(path)
+        saved = home / "scratch" / "letters_loop" / "r000"
+        kill_when(process, lambda: any(saved.glob("*")))
+        assert store.value("SELECT count(*) FROM checkpoints") == 0
+
+        process = start(path)
+        assert process.wait() == 0, process.stdout.read()
+        # What the first run had persisted was not drawn again.
+        now = {row["candidate_id"]: row["dagster_run_id"] for row in store.query("SELECT * FROM candidates")}
+        assert all(now[row["candidate_id"]] == row["dagster_run_id"] for row in kept)
+    assert outcome(home) == undisturbed
+    assert not saved.exists()
