@@ -26,7 +26,7 @@ from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline.home import Home
+from rsft_pipeline.home import Home, settle_environment
 from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, load
 
 log = logging.getLogger(__name__)
@@ -70,4 +70,5 @@ def readable_recipes() -> list[Recipe]:
 
 @dg.definitions
 def defs() -> dg.Definitions:
+    settle_environment()
     return build(readable_recipes())

@@ -26,12 +26,14 @@ def this_process() -> str:
 def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
     """Whether a round of the recipe is queued or running.
 
-    A run whose process was killed stays «started» in Dagster's records; it is reported as failed here.
+    A run whose process was killed stays «started» in Dagster's records, and keeps its place in the pool `gpu`:
+    it is reported as failed here, and its place given back.
     """
     active = instance.get_runs(dg.RunsFilter(tags={LOOP: recipe.name}, statuses=ACTIVE))
     for run in active:
         if _killed(run.tags.get(PROCESS)):
             instance.report_run_failed(run, f"the process of this run is gone: {run.tags[PROCESS]}")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             active = [other for other in active if other is not run]
     return bool(active)
 

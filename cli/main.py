@@ -1,11 +1,11 @@
 """The `rsft` command."""
 
-import os
 import sys
 
 import typer
 
 from cli import run, ui
+from rsft_pipeline.home import settle_environment
 from rsft_pipeline.recipe import RecipeError
 
 app = typer.Typer(
@@ -23,14 +23,7 @@ app.command("ui")(ui.ui)
 
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback."""
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    for telemetry in (
-        "DAGSTER_DISABLE_TELEMETRY",
-        "MLFLOW_DISABLE_TELEMETRY",
-        "HF_HUB_DISABLE_TELEMETRY",
-        "DO_NOT_TRACK",
-    ):
-        os.environ.setdefault(telemetry, "1")
+    settle_environment()
     try:
         app()
     except RecipeError as error:

@@ -4,7 +4,6 @@ Dagster's run id stands in MLflow's tags and MLflow's run id in Dagster's metada
 to the other.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ class Tracking(dg.ConfigurableResource):
 
     def client(self):
         """An MlflowClient; MLflow takes seconds to import, so only steps that write to it do."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
         from mlflow import MlflowClient
 
         return MlflowClient(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")

@@ -7,6 +7,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def settle_environment() -> None:
+    """Set what libraries read from the environment when they are first imported, unless somebody has.
+
+    No telemetry; and threads that wait sleep, where spinning would slow a second process threefold.
+    """
+    for name in ("DAGSTER_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @dataclass(frozen=True)
 class Home:
     """The folders of a home. Every one of them is made when it is first asked for."""

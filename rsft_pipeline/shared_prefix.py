@@ -381,6 +381,7 @@ class Loop:
         self.log_p = zeros(capacity, dtype=torch.float64)
         self.u = zeros(capacity, shape.max_tokens, dtype=torch.float64)
         self.tokens = zeros(capacity, shape.max_tokens, dtype=torch.long)
+        self.states = [self.token, self.alive, self.stopped, self.drawn, self.log_q, self.log_p, self.u, self.tokens]
         self.stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=self.device)
         # The host's side: for each row its draw's number, its place and its age; for each place its prompt.
         self.number: list[int] = []
@@ -452,16 +453,7 @@ class Loop:
         )
         if source:
             self.cache.move_rows(source, target, max(self.age))
-            for state in (
-                self.token,
-                self.alive,
-                self.stopped,
-                self.drawn,
-                self.log_q,
-                self.log_p,
-                self.u,
-                self.tokens,
-            ):
+            for state in self.states:
                 state[target] = state[source]
 
         present = set(self.place)
