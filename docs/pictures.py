@@ -1,8 +1,8 @@
-"""Make the README's pictures from a home that ran the demo: the asset graph, the round's job, the rounds plot.
+"""Make the README's pictures from a home that ran the demo: the rounds plot, the asset graph, an accepted set.
 
-    make demo && make ui                       # in one terminal
-    .venv/bin/pip install -c constraints.txt -e '.[pictures]'
-    .venv/bin/python docs/pictures.py          # in another; needs Chromium (Debian: apt-get install chromium)
+make demo && make ui                       # in one terminal
+.venv/bin/pip install -c constraints.txt -e '.[pictures]'
+.venv/bin/python docs/pictures.py          # in another; needs Chromium (Debian: apt-get install chromium)
 """
 
 import shutil
@@ -23,13 +23,13 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 760})
-        page.goto(f"{UI}/locations/rsft/jobs/arithmetic_round")
-        page.get_by_text("evaluation", exact=False).first.wait_for(timeout=60_000)
-        page.wait_for_timeout(4000)
-        page.screenshot(path=PICTURES / "graph.png")
-        page.goto(f"{UI}/assets/arithmetic/evaluation?view=partitions")
-        page.wait_for_timeout(6000)
-        page.screenshot(path=PICTURES / "evaluation.png")
+        page.goto(f"{UI}/assets/arithmetic/accepted?view=lineage&lineageScope=neighbors&lineageDepth=6")
+        page.wait_for_timeout(9000)  # the graph is laid out and zoomed to fit
+        page.screenshot(path=PICTURES / "graph.png", clip={"x": 250, "y": 360, "width": 1205, "height": 240})
+        page.set_viewport_size({"width": 1500, "height": 1250})
+        page.goto(f"{UI}/assets/arithmetic/accepted?view=partitions&partition=r002")
+        page.get_by_text("below threshold").first.wait_for(timeout=60_000)
+        page.screenshot(path=PICTURES / "accepted.png", clip={"x": 240, "y": 0, "width": 1260, "height": 1210})
         browser.close()
 
 

@@ -27,7 +27,7 @@ def _cell(value: Any) -> str:
     printable = "".join(c if c.isprintable() else "␣" for c in " ".join(text.split()))
     cut = printable if len(printable) <= WIDTH else printable[: WIDTH - 1] + "…"
     escaped = html.escape(cut)
-    return "".join(f"&#{ord(c)};" if c in "|\\`*_{}[]()#+-.!~" else c for c in escaped)
+    return "".join(f"&#{ord(c)};" if c in "|\\`*_{}[]()#!~.:@" else c for c in escaped)
 
 
 def picture(png: bytes, alternative: str) -> str:

@@ -14,6 +14,7 @@ from rsft_pipeline.store import Store
 if TYPE_CHECKING:
     from rsft_pipeline.rounds import Round
 
+NAMES = {"pass_at_1": "pass@1", "pass_at_k": "pass@k", "mean_score": "mean score"}
 SHOWN = 6  # rows of each kind in a table of examples
 
 
@@ -56,13 +57,18 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
         below = [s[metric]["value"] - (s[metric]["low"] or s[metric]["value"]) for s in summaries]  # None: open end
         above = [(s[metric]["high"] or s[metric]["value"]) - s[metric]["value"] for s in summaries]
         axes.errorbar(range(len(keys)), values, [below, above], fmt=style, color="#4f7cac", capsize=3, label=label)
-    axes.set(xticks=range(len(keys)), xticklabels=keys, ylabel=metric, title=f"{recipe}: held-out {metric} by round")
+    axes.set(
+        xticks=range(len(keys)),
+        xticklabels=keys,
+        ylabel=NAMES[metric],
+        title=f"{recipe}: held-out {NAMES[metric]} by round",
+    )
     rates = axes.twinx()
     rates.bar(
         range(1, len(keys)), [row["accepted"] / max(1, row["candidates"]) for row in history], width=0.3, alpha=0.2
     )
     rates.set(ylim=(0, 1), ylabel="accepted share (bars)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     axes.spines["top"].set_visible(False)
     rates.spines["top"].set_visible(False)
     return _png(figure)
