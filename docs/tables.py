@@ -27,9 +27,9 @@ def table(section: type[recipe.Section]) -> str:
     """One row for each field that the section itself adds."""
     inherited = {name for base in section.__mro__[1:] for name in getattr(base, "model_fields", {})}
     rows = [
-        f"| `{name}` | {kind(field)} | {default(field)} | {escaped(field.description)} |\n"
+        f"| `{name}` | {kind(field)} | {default(field)} | {field.description} |\n"
         for name, field in section.model_fields.items()
-        if name not in inherited
+        if name not in inherited and field.description  # `kind` and `rule` are told by the heading
     ]
     return "| field | type | default | meaning |\n| --- | --- | --- | --- |\n" + "".join(rows)
 
@@ -71,10 +71,6 @@ def default(field: FieldInfo) -> str:
         case tuple():
             return f"`{list(field.default)}`"
     return f"`{field.default}`"
-
-
-def escaped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def main() -> None:
