@@ -43,7 +43,8 @@ def build(recipes: Iterable[Recipe], **resources: Any) -> dg.Definitions:
         parts["jobs"].append(round_job(recipe))
         parts["sensors"] += sensors(recipe)
         parts["schedules"] += schedules(recipe)
-    return dg.Definitions(**parts, resources={**usual_resources(), **resources})
+    # In process for assets materialised by hand too, as in the round's job.
+    return dg.Definitions(**parts, resources={**usual_resources(), **resources}, executor=dg.in_process_executor)
 
 
 def usual_resources() -> dict[str, Any]:
@@ -62,8 +63,10 @@ def readable_recipes() -> list[Recipe]:
     for folder in (Home.here().recipes, RECIPES):
         for file in sorted(folder.glob("*.yaml")):
             try:
-                found[file.stem] = load(file)
-            except RecipeError as error:
+                recipe = load(file)
+                dg.Definitions.validate_loadable(build([recipe]))  # owners and cron lines are Dagster's to judge
+                found[file.stem] = recipe
+            except (RecipeError, dg.DagsterError) as error:
                 log.error("left out: %s", error)
     return list(found.values())
 

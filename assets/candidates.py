@@ -38,7 +38,9 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
         with store.open() as lake:
             round_ = rounds.record(lake, recipe, context.partition_key)
             policy = rounds.locate(lake, round_.recipe, Home.here(), round_.policy)
-            waves = steps.plan(lake, round_, round_.policy, models.tokenizer(policy.path), split="train")
+            waves = steps.plan(
+                lake, round_, round_.policy, models.tokenizer(policy.path), split="train", run_id=context.run.run_id
+            )
             missing = sum(len(requests) for _, requests in waves)
             with (
                 accelerator.lease(context.log) as device,

@@ -1,7 +1,6 @@
 """The evaluation of a round, and the promotion gate: does the checkpoint become the champion?"""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import dagster as dg
 
@@ -49,15 +48,15 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
-            if outcome.promoted:
-                tracking.crown(recipe.name, version)
-            steps.conclude(lake, round_, contest, outcome)
+            tracking.crown(recipe.name, contest.checkpoint if outcome.promoted else contest.champion)
+            _track(tracking, round_, outcome)
+            steps.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
             lake.compact()
             plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))
         file = home.folder("reports") / f"{recipe.name}.png"
         file.write_bytes(plot)
+        tracking.file(round_.mlflow_run_id, file)
         context.log.info("%s: %s", round_.key, outcome.verdict)
-        _track(tracking, round_, outcome, file)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(contest.checkpoint),
             metadata={
@@ -80,7 +79,7 @@ def _draw_and_score(
     context, lake, round_, weights: str, accelerator: Accelerator, sampler: TransformersSampler
 ) -> None:
     policy = rounds.locate(lake, round_.recipe, Home.here(), weights)
-    waves = steps.plan(lake, round_, weights, models.tokenizer(policy.path), split="eval")
+    waves = steps.plan(lake, round_, weights, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
     with accelerator.lease(context.log) as device:
         missing = sum(len(requests) for _, requests in waves)
         if missing:
@@ -93,7 +92,7 @@ def _draw_and_score(
             lake,
             round_,
             steps.EVALUATION_CANDIDATES,
-            steps.of_evaluation(round_.recipe, weights),
+            steps.of_evaluation(round_, weights),
             device=device,
             run_id=context.run.run_id,
             show=lambda done: None,
@@ -113,11 +112,10 @@ def _table(outcome: steps.Outcome) -> str:
     return table({"weights": role, **_numbers(summary)} for role, summary in outcome.summaries.items())
 
 
-def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, plot: Path) -> None:
+def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
     tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
     tracking.tags(run, verdict=outcome.verdict)
-    tracking.file(run, plot)
     tracking.end(run)

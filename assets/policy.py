@@ -25,11 +25,10 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         with store.open() as lake:
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
             earlier = rounds.raw(lake, now.name, round_key)
-            same = earlier and earlier["recipe_digest"] == now.digest  # MLflow's parameters cannot be changed
             run_id = tracking.begin(
                 now.name,
                 round_key,
-                resume=earlier["mlflow_run_id"] if same else None,
+                instead_of=earlier and earlier["mlflow_run_id"],
                 params=now.model_dump(mode="json"),
                 dagster_run_id=context.run.run_id,
                 policy=weights.digest,

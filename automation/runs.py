@@ -29,13 +29,26 @@ def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
     A run whose process was killed stays «started» in Dagster's records, and keeps its place in the pool `gpu`:
     it is reported as failed here, and its place given back.
     """
-    active = instance.get_runs(dg.RunsFilter(tags={LOOP: recipe.name}, statuses=ACTIVE))
-    for run in active:
+    alive = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=ACTIVE)):  # of any recipe: they share the pool
         if _killed(run.tags.get(PROCESS)):
             instance.report_run_failed(run, f"the process of this run is gone: {run.tags[PROCESS]}")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            active = [other for other in active if other is not run]
-    return bool(active)
+        else:
+            alive.append(run)
+    return any(_of(run) == recipe.name for run in alive)
+
+
+def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> int:
+    """How often a round has failed or was cancelled."""
+    ended = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+    tags = {LOOP: recipe.name, "dagster/partition": round_key}
+    return len(instance.get_runs(dg.RunsFilter(tags=tags, statuses=ended)))
+
+
+def _of(run: dg.DagsterRun) -> str | None:
+    """The recipe that a run belongs to, also where assets were materialised without its job."""
+    return run.tags.get(LOOP) or next((asset.path[0] for asset in run.asset_selection or ()), None)
 
 
 def _killed(process: str | None) -> bool:

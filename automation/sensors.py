@@ -8,10 +8,13 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.runs import busy
+from automation.runs import busy, failures
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
+from rsft_pipeline.prompts import inbox_files
 from rsft_pipeline.recipe import Recipe
+
+ATTEMPTS = 3  # at a round, before a person has to look
 
 
 def sensors(recipe: Recipe) -> list[dg.SensorDefinition]:
@@ -34,7 +37,10 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
             round_key = rounds.following(lake, now.name)
         if busy(context.instance, now):
             return dg.SkipReason(f"a round of {now.name} is under way")
-        return _request(now, round_key, round_key)
+        failed = failures(context.instance, now, round_key)
+        if failed >= ATTEMPTS:
+            return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")
+        return _request(now, round_key, f"{round_key} attempt {failed + 1}")
 
     return next_round
 
@@ -48,8 +54,7 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
     )
     def new_prompts(context: dg.SensorEvaluationContext, store: StoreResource):
         now = as_file(recipe)
-        inbox = now.path(now.prompts.inbox)
-        files = sorted(file for file in inbox.glob("*") if file.is_file()) if inbox.is_dir() else []
+        inbox, files = now.path(now.prompts.inbox), inbox_files(now)
         seen = lineage.digest([[file.name, lineage.file_digest(file)] for file in files])
         if not files or seen == context.cursor:
             return dg.SkipReason(f"nothing new in {inbox}")

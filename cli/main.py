@@ -7,6 +7,7 @@ import typer
 from cli import run, ui
 from rsft_pipeline.home import settle_environment
 from rsft_pipeline.recipe import RecipeError
+from rsft_pipeline.store import StoreError
 
 app = typer.Typer(
     help="Rejection-sampling fine-tuning: draw, score, accept, fine-tune, evaluate, promote, repeat.",
@@ -26,7 +27,7 @@ def main() -> None:
     settle_environment()
     try:
         app()
-    except RecipeError as error:
+    except (RecipeError, StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -43,8 +43,10 @@ def run(
     """Run rounds. One that was interrupted is finished first, from where it stopped."""
     overrides = _overrides(set_)
     loaded = _linked(_checked(recipes.load(_find(recipe), overrides)))
+    _device()
     watch()
-    instance = _instance()
+    with Home.here().lock("instance", wait=True):
+        instance = _instance()
     finished = []
     while rounds_ is None or len(finished) < rounds_:
         with _store() as store:
@@ -53,7 +55,10 @@ def run(
         if reason:
             console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
             break
-        _execute(instance, loaded, round_key, overrides)
+        with Home.here().lock(loaded.name, wait=False) as alone:
+            if not alone:
+                raise RecipeError(f"another `rsft run {loaded.name}` is under way in {Home.here().path}")
+            _execute(instance, loaded, round_key, overrides)
         finished.append(round_key)
     with _store() as store:
         _show(store, loaded.name, finished)
@@ -158,13 +163,27 @@ def _find(name: str) -> Path:
     return recipes.find(name, (recipes.RECIPES, Home.here().recipes))
 
 
+def _device() -> None:
+    from definitions import usual_resources
+
+    try:
+        usual_resources()["accelerator"].device()
+    except ValueError as error:
+        raise RecipeError(f"RSFT_DEVICE: {error}") from error
+
+
 def _checked(recipe: Recipe) -> Recipe:
     """The recipe, once what it names is seen to be there: nothing has run by then."""
+    import dagster as dg
+
+    from definitions import build
+
     try:
         prompts.check(recipe)
         for config in recipe.scoring.scorers:
             scoring.version(config, recipe)
-    except ValueError as error:
+        dg.Definitions.validate_loadable(build([recipe]))
+    except (ValueError, dg.DagsterError) as error:
         raise RecipeError(f"{recipe.file}: {error}") from error
     return recipe
 
@@ -243,8 +262,10 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
     if not rows:
         return
-    table = Table(title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE)
-    for column in ("round", "accepted", "pass@1", "pass@k", "score", "champion"):
+    table = Table(
+        title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE, pad_edge=False
+    )
+    for column in ("round", "accepted", "pass@1", "pass@k", "score", "new"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
@@ -252,7 +273,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
             row["round"],
             f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
             *(_change(before[name], after[name]) for name in ("pass_at_1", "pass_at_k", "mean_score")),
-            "promoted" if row["promoted"] else "kept",
+            "champion" if row["promoted"] else "-",
         )
     console.print(table)
     console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ def ui(
     """Start Dagster (web server and daemon) and MLflow on 127.0.0.1; Ctrl-C stops them all."""
     _instance()
     workspace = ["-w", str(ROOT / "workspace.yaml")]
-    database = f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
+    database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
     commands = [
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
         ["dagster._daemon", "run", *workspace],
@@ -32,7 +33,7 @@ def ui(
     print(f"Dagster  http://{HOST}:{port}\nMLflow   http://{HOST}:{mlflow_port}\nCtrl-C stops both.", flush=True)
     try:
         while all(process.poll() is None for process in processes):
-            signal.sigtimedwait([signal.SIGCHLD], 1)
+            time.sleep(1)
         raise typer.Exit(1)
     except KeyboardInterrupt:
         pass

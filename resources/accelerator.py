@@ -4,9 +4,8 @@ With `in_process` execution a resource lives as long as the run, so it must not 
 the lease does.
 """
 
-import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import dagster as dg
 from pydantic import Field
@@ -29,21 +28,10 @@ class Accelerator(dg.ConfigurableResource):
     def lease(self, log) -> Iterator[Device]:
         """The device, for the length of the `with`; a GPU is locked against this home's other processes."""
         device = self.device()
-        with _alone(device):
+        with nullcontext() if device.kind == "cpu" else Home.here().lock("accelerator", wait=True):
             try:
                 yield device
             finally:
                 release(device)
                 report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device).items()}
                 log.info("device %s (%s): %s", device.kind, device.dtype, report)
-
-
-@contextmanager
-def _alone(device: Device) -> Iterator[None]:
-    """Wait for the card; the lock goes with the process, so a killed run leaves none behind."""
-    if device.kind == "cpu":
-        yield
-        return
-    with open(Home.here().path / "accelerator.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

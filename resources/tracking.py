@@ -4,6 +4,8 @@ Dagster's run id stands in MLflow's tags and MLflow's run id in Dagster's metada
 to the other.
 """
 
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,19 @@ class Tracking(dg.ConfigurableResource):
 
         return MlflowClient(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
 
-    def begin(self, recipe: str, round_key: str, *, resume: str | None, params: Mapping[str, Any], **tags: str) -> str:
-        """The id of the round's run: `resume` where an earlier attempt began it, else a new one."""
+    def begin(
+        self, recipe: str, round_key: str, *, instead_of: str | None, params: Mapping[str, Any], **tags: str
+    ) -> str:
+        """The id of a new run for the round. An earlier attempt's run, if it is still open, ends as killed."""
+        from mlflow.entities import Param
+
         client = self.client()
-        if resume:
-            client.update_run(resume, status="RUNNING")
-            run_id = resume
-        else:
-            run_id = client.create_run(self._experiment(client, recipe), run_name=f"{recipe}/{round_key}").info.run_id
-            for name, value in _flat(params):
-                client.log_param(run_id, name, str(value)[:6000])
+        if instead_of and client.get_run(instead_of).info.status == "RUNNING":
+            client.set_terminated(instead_of, "KILLED")
+        run_id = client.create_run(self._experiment(client, recipe), run_name=f"{recipe}/{round_key}").info.run_id
+        logged = [Param(_allowed(name), str(value)[:6000]) for name, value in _flat(params)]
+        for i in range(0, len(logged), 100):  # MLflow's limit for one call
+            client.log_batch(run_id, params=logged[i : i + 100])
         for name, value in {"recipe": recipe, "round": round_key, **tags}.items():
             client.set_tag(run_id, f"rsft.{name}", value)
         return run_id
@@ -50,8 +55,6 @@ class Tracking(dg.ConfigurableResource):
 
     def curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
         """A metric over steps."""
-        import time
-
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -64,16 +67,14 @@ class Tracking(dg.ConfigurableResource):
         """Single numbers; those that are None are left out."""
         from mlflow.entities import Metric
 
-        self.client().log_batch(run_id, metrics=[Metric(n, float(v), 0, 0) for n, v in values.items() if v is not None])
+        now = int(time.time() * 1000)
+        known = [Metric(name, float(value), now, 0) for name, value in values.items() if value is not None]
+        self.client().log_batch(run_id, metrics=known)
 
     def tags(self, run_id: str, **values: str) -> None:
         client = self.client()
         for name, value in values.items():
             client.set_tag(run_id, f"rsft.{name}", value)
-
-    def text(self, run_id: str, name: str, content: str) -> None:
-        """A text file among the run's artifacts."""
-        self.client().log_text(run_id, content, name)
 
     def file(self, run_id: str, path: Path) -> None:
         """A copy of a file among the run's artifacts."""
@@ -89,15 +90,25 @@ class Tracking(dg.ConfigurableResource):
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for version in client.search_model_versions(f"name = '{recipe}'"):
-            if version.tags.get("rsft.checkpoint") == checkpoint:
-                return version.version
+        if version := self._version(client, recipe, checkpoint):
+            return version
         tags = {"rsft.checkpoint": checkpoint}
         return client.create_model_version(recipe, path.as_uri(), run_id=run_id, tags=tags).version
 
-    def crown(self, recipe: str, version: str) -> None:
-        """Move the alias `champion` to this version; only the promotion gate calls this."""
-        self.client().set_registered_model_alias(recipe, "champion", version)
+    def crown(self, recipe: str, champion: str) -> None:
+        """Let the alias `champion` name this checkpoint; only the promotion gate calls this.
+
+        The base model is not registered: while it is the champion, the alias names nothing.
+        """
+        client = self.client()
+        if version := self._version(client, recipe, champion):
+            client.set_registered_model_alias(recipe, "champion", version)
+        else:
+            client.delete_registered_model_alias(recipe, "champion")
+
+    def _version(self, client, recipe: str, checkpoint: str) -> str | None:
+        versions = client.search_model_versions(f"name = '{recipe}'")
+        return next((v.version for v in versions if v.tags.get("rsft.checkpoint") == checkpoint), None)
 
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         self.client().set_terminated(run_id, status)
@@ -106,6 +117,11 @@ class Tracking(dg.ConfigurableResource):
         """The page of a run in MLflow's UI."""
         experiment = self.client().get_experiment_by_name(recipe).experiment_id
         return f"{self.ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
+
+
+def _allowed(name: str) -> str:
+    """The name with what MLflow does not allow in one replaced: recipes may name columns anyhow."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = ""):

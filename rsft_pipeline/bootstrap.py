@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rsft_pipeline import functions, lineage, models, tasks, training
+from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
 from rsft_pipeline.recipe import Bootstrap, Recipe, Training
 
@@ -44,7 +44,7 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
     settings = recipe.model.bootstrap
     corpus = _corpus(recipe)
     key = lineage.digest(
-        [settings.model_dump(mode="json"), corpus, recipe.seed, recipe.prompts.eval_fraction, recipe.task]
+        [settings.model_dump(mode="json"), corpus, recipe.seed, recipe.prompts.model_dump(mode="json"), recipe.task]
     )
     made = root / "bootstrap" / f"{key}.txt"
     if made.is_file():
@@ -52,7 +52,7 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
         if (root / digest).is_dir():
             return models.Checkpoint(digest, root / digest)
 
-    rows = [row for row in corpus if not _held_out(row["prompt"], recipe.prompts.eval_fraction)]
+    rows = [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
     log.info("bootstrap: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
         raise models.ModelError(f"{settings.corpus}: no row is left to train on once the evaluation split is left out")
@@ -139,10 +139,6 @@ def _json_lines(file: Path) -> Iterable[object]:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise models.ModelError(f"{file}: line {number} is not JSON: {error}") from None
-
-
-def _held_out(prompt: str, fraction: float) -> bool:
-    return bool(prompt) and lineage.in_eval_split(lineage.prompt_id(prompt), fraction)
 
 
 def _texts(rows: list[dict[str, str]]) -> Iterable[str]:

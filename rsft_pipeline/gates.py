@@ -39,11 +39,13 @@ def _nothing(store: Store, round_: Round) -> str:
 
 
 def no_eval_prompt(store: Store, round_: Round) -> Finding:
-    """No held-out prompt is trained on, by its id, by its split, or by its text."""
+    """No held-out prompt is trained on: not now, and not in any round before."""
     rows = store.query(
-        f"""WITH held_out AS (SELECT prompt_id, text FROM prompts WHERE recipe = $recipe AND split = 'eval')
-            SELECT candidate_id FROM ({steps.ACCEPTED}) WHERE split <> 'train'
-                OR prompt_id IN (SELECT prompt_id FROM held_out) OR prompt IN (SELECT text FROM held_out)""",
+        f"""SELECT candidate_id FROM ({steps.ACCEPTED}) WHERE split <> 'train'
+            UNION SELECT t.candidate_id FROM training_samples t
+            JOIN candidates c ON c.candidate_id = t.candidate_id AND c.recipe = $recipe
+            JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            WHERE t.recipe = $recipe AND p.split = 'eval'""",
         steps.of_training(round_),
     )
     named = ", ".join(row["candidate_id"] for row in rows[:5])
@@ -107,8 +109,8 @@ def _lost(store: Store, round_: Round) -> bool:
     )[0]["checkpoint"]
     how = recipe.evaluation
     compared = compare(
-        steps.results(store, recipe, before),
-        steps.results(store, recipe, row["checkpoint"]),
+        steps.results(store, round_, before),
+        steps.results(store, round_, row["checkpoint"]),
         recipe.promotion.metric,
         k=how.k,
         confidence=how.confidence,

@@ -1,6 +1,9 @@
 """Home: where all state lives. One folder, `$RSFT_HOME`, by default `var` beside the code."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,20 @@ class Home:
         folder = self.path / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold a lock against this home's other processes; it goes with the process, however that ends.
+
+        Yields whether it was had: always, unless `wait` is off and somebody else holds it.
+        """
+        with open(self.folder("locks") / name, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     @property
     def checkpoints(self) -> Path:

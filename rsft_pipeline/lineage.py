@@ -40,9 +40,9 @@ def prompt_id(text: str) -> str:
     return digest(["prompt", normalise(text)])
 
 
-def in_eval_split(prompt: str, fraction: float) -> bool:
-    """Whether a prompt id belongs to the held-out split; a prompt keeps its side for ever."""
-    return int(prompt[:15], 16) / 16**15 < fraction
+def in_eval_split(values: Iterable[str], fraction: float) -> bool:
+    """Whether a prompt made of these column values is held out: the same values are, in whatever template."""
+    return int(digest(["split", *map(normalise, values)])[:15], 16) / 16**15 < fraction
 
 
 def candidate_id(recipe: str, scope: str, policy: str, prompt: str, draw: int, settings: str) -> str:

@@ -8,6 +8,7 @@ A checkpoint is a folder in the Hugging Face format named after the digest of it
 Weights are read and written as safetensors only, and no code that comes with a model is ever run.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import functools
@@ -158,7 +159,7 @@ def context_length(path: Path) -> int | None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def auto_class(task: str):
@@ -313,7 +314,8 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         if not saved.path.is_dir():
-            temporary.rename(saved.path)
+            with contextlib.suppress(FileExistsError):  # another process has just saved the same
+                temporary.rename(saved.path)
             _sync(saved.path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

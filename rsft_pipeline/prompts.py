@@ -88,7 +88,7 @@ class _Row:
         return Refused(self.source, self.line, raw, reason, detail)
 
 
-def read(recipe: Recipe, tokenizer, context_length: int) -> Ingest:
+def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     """All prompts of the recipe's source and then of its inbox, and the rows refused.
 
     A prompt whose id was seen on an earlier row, of the source or the inbox, is a duplicate. With `limit`,
@@ -97,14 +97,14 @@ def read(recipe: Recipe, tokenizer, context_length: int) -> Ingest:
 
     Args:
         tokenizer: the policy's; it renders chat prompts and measures all of them.
-        context_length: of the policy, in tokens; prompt and completion share it.
+        context_length: of the policy, in tokens; prompt and completion share it. None: without end.
 
     Raises:
         PromptError: a missing file, an unknown format or encoding, an unreadable data set, a source without
             a usable row, or a context too short for `sampling.max_tokens`.
     """
     section = recipe.prompts
-    longest = context_length - recipe.sampling.max_tokens
+    longest = (context_length or math.inf) - recipe.sampling.max_tokens
     if longest < 1:
         raise PromptError(
             f"sampling.max_tokens is {recipe.sampling.max_tokens}, but the model's context is {context_length} "
@@ -154,6 +154,14 @@ def check(recipe: Recipe) -> None:
             pass
         case _ if not path.is_file():
             raise PromptError(f"prompts.source is {name!r}: there is no file {path}")
+
+
+def held_out(recipe: Recipe, text: str) -> bool:
+    """Whether a text asks what a held-out prompt asks: written as the template renders it, or its column alone."""
+    template, readings = recipe.prompts.template, [[text]]
+    if template is not None and (found := re.fullmatch(_pattern(template), text, re.DOTALL)):
+        readings.append(list(dict(zip(_placeholders(template), found.groups(), strict=True)).values()))
+    return any(lineage.in_eval_split(values, recipe.prompts.eval_fraction) for values in readings)
 
 
 def encode(tokenizer, prompt_text: str, chat: bool) -> list[int]:
@@ -219,7 +227,7 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, seen: dict[str, str
     if prompt_id in seen:
         return row.refused("duplicate", f"the same text as {seen[prompt_id]}")
     seen[prompt_id] = f"line {row.line} of {row.source}"
-    split = "eval" if lineage.in_eval_split(prompt_id, section.eval_fraction) else "train"
+    split = "eval" if lineage.in_eval_split(values.values(), section.eval_fraction) else "train"
     return Prompt(prompt_id, text, messages, reference, fields, split, row.source, row.line)
 
 
@@ -294,6 +302,17 @@ def _placeholders(template: str) -> list[str]:
     return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
 
 
+def _pattern(template: str) -> str:
+    """A regular expression that the template's prompts match, with a group for each placeholder."""
+    pattern, end = "", 0
+    for match in _PLACEHOLDER.finditer(template):
+        pattern += re.escape(template[end : match.start()]) + (
+            "(.*)" if match[1] is not None else re.escape(match[0][0])
+        )
+        end = match.end()
+    return pattern + re.escape(template[end:])
+
+
 def _fill(template: str, values: Mapping[str, str]) -> str:
     """The template with {column} replaced, {{ and }} as literal braces; values are not searched again."""
     return _PLACEHOLDER.sub(lambda match: match[0][0] if match[1] is None else values[match[1]], template)
@@ -356,13 +375,16 @@ def _format(recipe: Recipe) -> str:
     return "hub"
 
 
-def _inbox(recipe: Recipe) -> Iterator[_Row | Refused]:
-    """The rows of every file in the inbox, by name. A file that cannot be read stops no round: it is refused."""
+def inbox_files(recipe: Recipe) -> list[Path]:
+    """The files of the inbox, by name; hidden ones and sub-folders are not looked at."""
     if recipe.prompts.inbox is None or not (folder := recipe.path(recipe.prompts.inbox)).is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith("."):
-            continue
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def _inbox(recipe: Recipe) -> Iterator[_Row | Refused]:
+    """The rows of every file in the inbox. A file that cannot be read stops no round: it is refused."""
+    for path in inbox_files(recipe):
         name = f"{recipe.prompts.inbox.rstrip('/')}/{path.name}"
         kind = SUFFIXES.get(path.suffix.lower())
         if kind is None:

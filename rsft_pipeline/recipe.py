@@ -162,7 +162,7 @@ class Sampling(Section):
 class Scorer(Section):
     """What all scorers share."""
 
-    name: str | None = Field(None, description="Name in the lineage; default: the kind.")
+    name: str | None = Field(None, pattern=r"^[a-z][a-z0-9_]*$", description="Name in the lineage; default: the kind.")
     weight: float = Field(1.0, ge=0, description="Weight in the combined score; 0 makes the scorer a gate only.")
     minimum: float | None = Field(None, description="Gate: a candidate scored below this (or not judged) is rejected.")
 
@@ -269,6 +269,8 @@ class Scoring(Section):
         labels = [scorer.label for scorer in self.scorers]
         if repeated := {label for label in labels if labels.count(label) > 1}:
             raise ValueError(f"two scorers are called {sorted(repeated)[0]!r}: give one a `name:`")
+        if taken := {"combined", "policy"} & set(labels):
+            raise ValueError(f"no scorer can be called {taken.pop()!r}: the lineage uses that name itself")
         if self.combine == "all" and (open_ended := [s.label for s in self.scorers if s.minimum is None]):
             raise ValueError(f"`combine: all` needs a `minimum:` on scorer {open_ended[0]!r}")
         if self.combine == "weighted" and sum(s.weight for s in self.scorers) <= 0:
@@ -411,7 +413,7 @@ class Stop(Section):
     rounds: int = Field(3, ge=1, description="Most rounds.")
     patience: int | None = Field(None, ge=1, description="Rounds in a row without a promotion.")
     target: float | None = Field(None, description="Value of the promotion metric that is enough.")
-    tokens: int | None = Field(None, ge=1, description="Budget of drawn tokens, over all rounds.")
+    tokens: int | None = Field(None, ge=1, description="Budget of tokens drawn to train on, over all rounds.")
 
 
 # --- the whole ------------------------------------------------------------------------------
@@ -535,25 +537,14 @@ def _assign(tree: dict, key: str, text: str, path: Path) -> None:
     *parents, last = key.split(".")
     node: Any = tree
     for i, part in enumerate(parents):
-        node = _step(node, part, create=True)
+        node = node[_index(node, part, key, path)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, (dict, list)):
             raise RecipeError(f"{path}: cannot set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: cannot set {key}: {text!r} is not YAML: {error}") from None
-    if isinstance(node, list):
-        node[_index(node, last, key, path)] = value
-    else:
-        node[last] = value
-
-
-def _step(node: Any, part: str, create: bool) -> Any:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
-    if isinstance(node, dict):
-        return node.setdefault(part, {}) if create else node.get(part)
-    return None
+    node[_index(node, last, key, path) if isinstance(node, list) else last] = value
 
 
 def _index(node: list, part: str, key: str, path: Path) -> int:

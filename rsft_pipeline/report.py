@@ -54,8 +54,8 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
         if label == "champion":
             axes.step(range(len(keys)), values, style, where="post", color="#c0504d", label=label, alpha=0.8)
             continue
-        below = [s[metric]["value"] - (s[metric]["low"] or s[metric]["value"]) for s in summaries]  # None: open end
-        above = [(s[metric]["high"] or s[metric]["value"]) - s[metric]["value"] for s in summaries]
+        below = [s[metric]["value"] - _end(s[metric], "low") for s in summaries]  # None: open end
+        above = [_end(s[metric], "high") - s[metric]["value"] for s in summaries]
         axes.errorbar(range(len(keys)), values, [below, above], fmt=style, color="#4f7cac", capsize=3, label=label)
     axes.set(
         xticks=range(len(keys)),
@@ -72,6 +72,10 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
     axes.spines["top"].set_visible(False)
     rates.spines["top"].set_visible(False)
     return _png(figure)
+
+
+def _end(estimate: Mapping[str, Any], end: str) -> float:
+    return estimate["value"] if estimate[end] is None else estimate[end]
 
 
 # --- what an asset says of itself -------------------------------------------------------------

@@ -50,7 +50,17 @@ class Round:
 
 
 def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
-    """Record that a round has begun, in place of an earlier attempt."""
+    """Record that a round has begun, in place of an earlier attempt.
+
+    Raises:
+        RoundError: when later rounds stand on it.
+    """
+    later = "SELECT round FROM rounds WHERE recipe = ? AND round > ? ORDER BY round"
+    if standing := store.query(later, [round_.recipe.name, round_.key]):
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key} cannot begin again: {standing[0]['round']} stands on it. "
+            "To start over with another recipe, copy it under another name"
+        )
     record = {
         "recipe": round_.recipe.name,
         "round": round_.key,
@@ -164,13 +174,15 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
 def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
     """Where the weights of a digest are. Raises RoundError when they are gone, or are not what they were."""
     made = store.query(
-        "SELECT path, round FROM checkpoints WHERE recipe = ? AND checkpoint = ? ORDER BY round", [recipe.name, digest]
+        "SELECT round FROM checkpoints WHERE recipe = ? AND checkpoint = ? ORDER BY round", [recipe.name, digest]
     )
     if made:
-        path = Path(made[0]["path"])
-        if not path.is_dir():
-            raise RoundError(f"the weights of {recipe.name} {made[0]['round']} are not at {path} any more")
-        return Weights(digest, path, made[0]["round"])
+        weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
+        if not weights.path.is_dir():
+            raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
+        if changed := models.verify(weights.path):
+            raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
+        return weights
     base = models.base(recipe, home.path)
     if base.digest != digest:
         raise RoundError(

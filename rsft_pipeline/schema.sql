@@ -10,6 +10,7 @@ CREATE TABLE IF NOT EXISTS prompts (
     reference VARCHAR,       -- the reference answer, if the source has one
     fields VARCHAR,          -- JSON of the row's mapped columns
     split VARCHAR,           -- 'train', or 'eval': held out for ever
+    content VARCHAR,         -- digest of text, reference and fields: what scorers see of it
     source VARCHAR, line BIGINT, source_digest VARCHAR,
     active BOOLEAN,          -- still in the sources; only such prompts are drawn from
     dagster_run_id VARCHAR
@@ -19,6 +20,11 @@ CREATE TABLE IF NOT EXISTS quarantine (
     recipe VARCHAR, source VARCHAR, line BIGINT,
     raw BLOB,                -- the row's bytes, untouched
     reason VARCHAR, detail VARCHAR, dagster_run_id VARCHAR
+);
+
+-- The prompts that a round draws from (split 'train') and is evaluated on ('eval').
+CREATE TABLE IF NOT EXISTS round_prompts (
+    recipe VARCHAR, round VARCHAR, prompt_id VARCHAR, split VARCHAR, dagster_run_id VARCHAR
 );
 
 CREATE TABLE IF NOT EXISTS candidates (
@@ -37,6 +43,7 @@ CREATE TABLE IF NOT EXISTS scores (
     recipe VARCHAR, round VARCHAR, candidate_id VARCHAR,
     scorer VARCHAR,          -- 'combined' is what the rule sees
     version VARCHAR,         -- hash of the scorer's source and settings
+    content VARCHAR,         -- of the prompt as it was judged by: another reference means another score
     value DOUBLE,            -- NULL: it could not judge
     passed BOOLEAN,          -- of 'combined': every gate was reached
     dagster_run_id VARCHAR
@@ -61,7 +68,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 );
 
 CREATE TABLE IF NOT EXISTS training_samples (
-    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR, candidate_id VARCHAR, weight DOUBLE
+    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR, candidate_id VARCHAR, weight DOUBLE, dagster_run_id VARCHAR
 );
 
 CREATE TABLE IF NOT EXISTS evaluations (

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rsft_pipeline import acceptance, lineage, models, prompts, rounds, sampling, scoring, tasks
 from rsft_pipeline.card import card
@@ -24,7 +24,8 @@ from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe import Recipe, RejectionRule, Sampling
 from rsft_pipeline.rounds import Round, RoundError, Weights, starting_weights
 from rsft_pipeline.sampling import EVALUATION, Session
-from rsft_pipeline.store import Store, insert, replace
+from rsft_pipeline.store import Store, insert
+from rsft_pipeline.store import replace as store_replace
 from rsft_pipeline.training import History, Sample, fit
 
 COMBINED = "combined"  # the scorer name of the combined score
@@ -33,16 +34,20 @@ SCORING_BATCH = 4096  # candidates scored and persisted together
 # Joins are on ids alone and every table is filtered by the recipe itself: with `a.recipe = b.recipe` as a
 # join condition the planner may take it for one worth joining by, and builds the cross product.
 
-# The candidates that a round drew to be trained on. A candidate of older settings, or of a policy that
-# has been superseded since, stays in the table but is not the round's.
+# The candidates that a round drew to be trained on. A candidate of older settings, of a policy that has been
+# superseded, or of a prompt that the round no longer asks stays in the table but is not the round's.
 ROUND_CANDIDATES = """
     SELECT * FROM candidates
     WHERE recipe = $recipe AND round = $round AND split = 'train'
-      AND policy = $policy AND settings = $settings AND draw < $draws
+      AND policy = $policy AND settings = $settings AND draw < $draws AND prompt_id IN (
+        SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'train')
 """
+# What one policy answered to the round's held-out prompts, in whichever round it was drawn.
 EVALUATION_CANDIDATES = """
     SELECT * FROM candidates
     WHERE recipe = $recipe AND split = 'eval' AND policy = $policy AND settings = $settings AND draw < $draws
+      AND prompt_id IN (
+        SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'eval')
 """
 
 
@@ -58,11 +63,11 @@ def of_round(round_: Round) -> dict:
     }
 
 
-def of_evaluation(recipe: Recipe, policy: str) -> dict:
+def of_evaluation(round_: Round, policy: str) -> dict:
     """Parameters of EVALUATION_CANDIDATES."""
-    drawn = evaluation_sampling(recipe)
-    settings = sampling.settings(drawn, recipe.seed)
-    return {"recipe": recipe.name, "policy": policy, "settings": settings, "draws": drawn.draws}
+    drawn = evaluation_sampling(round_.recipe)
+    settings = sampling.settings(drawn, round_.recipe.seed)
+    return {**of_round(round_), "policy": policy, "settings": settings, "draws": drawn.draws}
 
 
 def evaluation_sampling(recipe: Recipe) -> Sampling:
@@ -77,12 +82,20 @@ def evaluation_sampling(recipe: Recipe) -> Sampling:
 def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) -> prompts.Ingest:
     """Read the recipe's prompts into `prompts` and `quarantine`.
 
-    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again.
+    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. One
+    that is known keeps its split for ever, whatever `eval_fraction` has become.
     """
     prompts.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     read = prompts.read(recipe, tokenizer, models.context_length(base.path))
+    sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
+    read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
+    if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
+        raise prompts.PromptError(
+            f"{recipe.name}: none of {len(read.prompts)} prompts is in the {empty.pop()} split: give more prompts, "
+            "or change prompts.eval_fraction"
+        )
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
     kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
     if known == [{"source_digest": read.digest}] and Counter(map(_values, kept)) == Counter(
@@ -101,6 +114,7 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
             "split": prompt.split,
             "source": prompt.source,
             "line": prompt.line,
+            "content": lineage.digest([prompt.text, prompt.reference, prompt.fields]),
             "source_digest": read.digest,
             "active": True,
             "dagster_run_id": run_id,
@@ -116,10 +130,13 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
             "DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe.name, ids]
         )
         insert(connection, "prompts", usable)
-        replace(connection, "quarantine", refused, recipe=recipe.name)
+        store_replace(connection, "quarantine", refused, recipe=recipe.name)
 
     store.commit(work)
     return read
+
+
+_SIDES = "SELECT prompt_id, split FROM prompts WHERE recipe = ?"
 
 
 def _values(row: dict) -> tuple:
@@ -135,9 +152,12 @@ def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
 
 
 def plan(
-    store: Store, round_: Round, policy: str, tokenizer, *, split: str
+    store: Store, round_: Round, policy: str, tokenizer, *, split: str, run_id: str
 ) -> list[tuple[int, list[sampling.Request]]]:
-    """The waves that are still to be drawn: for the round (split `train`) or to evaluate a policy (`eval`)."""
+    """The waves that are still to be drawn: for the round (split `train`) or to evaluate a policy (`eval`).
+
+    Writes which prompts they are, to `round_prompts`.
+    """
     recipe = round_.recipe
     chosen = prompts_of(store, recipe, split)
     if split == "train":
@@ -145,10 +165,11 @@ def plan(
         chosen = sampling.choose(chosen, recipe.sampling.prompts, f"{recipe.seed} {round_.key}")
     else:
         scope, how = EVALUATION, evaluation_sampling(recipe)
-        there = EVALUATION_CANDIDATES, of_evaluation(recipe, policy)
+        there = EVALUATION_CANDIDATES, of_evaluation(round_, policy)
         chosen = sampling.choose(chosen, recipe.evaluation.prompts, f"{recipe.seed} {EVALUATION}")
-    if not chosen:
-        raise prompts.PromptError(f"{recipe.name}: no prompt is in the {split} split; give more prompts")
+    of = {"recipe": recipe.name, "round": round_.key, "split": split}
+    asked = [{**of, "prompt_id": row["prompt_id"], "dagster_run_id": run_id} for row in chosen]
+    store.replace("round_prompts", asked, **of)
     encoded = [(row["prompt_id"], tuple(prompts.encode(tokenizer, row["text"], row["chat"]))) for row in chosen]
     waves = sampling.waves(recipe, scope, policy, encoded, how)
     sql, parameters = there
@@ -227,47 +248,55 @@ def score(
     """
     recipe = round_.recipe
     version_of = versions(recipe)
-    unscored = store.arrow(
-        f"""SELECT c.candidate_id, c.round, c.text, c.log_p, p.text AS prompt, p.reference, p.fields
-            FROM ({candidates}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
-            ANTI JOIN (SELECT candidate_id FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
-                       AND version = $version) s ON s.candidate_id = c.candidate_id""",
-        {**parameters, "version": version_of[COMBINED]},
-    )
+    to_judge = {**parameters, "version": version_of[COMBINED]}
+    unscored = store.arrow(f"SELECT * FROM ({_UNSCORED.format(candidates=candidates)})", to_judge)
     if not unscored.num_rows:
         return 0
+    # With only weights or minima changed, the scorers themselves have nothing to do.
+    known = store.query(
+        f"""SELECT s.candidate_id, s.scorer, s.value FROM ({_UNSCORED.format(candidates=candidates)}) u
+            JOIN scores s ON s.candidate_id = u.candidate_id AND s.content = u.content
+            WHERE s.recipe = $recipe AND list_contains($versions, s.version)""",
+        {**to_judge, "versions": list(version_of.values())},
+    )
+    value_of = {(row["candidate_id"], row["scorer"]): row["value"] for row in known}
     judges, done = scoring.judges(recipe, device), 0
     for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
         rows = batch.to_pylist()
-        samples = [
-            scoring.Sample(row["prompt"], row["text"], row["reference"], json.loads(row["fields"]), row["log_p"])
-            for row in rows
+        new = []
+        for scorer, judge in judges.items():
+            missing = [row for row in rows if (row["candidate_id"], scorer) not in value_of]
+            values = scoring.score({scorer: judge}, [_sample(row) for row in missing])[scorer]
+            value_of |= {(row["candidate_id"], scorer): value for row, value in zip(missing, values, strict=True)}
+            new += [{**_of(row), "scorer": scorer, "value": value} for row, value in zip(missing, values, strict=True)]
+        columns = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
+        new += [
+            {**_of(row), "scorer": COMBINED, "value": value, "passed": passed}
+            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, columns), strict=True)
         ]
-        values = scoring.score(judges, samples)
-        combined, passed = scoring.combine(recipe.scoring, values)
+        written = {"recipe": recipe.name, "dagster_run_id": run_id}
         store.append(
-            "scores", _score_rows(rows, recipe.name, values | {COMBINED: combined}, passed, version_of, run_id)
+            "scores", [{"passed": None, **row, **written, "version": version_of[row["scorer"]]} for row in new]
         )
         done += len(rows)
         show(done)
     return unscored.num_rows
 
 
-def _score_rows(rows, recipe: str, values: dict[str, list], passed: list[bool], version_of: dict, run_id: str):
-    return [
-        {
-            "recipe": recipe,
-            "round": row["round"],
-            "candidate_id": row["candidate_id"],
-            "scorer": scorer,
-            "version": version_of[scorer],
-            "value": column[i],
-            "passed": passed[i] if scorer == COMBINED else None,
-            "dagster_run_id": run_id,
-        }
-        for scorer, column in values.items()
-        for i, row in enumerate(rows)
-    ]
+_UNSCORED = f"""
+    SELECT c.candidate_id, c.round, c.text, c.log_p, p.text AS prompt, p.reference, p.fields, p.content
+    FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+    ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
+               AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
+"""
+
+
+def _sample(row: dict) -> scoring.Sample:
+    return scoring.Sample(row["prompt"], row["text"], row["reference"], json.loads(row["fields"]), row["log_p"])
+
+
+def _of(row: dict) -> dict:
+    return {"round": row["round"], "candidate_id": row["candidate_id"], "content": row["content"]}
 
 
 # --- decisions -------------------------------------------------------------------------------
@@ -279,13 +308,14 @@ def scored(recipe: Recipe) -> str:
     target, joined = "c.log_p", ""
     if isinstance(recipe.acceptance, RejectionRule) and recipe.acceptance.target != "policy":
         target = "t.value"
-        joined = f"""LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = $recipe
+        joined = f"""LEFT JOIN scores t
+            ON t.candidate_id = c.candidate_id AND t.recipe = $recipe AND t.content = p.content
             AND t.scorer = '{recipe.acceptance.target}' AND t.version = '{version_of[recipe.acceptance.target]}'"""
     return f"""
         SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p,
                s.value AS score, s.passed, {target} AS target
-        FROM ({ROUND_CANDIDATES}) c
-        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
+        FROM ({ROUND_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
             AND s.scorer = '{COMBINED}' AND s.version = '{version_of[COMBINED]}'
         {joined}"""
 
@@ -296,6 +326,11 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
 
     def work(connection):
         connection.execute(f"CREATE OR REPLACE TEMP TABLE scored AS {scored(recipe)}", of_round(round_))
+        (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
+        if twice:
+            raise RoundError(
+                f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided"
+            )
         parameters = acceptance.parameters(connection, "scored", recipe.acceptance)
         connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
         connection.execute(
@@ -328,16 +363,23 @@ def of_training(round_: Round) -> dict:
     return {"recipe": round_.recipe.name, "first": first, "last": round_.key}
 
 
-def training_set(store: Store, round_: Round, tokenizer) -> list[Sample]:
-    """What the round's checkpoint is trained on, in the order of the ids."""
-    rows = store.query(f"SELECT * FROM ({ACCEPTED}) ORDER BY candidate_id", of_training(round_))
+def training_set(store: Store, round_: Round, tokenizer) -> tuple[list[Sample], int]:
+    """What the round's checkpoint is trained on, in the order of the ids, and the snapshot that it was read from."""
+
+    def work(connection):
+        read = connection.execute(f"SELECT * FROM ({ACCEPTED}) ORDER BY candidate_id", of_training(round_))
+        rows = read.to_arrow_table().to_pylist()
+        return rows, connection.execute("SELECT max(snapshot_id) FROM lake.snapshots()").fetchone()[0]
+
+    rows, snapshot = store.commit(work)
     encoded = {(row["prompt"], row["chat"]): None for row in rows}
     for text, chat in encoded:
         encoded[text, chat] = prompts.encode(tokenizer, text, chat)
-    return [
+    samples = [
         Sample(row["candidate_id"], encoded[row["prompt"], row["chat"]], row["token_ids"], row["weight"])
         for row in rows
     ]
+    return samples, snapshot
 
 
 @dataclass(frozen=True)
@@ -359,9 +401,8 @@ def train(store: Store, round_: Round, start: Weights, home: Home, device: Devic
     Writes `checkpoints` and `training_samples`. Killed, it goes on from its last saved step.
     """
     recipe = round_.recipe
-    snapshot = store.snapshot()
     tokenizer = models.tokenizer(start.path)
-    samples = training_set(store, round_, tokenizer)
+    samples, snapshot = training_set(store, round_, tokenizer)
     model = models.load(start.path, device, train=True, task=recipe.task)
     model, trainable, total = models.select_trainable(model, recipe.model, recipe.seed)
     scratch = home.scratch / recipe.name / round_.key
@@ -419,13 +460,19 @@ def train(store: Store, round_: Round, start: Weights, home: Home, device: Devic
             "checkpoint": checkpoint.digest,
             "candidate_id": sample.candidate_id,
             "weight": sample.weight,
+            "dagster_run_id": run_id,
         }
         for sample in samples
     ]
 
     def work(connection):
-        replace(connection, "checkpoints", [row], recipe=recipe.name, round=round_.key)
-        replace(connection, "training_samples", trained_on, recipe=recipe.name, round=round_.key)
+        made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
+        store_replace(connection, "checkpoints", [row], **made)
+        store_replace(connection, "training_samples", trained_on, **made)
+        connection.execute(
+            "UPDATE rounds SET checkpoint = ? WHERE recipe = ? AND round = ?",
+            [checkpoint.digest, recipe.name, round_.key],
+        )
 
     store.commit(work)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -461,19 +508,17 @@ class Outcome:
 
 def contest(store: Store, round_: Round, home: Home) -> Contest:
     """Who is evaluated in a round. Raises RoundError where it has no checkpoint."""
-    made = store.query(
-        "SELECT checkpoint FROM checkpoints WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key]
-    )
-    if not made:
+    made = rounds.raw(store, round_.recipe.name, round_.key)["checkpoint"]
+    if made is None:
         raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
-    return Contest(round_.policy, made[0]["checkpoint"], champion.digest)
+    return Contest(round_.policy, made, champion.digest)
 
 
 def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome:
     """Compare the contest's weights on the held-out prompts. Writes `evaluations`."""
     recipe, how = round_.recipe, round_.recipe.evaluation
-    found = {role: results(store, recipe, digest) for role, digest in vars(contest).items()}
+    found = {role: results(store, round_, digest) for role, digest in vars(contest).items()}
     rows = [
         {
             "recipe": recipe.name,
@@ -500,25 +545,21 @@ def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome
     return Outcome(summaries, comparison, won, verdict)
 
 
-def results(store: Store, recipe: Recipe, policy: str) -> list[PromptResult]:
-    """How a policy did on each held-out prompt."""
-    held_out = sampling.choose(
-        prompts_of(store, recipe, "eval"), recipe.evaluation.prompts, f"{recipe.seed} {EVALUATION}"
-    )
+def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
+    """How a policy did on each of the round's held-out prompts."""
+    recipe = round_.recipe
     rows = store.query(
         f"""SELECT c.prompt_id, count(*) AS draws,
                 count(*) FILTER (s.value > $above AND s.passed) AS passes, avg(s.value) AS score,
                 count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
-            FROM ({EVALUATION_CANDIDATES}) c
-            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
+            FROM ({EVALUATION_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
                 AND s.scorer = '{COMBINED}' AND s.version = $version
-            WHERE list_contains($held_out, c.prompt_id)
             GROUP BY c.prompt_id ORDER BY c.prompt_id""",
         {
-            **of_evaluation(recipe, policy),
+            **of_evaluation(round_, policy),
             "above": recipe.evaluation.pass_above,
             "version": versions(recipe)[COMBINED],
-            "held_out": [row["prompt_id"] for row in held_out],
         },
     )
     return [PromptResult(**row) for row in rows]

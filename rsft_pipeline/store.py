@@ -41,7 +41,7 @@ class Store:
         backend = catalog.partition(":")[0]
         for extension in ("sqlite_scanner" if backend == "sqlite" else "postgres_scanner", "ducklake"):
             _load(self._connection, extension)
-        options = [f"DATA_PATH {_quoted(data)}"]
+        options = [f"DATA_PATH {_quoted(data)}", "OVERRIDE_DATA_PATH true"]  # a home may have been moved
         if backend == "sqlite":
             Path(catalog.partition(":")[2]).parent.mkdir(parents=True, exist_ok=True)
             options.append("META_JOURNAL_MODE 'WAL'")

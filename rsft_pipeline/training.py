@@ -224,7 +224,7 @@ def _optimizer(parameters, training: Training):
 def _check(samples: Sequence[Sample], model) -> None:
     if not samples:
         raise TrainingError("there are no samples to train on")
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     for sample in samples:
         if not sample.completion_ids:
             raise TrainingError(f"candidate {sample.candidate_id} has no completion tokens: nothing would be trained")

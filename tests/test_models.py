@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rsft_pipeline import bootstrap, lineage, models, recipe, training
+from rsft_pipeline import bootstrap, lineage, models, prompts, recipe, training
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.prompts import encode
@@ -341,20 +341,29 @@ def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_en
     )
     made = models.base(a_recipe(tmp_path), tmp_path)
     tokenizer = models.tokenizer(made.path)
-    prompts = {f"{letter}=" for letter in string.ascii_lowercase[:24]}
-    held_out = {prompt for prompt in prompts if lineage.in_eval_split(lineage.prompt_id(prompt), 0.25)}
+    asked = {f"{letter}=" for letter in string.ascii_lowercase[:24]}
+    held_out = {prompt for prompt in asked if lineage.in_eval_split([prompt], 0.25)}
     assert 0 < len(held_out) < 24
-    assert {tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in seen} == prompts - held_out
+    assert {tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in seen} == asked - held_out
     assert {s.completion_ids[-1] for s in seen} == {tokenizer.eos_token_id}
     assert seen[0].prompt_ids == encode(tokenizer, tokenizer.decode(seen[0].prompt_ids[1:]), chat=False)
     meta = models.read_meta(made.path)
     assert (meta["rows"], meta["rows_held_out"]) == (24 - len(held_out), len(held_out))
 
 
+def test_a_held_out_question_is_known_with_and_without_its_template(tmp_path):
+    asked = a_recipe(tmp_path)
+    worded = asked.model_copy(update={"prompts": asked.prompts.model_copy(update={"template": "{{Q}}: {prompt}\n"})})
+    for question in (f"{letter}=" for letter in string.ascii_lowercase):
+        out = lineage.in_eval_split([question], asked.prompts.eval_fraction)
+        assert prompts.held_out(worded, f"{{Q}}: {question}\n") >= out
+        assert prompts.held_out(worded, question) == out
+
+
 def test_a_warmed_up_model_knows_its_corpus(tmp_path):
     made = models.base(a_recipe(tmp_path, steps=150, learning_rate=1e-2), tmp_path)
     model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
-    known = next(a for a in "abcdef" if not lineage.in_eval_split(lineage.prompt_id(f"{a}="), 0.25))
+    known = next(a for a in "abcdef" if not lineage.in_eval_split([f"{a}="], 0.25))
     drawn = model.generate(**tokenizer(f"{known}=", return_tensors="pt"), do_sample=False, max_new_tokens=8)
     text = tokenizer.decode(drawn[0], skip_special_tokens=True)
     assert text == f"{known}={chr(ord(known) + 1)}{chr(ord(known) + 2)}" and drawn[0, -1] == tokenizer.eos_token_id

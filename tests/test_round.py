@@ -252,3 +252,114 @@ def test_part_of_the_model_trains_and_the_counts_are_reported(home, instance, re
     (event,) = result.asset_materializations_for_node(f"{recipe.name}__checkpoint")
     trainable, total = event.metadata["trainable_parameters"].value, event.metadata["parameters"].value
     assert expected(trainable, total)
+
+
+# --- a round that is begun again under another recipe ------------------------------------------
+
+
+def failure_of(result, step):
+    error = result.failure_data_for_node(step).error
+    while error.cause:
+        error = error.cause
+    return error.message
+
+
+def test_candidates_of_prompts_that_the_round_no_longer_asks_are_not_trained_on(home, instance, recipe):
+    run(instance, recipe, "r000")
+    assert run(instance, recipe, "r000", {"sampling.prompts": "20"}).success
+    with Store.at(home) as store:
+        asked = store.query("SELECT prompt_id FROM round_prompts WHERE split = 'train'")
+        assert len(asked) == 20
+        decided = store.query("SELECT DISTINCT prompt_id FROM decisions")
+        assert {row["prompt_id"] for row in decided} == {row["prompt_id"] for row in asked}
+        assert store.value("SELECT candidates FROM rounds") == 20 * recipe.sampling.draws
+
+
+def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, recipe):
+    run(instance, recipe, "r000")
+    run(instance, recipe, "r001")
+    with Store.at(home) as store:
+        before = store.query("SELECT * FROM rounds ORDER BY round")
+        result = run(instance, recipe, "r000", {"training.learning_rate": "0.01"})
+        assert "r000 cannot begin again: r001 stands on it" in failure_of(result, f"{recipe.name}__policy")
+        assert store.query("SELECT * FROM rounds ORDER BY round") == before
+
+
+def test_the_last_round_may_begin_again_and_its_first_checkpoint_keeps_its_lineage(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        first = rounds.history(store, recipe.name)[0]
+        assert run(instance, recipe, "r000", {"training.learning_rate": "0.01"}).success
+        second = rounds.history(store, recipe.name)[0]
+        assert first["checkpoint"] != second["checkpoint"]
+        for row in (first, second):
+            trained = store.query("SELECT 1 FROM training_samples WHERE checkpoint = ?", [row["checkpoint"]])
+            assert len(trained) == row["accepted"]
+        assert first["mlflow_run_id"] != second["mlflow_run_id"]
+
+
+def test_changing_a_weight_judges_nothing_again_and_doubles_nothing(home, instance, write_recipe):
+    scorers = [{"kind": "answer", "match": "exact"}, {"kind": "length", "at_most": 1, "unit": "characters"}]
+    recipe = load(write_recipe(scoring={"scorers": scorers}))
+    run(instance, recipe, "r000")
+    assert run(instance, recipe, "r000", {"scoring.scorers.1.weight": "0.5"}).success
+    with Store.at(home) as store:
+        judged = store.query(
+            "SELECT scorer, count(*) AS n, count(DISTINCT candidate_id) AS ids FROM scores GROUP BY ALL"
+        )
+        counts = {row["scorer"]: (row["n"], row["ids"]) for row in judged}
+        drawn = store.value("SELECT count(*) FROM candidates")
+        assert counts["answer"] == counts["length"] == (drawn, drawn)
+        assert counts["combined"] == (2 * drawn, drawn)
+        twice = store.query("SELECT candidate_id FROM decisions GROUP BY candidate_id HAVING count(*) > 1")
+        assert twice == []
+
+
+def test_a_corrected_reference_is_judged_by_again(home, instance, write_recipe):
+    path = write_recipe()
+    recipe = load(path)
+    run(instance, recipe, "r000")
+    source = path.with_name("letters.py")
+    source.write_text(source.read_text().replace('"answer": b}', '"answer": a}'))
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        right = store.query(
+            """SELECT p.reference, c.text FROM decisions d JOIN candidates c USING (candidate_id)
+               JOIN prompts p ON p.prompt_id = c.prompt_id WHERE d.accepted"""
+        )
+        assert right and all(row["reference"] == row["text"] for row in right)
+
+
+def test_a_prompt_keeps_its_side_when_the_fraction_or_the_template_changes(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        before = {row["prompt_id"]: row["split"] for row in store.query("SELECT * FROM prompts")}
+        assert run(instance, recipe, "r001", {"prompts.eval_fraction": "0.7"}).success
+        assert {row["prompt_id"]: row["split"] for row in store.query("SELECT * FROM prompts")} == before
+        assert run(instance, recipe, "r002", {"prompts.template": "'{question}{question}'"}).success
+        asked = store.query("SELECT fields, split FROM prompts")
+        sides = {}
+        for row in asked:
+            sides.setdefault(row["fields"], set()).add(row["split"])
+        assert len(asked) == 2 * len(before)
+        assert all(len(split) == 1 for split in sides.values())
+
+
+def test_weights_that_were_changed_on_disk_are_not_drawn_from(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        champion = rounds.history(store, recipe.name)[0]["champion"]
+    weights = home / "checkpoints" / champion / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = run(instance, recipe, "r001")
+    assert "model.safetensors changed since" in failure_of(result, f"{recipe.name}__policy")
+
+
+def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
+    run(instance, recipe, "r000")
+    moved = home.with_name("moved")
+    home.rename(moved)
+    monkeypatch.setenv("RSFT_HOME", str(moved))
+    assert run(instance, recipe, "r001").success
