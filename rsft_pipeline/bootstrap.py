@@ -43,16 +43,14 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
     """
     settings = recipe.model.bootstrap
     corpus = _corpus(recipe)
-    key = lineage.digest(
-        [settings.model_dump(mode="json"), corpus, recipe.seed, recipe.prompts.model_dump(mode="json"), recipe.task]
-    )
+    rows = [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
+    key = lineage.digest([settings.model_dump(mode="json"), corpus, rows, recipe.seed, recipe.task])
     made = root / "bootstrap" / f"{key}.txt"
     if made.is_file():
         digest = made.read_text("utf-8")
         if (root / digest).is_dir():
             return models.Checkpoint(digest, root / digest)
 
-    rows = [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
     log.info("bootstrap: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
         raise models.ModelError(f"{settings.corpus}: no row is left to train on once the evaluation split is left out")

@@ -160,7 +160,7 @@ def held_out(recipe: Recipe, text: str) -> bool:
     """Whether a text asks what a held-out prompt asks: written as the template renders it, or its column alone."""
     template, readings = recipe.prompts.template, [[text]]
     if template is not None and (found := re.fullmatch(_pattern(template), text, re.DOTALL)):
-        readings.append(list(dict(zip(_placeholders(template), found.groups(), strict=True)).values()))
+        readings.append(list(found.groups()))
     return any(lineage.in_eval_split(values, recipe.prompts.eval_fraction) for values in readings)
 
 
@@ -303,13 +303,18 @@ def _placeholders(template: str) -> list[str]:
 
 
 def _pattern(template: str) -> str:
-    """A regular expression that the template's prompts match, with a group for each placeholder."""
-    pattern, end = "", 0
+    """A regular expression that the template's prompts match, with a group for each column."""
+    pattern, end, columns = "", 0, []
     for match in _PLACEHOLDER.finditer(template):
-        pattern += re.escape(template[end : match.start()]) + (
-            "(.*)" if match[1] is not None else re.escape(match[0][0])
-        )
+        pattern += re.escape(template[end : match.start()])
         end = match.end()
+        if match[1] is None:
+            pattern += re.escape(match[0][0])
+        elif match[1] in columns:
+            pattern += f"(?:\\{columns.index(match[1]) + 1})"
+        else:
+            columns.append(match[1])
+            pattern += "(.*)"
     return pattern + re.escape(template[end:])
 
 

@@ -245,7 +245,11 @@ def test_the_split_is_kept_whatever_else_is_in_the_source(make, tmp_path):
     part = {p.prompt_id: p.split for p in read(make(eval_fraction=0.25)).prompts}
     assert part == {prompt: whole[prompt] for prompt in part}
     held = {prompt for prompt, split in whole.items() if split == "eval"}
-    assert held == {prompt for prompt in whole if int(prompt[0], 16) < 4}  # a quarter of the hashes
+    assert 70 <= len(held) <= 130  # a quarter of 400, give or take three and a half standard deviations
+    worded = read(make(eval_fraction=0.25, template="Please answer: {q}")).prompts
+    assert {p.fields["q"] for p in worded if p.split == "eval"} == {
+        p.fields["q"] for p in read(make(eval_fraction=0.25)).prompts if p.split == "eval"
+    }
 
 
 # --- rendering --------------------------------------------------------------------------------
