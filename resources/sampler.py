@@ -20,4 +20,4 @@ class TransformersSampler(dg.ConfigurableResource):
 
     def session(self, policy: Path, recipe: Recipe, device: Device) -> AbstractContextManager[Session]:
         """The policy loaded for drawing; its memory is given back at the end of the `with`."""
-        return InProcess(policy, tasks.of(recipe), device)
+        return InProcess(policy, recipe, tasks.of(recipe), device)

@@ -57,7 +57,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Checkpoint less policy, paired on the `n` prompts that both have a value for."""
+    """Checkpoint less champion (the policy, as a rule), paired on the `n` prompts that both have a value for."""
 
     metric: Metric
     difference: float

@@ -91,11 +91,11 @@ def pending(plan: Sequence[Sequence[Request]], there: Collection[str]) -> Iterat
 class InProcess:
     """The backend that draws in this process, with Transformers: loads the policy, gives its memory back."""
 
-    def __init__(self, policy: Path, task: ModuleType, device: Device):
-        self.policy, self.task, self.device = policy, task, device
+    def __init__(self, policy: Path, recipe: Recipe, task: ModuleType, device: Device):
+        self.policy, self.recipe, self.task, self.device = policy, recipe, task, device
 
     def __enter__(self) -> "InProcess":
-        self.model = models.load(self.policy, self.device).eval()
+        self.model = models.load(self.policy, self.device, task=self.recipe.task).eval()
         self.tokenizer = models.tokenizer(self.policy)
         return self
 
