@@ -265,7 +265,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     table = Table(
         title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE, pad_edge=False
     )
-    for column in ("round", "accepted", "pass@1", "pass@k", "score", "new"):
+    for column in ("round", "accepted", "pass@1", "pass@k", "score", "gate"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
@@ -273,7 +273,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
             row["round"],
             f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
             *(_change(before[name], after[name]) for name in ("pass_at_1", "pass_at_k", "mean_score")),
-            "champion" if row["promoted"] else "-",
+            "promoted" if row["promoted"] else "kept",
         )
     console.print(table)
     console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
