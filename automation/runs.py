@@ -1,4 +1,4 @@
-"""Runs: whether a round of a recipe is under way in Dagster, killed ones aside."""
+"""Runs: which round of a recipe is due, and whether one is under way in Dagster, killed ones aside."""
 
 import os
 import socket
@@ -7,7 +7,9 @@ import dagster as dg
 import psutil
 
 from automation.jobs import LOOP
+from rsft_pipeline import rounds
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.store import Store
 
 PROCESS = "rsft/process"  # run tag: the process that a round started from the command line lives in
 ACTIVE = [
@@ -21,6 +23,15 @@ ACTIVE = [
 def this_process() -> str:
     """Names this process on this machine, also once its number has been given to another."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+
+
+def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.SkipReason:
+    """The round to start now, or why none is."""
+    if reason := rounds.why_stop(store, recipe):
+        return dg.SkipReason(f"stopped: {reason}")
+    if busy(instance, recipe):
+        return dg.SkipReason(f"a round of {recipe.name} is under way")
+    return rounds.following(store, recipe.name)
 
 
 def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:

@@ -4,9 +4,8 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.runs import busy
+from automation.runs import due
 from resources.store import StoreResource
-from rsft_pipeline import rounds
 from rsft_pipeline.recipe import Recipe
 
 
@@ -25,11 +24,9 @@ def schedules(recipe: Recipe) -> list[dg.ScheduleDefinition]:
     def by_the_clock(context: dg.ScheduleEvaluationContext, store: StoreResource):
         now = as_file(recipe)
         with store.open() as lake:
-            if reason := rounds.why_stop(lake, now):
-                return dg.SkipReason(f"stopped: {reason}")
-            round_key = rounds.following(lake, now.name)
-        if busy(context.instance, now):
-            return dg.SkipReason(f"a round of {now.name} is under way")
+            round_key = due(lake, context.instance, now)
+        if isinstance(round_key, dg.SkipReason):
+            return round_key
         # A schedule cannot ask for partitions in its result, as a sensor can.
         context.instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
         return dg.RunRequest(partition_key=round_key)

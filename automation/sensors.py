@@ -8,7 +8,7 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.runs import busy, failures
+from automation.runs import busy, due, failures
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.prompts import inbox_files
@@ -32,11 +32,9 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
     def next_round(context: dg.SensorEvaluationContext, store: StoreResource):
         now = as_file(recipe)
         with store.open() as lake:
-            if reason := rounds.why_stop(lake, now):
-                return dg.SkipReason(f"stopped: {reason}")
-            round_key = rounds.following(lake, now.name)
-        if busy(context.instance, now):
-            return dg.SkipReason(f"a round of {now.name} is under way")
+            round_key = due(lake, context.instance, now)
+        if isinstance(round_key, dg.SkipReason):
+            return round_key
         failed = failures(context.instance, now, round_key)
         if failed >= ATTEMPTS:
             return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")

@@ -1,5 +1,7 @@
 """What Dagster loads, as one snapshot, and the schedule."""
 
+import json
+
 import dagster as dg
 import pytest
 from toposort import CircularDependencyError
@@ -7,6 +9,7 @@ from toposort import CircularDependencyError
 import definitions
 from automation.schedules import schedules
 from rsft_pipeline.recipe import RECIPES, load
+from rsft_pipeline.store import Store
 
 
 def described(defs: dg.Definitions) -> dict:
@@ -67,6 +70,12 @@ def test_the_schedule_starts_the_next_round_until_a_stop_rule_holds(home, write_
         (request,) = tick().run_requests
         assert request.partition_key == "r000"
         assert instance.get_dynamic_partitions("letters_loop_rounds") == ["r000"]
+        evaluated = json.dumps({"pass_at_1": {"value": 0.5}})
+        finished = {"recipe": "letters_loop", "state": "finished", "promoted": True, "tokens": 1}
+        with Store.at(home) as store:
+            for n in range(recipe.stop.rounds):
+                store.append("rounds", [{**finished, "round": f"r{n:03d}", "champion_eval": evaluated}])
+        assert "rounds used up: 5 of 5" in tick().skip_message
 
 
 def test_a_cycle_from_checkpoint_to_policy_would_be_refused_which_is_why_the_policy_looks_it_up():
