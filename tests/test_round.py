@@ -28,6 +28,13 @@ def run(instance, recipe, round_key, overrides=None):
     return job.execute_in_process(instance=instance, partition_key=round_key, tags=tags, raise_on_error=False)
 
 
+def failure_of(result, step):
+    error = result.failure_data_for_node(step).error
+    while error.cause:
+        error = error.cause
+    return error.message
+
+
 def checks(result):
     return {e.check_name: e.passed for e in result.get_asset_check_evaluations()}
 
@@ -181,10 +188,7 @@ def test_nothing_accepted_stops_before_training_and_a_lone_checkpoint_run_is_sto
 def test_a_round_whose_predecessor_is_missing_says_which(home, instance, recipe):
     result = run(instance, recipe, "r001")
     assert not result.success
-    error = result.failure_data_for_node(f"{recipe.name}__policy").error
-    while error.cause:
-        error = error.cause
-    assert "needs r000, which is not finished" in error.message
+    assert "needs r000, which is not finished" in failure_of(result, f"{recipe.name}__policy")
 
 
 def test_training_starts_from_base_champion_or_previous_and_on_one_or_all_rounds(home, instance, write_recipe):
@@ -255,13 +259,6 @@ def test_part_of_the_model_trains_and_the_counts_are_reported(home, instance, re
 
 
 # --- a round that is begun again under another recipe ------------------------------------------
-
-
-def failure_of(result, step):
-    error = result.failure_data_for_node(step).error
-    while error.cause:
-        error = error.cause
-    return error.message
 
 
 def test_candidates_of_prompts_that_the_round_no_longer_asks_are_not_trained_on(home, instance, recipe):
