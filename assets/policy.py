@@ -23,6 +23,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         """
         now, round_key = as_run(recipe, context), context.partition_key
         with store.open() as lake:
+            rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
             earlier = rounds.raw(lake, now.name, round_key)
             run_id = tracking.begin(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rsft_pipeline import rounds, steps
+from rsft_pipeline.evaluation import compare
 from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.store import Store
@@ -100,19 +101,7 @@ def not_worse(store: Store, round_: Round) -> Finding:
 
 
 def _lost(store: Store, round_: Round) -> bool:
-    from rsft_pipeline.evaluation import compare
-
-    recipe, row = round_.recipe, rounds.raw(store, round_.recipe.name, round_.key)
-    before = store.query(
-        "SELECT DISTINCT checkpoint FROM evaluations WHERE recipe = ? AND round = ? AND role = 'champion'",
-        [recipe.name, round_.key],
-    )[0]["checkpoint"]
-    how = recipe.evaluation
-    compared = compare(
-        steps.results(store, round_, before),
-        steps.results(store, round_, row["checkpoint"]),
-        recipe.promotion.metric,
-        k=how.k,
-        confidence=how.confidence,
-    )
+    recipe, how = round_.recipe, round_.recipe.evaluation
+    before, after = (steps.recorded_results(store, round_, role) for role in ("champion", "checkpoint"))
+    compared = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)
     return compared.high < 0

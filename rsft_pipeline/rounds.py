@@ -49,18 +49,18 @@ class Round:
     mlflow_run_id: str
 
 
-def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
-    """Record that a round has begun, in place of an earlier attempt.
-
-    Raises:
-        RoundError: when later rounds stand on it.
-    """
+def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
+    """Raise RoundError when later rounds stand on this one: it cannot begin again then."""
     later = "SELECT round FROM rounds WHERE recipe = ? AND round > ? ORDER BY round"
-    if standing := store.query(later, [round_.recipe.name, round_.key]):
+    if standing := store.query(later, [recipe, round_key]):
         raise RoundError(
-            f"{round_.recipe.name} {round_.key} cannot begin again: {standing[0]['round']} stands on it. "
+            f"{recipe} {round_key} cannot begin again: {standing[0]['round']} stands on it. "
             "To start over with another recipe, copy it under another name"
         )
+
+
+def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
+    """Record that a round has begun, in place of an earlier attempt."""
     record = {
         "recipe": round_.recipe.name,
         "round": round_.key,

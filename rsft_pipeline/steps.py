@@ -24,7 +24,7 @@ from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe import Recipe, RejectionRule, Sampling
 from rsft_pipeline.rounds import Round, RoundError, Weights, starting_weights
 from rsft_pipeline.sampling import EVALUATION, Session
-from rsft_pipeline.store import Store, insert
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, insert
 from rsft_pipeline.store import replace as store_replace
 from rsft_pipeline.training import History, Sample, fit
 
@@ -369,7 +369,7 @@ def training_set(store: Store, round_: Round, tokenizer) -> tuple[list[Sample], 
     def work(connection):
         read = connection.execute(f"SELECT * FROM ({ACCEPTED}) ORDER BY candidate_id", of_training(round_))
         rows = read.to_arrow_table().to_pylist()
-        return rows, connection.execute("SELECT max(snapshot_id) FROM lake.snapshots()").fetchone()[0]
+        return rows, connection.execute(NEWEST_SNAPSHOT).fetchone()[0]
 
     rows, snapshot = store.commit(work)
     encoded = {(row["prompt"], row["chat"]): None for row in rows}
@@ -561,6 +561,16 @@ def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
             "above": recipe.evaluation.pass_above,
             "version": versions(recipe)[COMBINED],
         },
+    )
+    return [PromptResult(**row) for row in rows]
+
+
+def recorded_results(store: Store, round_: Round, role: str) -> list[PromptResult]:
+    """What `judge` recorded of a role: `policy`, `checkpoint` or `champion`."""
+    rows = store.query(
+        """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens FROM evaluations
+           WHERE recipe = ? AND round = ? AND role = ? ORDER BY prompt_id""",
+        [round_.recipe.name, round_.key, role],
     )
     return [PromptResult(**row) for row in rows]
 

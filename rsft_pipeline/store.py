@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
+NEWEST_SNAPSHOT = "SELECT max(snapshot_id) FROM lake.snapshots()"
 SCHEMA = Path(__file__).with_name("schema.sql")
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ class Store:
 
     def snapshot(self) -> int:
         """The number of the newest snapshot: `SELECT … FROM t AT (VERSION => n)` reads it for ever."""
-        return self.value("SELECT max(snapshot_id) FROM lake.snapshots()")
+        return self.value(NEWEST_SNAPSHOT)
 
     # --- writing ----------------------------------------------------------------------------
 

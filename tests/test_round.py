@@ -280,6 +280,11 @@ def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, r
         result = run(instance, recipe, "r000", {"training.learning_rate": "0.01"})
         assert "r000 cannot begin again: r001 stands on it" in failure_of(result, f"{recipe.name}__policy")
         assert store.query("SELECT * FROM rounds ORDER BY round") == before
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+    tracked = client.search_runs([client.get_experiment_by_name(recipe.name).experiment_id])
+    assert [each.info.status for each in tracked] == ["FINISHED", "FINISHED"]
 
 
 def test_the_last_round_may_begin_again_and_its_first_checkpoint_keeps_its_lineage(home, instance, recipe):
