@@ -15,6 +15,7 @@ from assets.accepted import accepted
 from assets.candidates import candidates
 from assets.checkpoint import checkpoint
 from assets.checks import checks
+from assets.controls import controls
 from assets.evaluation import evaluation
 from assets.policy import policy
 from assets.prompts import prompts
@@ -39,6 +40,7 @@ def build(recipes: Iterable[Recipe], **resources: Any) -> dg.Definitions:
         parts["assets"] += [
             make(recipe) for make in (prompts, policy, candidates, scores, accepted, checkpoint, evaluation)
         ]
+        parts["assets"] += [controls(recipe)] if recipe.controls else []
         parts["asset_checks"] += checks(recipe)
         parts["jobs"].append(round_job(recipe))
         parts["sensors"] += sensors(recipe)

@@ -8,7 +8,7 @@ from assets.shared import declared, rounds_of
 from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
-from rsft_pipeline import models, report, rounds, steps
+from rsft_pipeline import models, report, rounds, steps, until
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
@@ -30,33 +30,35 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
         accelerator: Accelerator,
         sampler: TransformersSampler,
     ) -> dg.MaterializeResult:
-        """Completions of the training prompts, drawn from the policy. Appends to the table `candidates`.
+        """Completions of the training prompts, from policy, teacher or references. Appends to `candidates`.
 
-        Drawn in waves, each persisted whole: a run that was killed goes on where it stopped.
+        Drawn in waves, each persisted whole: a run that was killed goes on where it stopped. Where draws go on
+        until enough is accepted, they are scored here too.
         """
         began = time.monotonic()
         with store.open() as lake:
             round_ = rounds.record(lake, recipe, context.partition_key)
-            policy = rounds.locate(lake, round_.recipe, Home.here(), round_.policy)
-            waves = steps.plan(
-                lake, round_, round_.policy, models.tokenizer(policy.path), split="train", run_id=context.run.run_id
-            )
-            missing = sum(len(requests) for _, requests in waves)
+            weights = rounds.drawing_weights(lake, round_, Home.here())
+            tokenizer, run_id = models.tokenizer(weights.path), context.run.run_id
+            asked = steps.ask(lake, round_, tokenizer, split="train", run_id=run_id)
             with (
                 accelerator.lease(context.log) as device,
-                sampler.session(policy.path, round_.recipe, device) as session,
-                track(f"{round_.key} draws", missing, context.log) as show,
+                sampler.session(weights.path, round_.recipe, device) as session,
+                track(f"{round_.key} draws", None, context.log) as show,
             ):
-                tokens = steps.draw(
-                    lake, round_, round_.policy, session, waves, split="train", run_id=context.run.run_id, show=show
-                )
+                if round_.recipe.sampling.until:
+                    drawn, tokens = until.draw(lake, round_, session, asked, device=device, run_id=run_id, show=show)
+                else:
+                    drawn, tokens = steps.draw_all(lake, round_, session, asked, run_id=run_id, show=show)
             facts = report.candidates(lake, round_)
         seconds = time.monotonic() - began
         return dg.MaterializeResult(
             data_version=dg.DataVersion(facts.digest),
             metadata={
                 "dagster/partition_row_count": facts.number,
-                "drawn_in_this_run": missing,
+                "drawn_in_this_run": drawn,
+                "origin": round_.recipe.sampling.source,
+                "drawn_from": round_.drawn_from,
                 "tokens": facts.tokens,
                 "tokens_per_second": round(tokens / seconds, 1),
                 "stopped_by_itself": facts.stopped,

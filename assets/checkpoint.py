@@ -67,5 +67,11 @@ def _track(tracking: Tracking, round_: rounds.Round, made: steps.Trained) -> Non
     tracking.curve(run, "train/loss", [(step.step, step.loss) for step in made.history.steps])
     tracking.curve(run, "train/grad_norm", [(step.step, step.grad_norm) for step in made.history.steps])
     tracking.metrics(run, {"train/samples": made.samples, "train/tokens_per_second": made.history.tokens_per_second})
-    tracking.tags(run, checkpoint=made.checkpoint.digest, parent=made.parent, accepted_digest=made.accepted_digest)
+    tracking.tags(
+        run,
+        checkpoint=made.checkpoint.digest,
+        parent=made.parent,
+        accepted_digest=made.accepted_digest,
+        merkle_root=made.merkle_root,
+    )
     tracking.file(run, made.checkpoint.path / "meta.json")

@@ -22,7 +22,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
         **declared(
             recipe,
             kinds={"pytorch", "mlflow"},
-            reads=("checkpoint",),
+            reads=("checkpoint", "controls") if recipe.controls else ("checkpoint",),
             partitions_def=rounds_of(recipe),
             pool="gpu",
         )
@@ -45,11 +45,16 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             for weights in contest.weights:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)
             outcome = steps.judge(lake, round_, contest, context.run.run_id)
+            by_class = report.classes(lake, round_, contest) if round_.recipe.task == "classification" else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             tracking.crown(recipe.name, contest.checkpoint if outcome.promoted else contest.champion)
             _track(tracking, round_, outcome)
+            if by_class:
+                tracking.metrics(
+                    round_.mlflow_run_id, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()}
+                )
             steps.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
             lake.compact()
             plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))
@@ -64,8 +69,10 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 "verdict": outcome.verdict,
                 "difference": outcome.comparison.difference,
                 "length_drift": outcome.comparison.length_drift,
+                **{f"over_{role}": _interval(found) for role, found in outcome.controls.items()},
                 **_numbers(outcome.summaries["checkpoint"]),
                 "summary": dg.MetadataValue.md(_table(outcome)),
+                **({"classes": dg.MetadataValue.md(by_class.table)} if by_class else {}),
                 "rounds": dg.MetadataValue.md(picture(plot, "held-out metric by round")),
                 "registered_version": version,
                 "mlflow_run": dg.MetadataValue.url(tracking.url(recipe.name, round_.mlflow_run_id)),
@@ -79,7 +86,9 @@ def _draw_and_score(
     context, lake, round_, weights: str, accelerator: Accelerator, sampler: TransformersSampler
 ) -> None:
     policy = rounds.locate(lake, round_.recipe, Home.here(), weights)
-    waves = steps.plan(lake, round_, weights, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
+    asked = steps.ask(lake, round_, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
+    draws = range(round_.recipe.evaluation.draws)
+    waves = steps.plan(lake, round_, weights, asked, split="eval", draws=draws)
     with accelerator.lease(context.log) as device:
         missing = sum(len(requests) for _, requests in waves)
         if missing:
@@ -112,10 +121,15 @@ def _table(outcome: steps.Outcome) -> str:
     return table({"weights": role, **_numbers(summary)} for role, summary in outcome.summaries.items())
 
 
+def _interval(comparison: steps.Comparison) -> str:
+    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+
+
 def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
     tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
+    tracking.metrics(run, {f"over_{role}": found.difference for role, found in outcome.controls.items()})
     tracking.tags(run, verdict=outcome.verdict)
     tracking.end(run)

@@ -9,7 +9,7 @@ import dagster as dg
 from assets.shared import as_run, declared, key, rounds_of
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import rounds
+from rsft_pipeline import models, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
 
@@ -25,6 +25,8 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         with store.open() as lake:
             rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
+            teacher = now.sampling.teacher and models.teacher(now, weights.path)
+            drawn_from = teacher.digest if teacher else weights.digest
             earlier = rounds.raw(lake, now.name, round_key)
             run_id = tracking.begin(
                 now.name,
@@ -34,7 +36,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
                 dagster_run_id=context.run.run_id,
                 policy=weights.digest,
             )
-            begun = rounds.Round(now, round_key, weights.digest, weights.source, run_id)
+            begun = rounds.Round(now, round_key, weights.digest, weights.source, drawn_from, run_id)
             rounds.begin(lake, begun, context.run.run_id)
         context.log.info("%s samples from %s (%s)", round_key, weights.source, weights.digest)
         return dg.MaterializeResult(
@@ -43,6 +45,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
             metadata={
                 "policy": weights.digest,
                 "source": weights.source,
+                "drawn_from": drawn_from,
                 "path": dg.MetadataValue.path(str(weights.path)),
                 "source_event": _event(recipe, context, weights.source),
                 "recipe_digest": now.digest,

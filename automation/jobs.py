@@ -19,9 +19,10 @@ def round_job(recipe: Recipe):
 
     In process: a chain of steps gains nothing from a process for each, and loses seconds on imports.
     """
+    steps = (*STEPS, "controls") if recipe.controls else STEPS
     return dg.define_asset_job(
         job_name(recipe),
-        selection=dg.AssetSelection.assets(*(key(recipe, name) for name in STEPS)),
+        selection=dg.AssetSelection.assets(*(key(recipe, name) for name in steps)),
         partitions_def=rounds_of(recipe),
         executor_def=dg.in_process_executor,
         hooks={mark_failed},

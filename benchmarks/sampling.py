@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampling                       # on a CPU: some minutes
     python -m benchmarks.sampling qwen2-1.5b qwen2-7b   # on a GPU
+    python -m benchmarks.sampling t5-small --out docs/benchmarks/seq2seq   # an encoder-decoder, on a CPU
 
 All ways run in one process, in turns, on the same random weights and prompts. A ratio is the median
 of the ratios within a turn: absolute times do not travel between machines, and a neighbour's load hits
@@ -86,16 +87,28 @@ GPU_CASES = {
 }
 
 
+def t5_small() -> transformers.T5Config:
+    return transformers.T5Config(decoder_start_token_id=0)  # the defaults are t5-small's sizes
+
+
+ENCODER_DECODER_CASES = {
+    "t5-small": lambda: Case(t5_small(), tuple(range(60, 241, 12)), 16, 64),
+    "t5-small-uneven": lambda: Case(t5_small(), tuple(range(60, 241, 12)), 16, 96, stop_share=1 / 32),
+}
+
+
 class Work:
     """A case made ready: the model with random weights, prompts of random tokens, rows with seeds."""
 
     def __init__(self, case: Case, device: str):
         self.device = device
+        self.encoder_decoder = case.config.is_encoder_decoder
         torch.manual_seed(0)
         with torch.device(device):
             dtype = torch.bfloat16 if device == "cuda" else torch.float32
-            self.model = transformers.AutoModelForCausalLM.from_config(case.config, dtype=dtype).eval()
-        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+            kind = transformers.AutoModelForSeq2SeqLM if self.encoder_decoder else transformers.AutoModelForCausalLM
+            self.model = kind.from_config(case.config, dtype=dtype).eval()
+        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=0)
         self.ready(case)
 
     def ready(self, case: Case) -> None:
@@ -122,20 +135,22 @@ class Work:
         return sum(len(one.token_ids) for _, one in drawn)
 
     def generate(self) -> int:
-        """Transformers' `generate`, one call for all prompts, padded on the left."""
+        """Transformers' `generate`, one call for all prompts, padded on the left, an encoder's on the right."""
         width = max(self.case.lengths)
         ids = torch.zeros(len(self.prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, prompt in enumerate(self.prompts):
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
+            columns = slice(len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
+            ids[i, columns] = torch.tensor(prompt)
+            mask[i, columns] = 1
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=self._generation(),
             )
-        return sum(map(self._length, out[:, width:].tolist()))
+        first = 1 if self.encoder_decoder else width  # the decoder's start token, or the prompts
+        return sum(map(self._length, out[:, first:].tolist()))
 
     def generate_batch(self) -> int:
         """Transformers' continuous batching, which forks a prompt's draws off one prefill."""
@@ -164,6 +179,7 @@ class Work:
             num_return_sequences=self.case.draws,
             eos_token_id=self.stops or None,
             pad_token_id=0,
+            decoder_start_token_id=0 if self.encoder_decoder else None,
         )
 
     def _length(self, ids: list[int]) -> int:
@@ -183,13 +199,21 @@ def floor(work: Work, tokens: int) -> float:
 
 
 def _linear_floor(work: Work, tokens: int) -> float:
-    layers = [module for module in work.model.modules() if isinstance(module, torch.nn.Linear)]
+    layers = {name: module for name, module in work.model.named_modules() if isinstance(module, torch.nn.Linear)}
     head = work.model.get_output_embeddings()
-    inputs = {width: torch.randn(256, width) for width in {layer.in_features for layer in layers}}
+    if work.encoder_decoder:  # of T5's decoder, the prompt goes through the keys and values that it attends to
+        prompts = {
+            n for n in layers if n.startswith("encoder.") or n.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        }
+        of_prompts = [layers[name] for name in prompts]
+        of_draws = [layer for name, layer in layers.items() if name not in prompts]
+    else:
+        of_prompts, of_draws = [layer for layer in layers.values() if layer is not head], list(layers.values())
+    inputs = {width: torch.randn(256, width) for width in {layer.in_features for layer in layers.values()}}
     with torch.inference_mode():
-        seconds = _time(lambda: [layer(inputs[layer.in_features]) for layer in layers], 8)
-        without_head = _time(lambda: [layer(inputs[layer.in_features]) for layer in layers if layer is not head], 8)
-    return (seconds * tokens + without_head * sum(work.case.lengths)) / 256
+        a_draw = _time(lambda: [layer(inputs[layer.in_features]) for layer in of_draws], 8)
+        a_prompt = _time(lambda: [layer(inputs[layer.in_features]) for layer in of_prompts], 8)
+    return (a_draw * tokens + a_prompt * sum(work.case.lengths)) / 256
 
 
 def _bytes_floor(work: Work, tokens: int) -> float:
@@ -382,7 +406,7 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    cases = {**CPU_CASES, **GPU_CASES}
+    cases = {**CPU_CASES, **GPU_CASES, **ENCODER_DECODER_CASES}
     parser.add_argument("cases", nargs="*", metavar="case", help="default: those of this machine's device")
     parser.add_argument("--turns", type=int, default=3, help="measured turns, after one that warms up")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))

@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from cli import run, ui
+from cli import audit, run, ui
+from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import settle_environment
 from rsft_pipeline.recipe import RecipeError
 from rsft_pipeline.store import StoreError
@@ -20,6 +21,7 @@ app.command("status")(run.status)
 app.command("check")(run.check)
 app.command("schema")(run.schema)
 app.command("ui")(ui.ui)
+app.add_typer(audit.app, name="audit")
 
 
 def main() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
     settle_environment()
     try:
         app()
-    except (RecipeError, StoreError, OSError) as error:
+    except (RecipeError, StoreError, AuditError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

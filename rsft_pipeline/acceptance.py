@@ -2,7 +2,8 @@
 
 Belongs here: the rules, as SQL over stored scores and log-probabilities. A decision follows from the
 rows, the parameters and the seed alone, so it can be replayed bit for bit, and a what-if is one query.
-Does not: how candidates were drawn or judged, and where decisions are stored.
+Does not: how candidates were drawn or judged, where decisions are stored, how a number that accepts a wanted
+share is found (calibration.py), and what a decision was worth (efficiency.py).
 
 Every decision goes the same way, and its reason is the first of these steps that turned it down:
 
@@ -11,25 +12,30 @@ Every decision goes the same way, and its reason is the first of these steps tha
 2. `gate`: some scorer's minimum was not reached. The rule sees nothing of these candidates: they count
    neither for a quantile nor for a largest score.
 3. The rule: `below threshold`, `rank`, `u >= A`, or `pilot`. The draws that M was estimated from are set
-   aside: M would otherwise depend on the very candidates it decides on.
+   aside: M would otherwise depend on the very candidates it decides on. Those that a number was calibrated on
+   are not: it is a choice, and no guarantee rests on it, as exact draws from p rest on p ≤ M·q.
 4. `duplicate`: the same normalised text was kept once already for this prompt. `top_k` takes this step
    before it ranks, so that it keeps the k best different texts.
 5. `cap`: the prompt has its share.
 
 Where some must be chosen among several, rules that rank by score prefer the higher score and break ties
-by u; the stochastic rules choose by u / A. Given u < A that number is uniform on [0, 1) whatever A is, so
-the choice does not undo what the rule did; by u itself, candidates with a small A would be preferred.
-Row order never matters. Note that `distinct` flattens the distribution that a stochastic rule draws from:
-each text of a prompt counts once, however probable. Switch it off where the exact distribution is wanted.
+by u (`rejection` with a threshold: the higher A); the stochastic rules choose by u / A. Given u < A that
+number is uniform on [0, 1) whatever A is, so the choice does not undo what the rule did; by u itself,
+candidates with a small A would be preferred. Row order never matters. Note that `distinct` flattens the
+distribution that a stochastic rule draws from: each text of a prompt counts once, however probable. Switch
+it off where the exact distribution is wanted.
 """
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import duckdb
+import numpy as np
 
-from rsft_pipeline.recipe import AnyRule, BoltzmannRule, QuantileRule, RejectionRule
+from rsft_pipeline import calibration
+from rsft_pipeline.recipe import AnyRule, BoltzmannRule, CalibratedRule, QuantileRule, RejectionRule, ThresholdRule
 
 # lineage.uniform: the low half of an MD5, its upper 53 bits. `{seed}` is to be filled in.
 UNIFORM_SQL = "(md5_number_lower('{seed}:' || candidate_id) >> 11) * pow(2, -53)"
@@ -51,39 +57,110 @@ _HAS_RATIO = "isfinite(log_q) AND target < 'infinity'::DOUBLE"
 _HAS_LOSS = "isfinite(log_p) AND tokens > 0"
 
 
-def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule) -> dict[str, Any]:
+# --- what a rule goes by --------------------------------------------------------------------
+
+
+def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule, round_number: int) -> dict[str, Any]:
     """All that the decisions depend on beside rows and seed, to be stored with them.
 
     Args:
         source: table or view with the columns that `decisions_sql` reads.
         rule: the recipe's acceptance section.
+        round_number: 0 for the first round; a threshold may rise from round to round.
 
     Returns:
-        The rule's fields, as JSON has them, and what had to be resolved from the rows:
+        The rule's fields, as JSON has them, and what had to be resolved from rows and round:
+        threshold: `threshold`, t as it is in this round.
         quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
-        rejection: `log_M` in nats, given or estimated as max(log p − log q) over the pilot + log(safety);
-            `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should be more,
-            and such texts are under-represented); `log_M_needed`, the smallest log M without any, or None.
+        rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot +
+            log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should
+            be more, and such texts are under-represented); `log_M_needed`, the smallest log M without any, or None.
         boltzmann with r_max given: `violations`, how many score above it.
+        with `calibrate`: the number that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
+            judged candidates past the gates it was picked from; `pilot_share`, how much of these it accepts.
 
     Raises:
-        ValueError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else.
+        ValueError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else; or
+            when no number accepts the wanted share of the pilot.
     """
     resolved = rule.model_dump(mode="json")
+    if isinstance(rule, CalibratedRule) and rule.calibrated:
+        resolved |= _calibrated(connection, source, rule)
     match rule:
+        case ThresholdRule(threshold=float(t)):  # in decimal: 0.1 + 2 · 0.1 is 0.3
+            resolved["threshold"] = float(Decimal(str(t)) + round_number * Decimal(str(rule.raise_by)))
         case QuantileRule(share=share):
             (judged,) = _row(connection, f"SELECT count(*) FROM {source} WHERE {_HAS_SCORE} AND passed")
             resolved["cut"] = math.ceil(Fraction(str(share)) * judged)  # 0.07 · 100 is 7, not 7.000000000000001
         case RejectionRule(M="estimate"):
             resolved["log_M"] = _pilot_log_M(connection, source, rule)
             resolved |= _violations(connection, source, f"draw >= {rule.pilot}", resolved["log_M"])
-        case RejectionRule(M=bound):
-            resolved["log_M"] = math.log(bound)
+        case RejectionRule():
+            if not rule.calibrated:
+                resolved["log_M"] = math.log(rule.M)
             resolved |= _violations(connection, source, "true", resolved["log_M"])
         case BoltzmannRule(r_max=float(r_max)):
             above = f"{_HAS_SCORE} AND passed AND score > {_double(r_max)}"
             (resolved["violations"],) = _row(connection, f"SELECT count(*) FROM {source} WHERE {above}")
     return resolved
+
+
+def compared(
+    connection: duckdb.DuckDBPyConnection, source: str, parameters: dict[str, Any], where: str = "true"
+) -> np.ndarray:
+    """What the rule compares, of each candidate that it sees (judged, and past the gates).
+
+    Args:
+        source: as in `decisions_sql`.
+        parameters: the rule's fields; its number need not be known yet.
+        where: which of the candidates, as SQL.
+
+    Returns:
+        Shape (n,): rejection: log p − log q, in nats; loss: log(−log p / tokens); boltzmann: r − r_max; other
+        rules: the score.
+    """
+    return connection.execute(
+        f"""SELECT {_compared_sql(parameters)} AS compared
+            FROM (SELECT * FROM {source} WHERE {where}) {_prompt_r_max_sql(source, parameters)}
+            WHERE ({_judged_sql(parameters)}) AND passed"""
+    ).fetchnumpy()["compared"]
+
+
+def pick(rule: str, compared: np.ndarray, share: float) -> tuple[float, float]:
+    """The number with which a rule accepts a share of what it compares, and the share that it then does accept.
+
+    Returns:
+        rejection: log M; loss: k; boltzmann: β; other rules: t of a threshold, whose share may be less than wanted.
+
+    Raises:
+        CalibrationError: when no number accepts the share.
+    """
+    match rule:
+        case "rejection":
+            return calibration.log_scale(compared, share), share
+        case "loss":
+            return math.exp(calibration.log_scale(compared, share)), share
+        case "boltzmann":
+            return calibration.temperature(compared, share), share
+    t = calibration.threshold(compared, share)
+    return t, float(np.mean(compared > t))
+
+
+def _calibrated(connection: duckdb.DuckDBPyConnection, source: str, rule: CalibratedRule) -> dict[str, Any]:
+    name = "log_M" if rule.picked == "M" else rule.picked
+    if _row(connection, f"SELECT count(*) FROM {source}") == (0,):
+        return {name: 1.0}  # decides on nothing
+    pilot = compared(connection, source, rule.model_dump(mode="json"), f"draw < {rule.pilot}")
+    try:
+        number, share = pick(rule.rule, pilot, rule.share)
+    except calibration.CalibrationError as error:
+        raise ValueError(
+            f"acceptance.{rule.picked} cannot be calibrated on the pilot (draw < {rule.pilot}): {error}"
+        ) from None
+    return {name: number, "pilot_candidates": len(pilot), "pilot_share": share}
+
+
+# --- the decisions --------------------------------------------------------------------------
 
 
 def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
@@ -98,7 +175,8 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     Writes:
         candidate_id, prompt_id, accepted BOOLEAN, reason VARCHAR (`accepted`, or one of those above), score,
         log_a DOUBLE (log A, from -inf to 0; NULL where no A decided: other rules, and candidates turned down before
-        the rule), u DOUBLE (always), weight DOUBLE (of the sample in the training loss: 1).
+        the rule), u DOUBLE (always), weight DOUBLE (of the sample in the training loss: 1, or A
+            where the rule's `weight` says so).
 
     Args:
         source: name of the table or view.
@@ -106,7 +184,11 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         seed: the recipe's.
     """
     log_a = _log_a_sql(parameters)
-    if log_a is not None:
+    weight = "exp(log_a)" if parameters.get("weight") == "A" else "1::DOUBLE"
+    if parameters["rule"] == "rejection" and parameters.get("threshold") is not None:
+        accepts, refusal = f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold"
+        best_first = "log_a DESC, u, candidate_id"
+    elif log_a is not None:
         accepts, refusal, best_first = "u < exp(log_a)", "u >= A", "u / exp(log_a), candidate_id"
     elif parameters["rule"] == "threshold":
         accepts, refusal = f"score > {_double(parameters['threshold'])}", "below threshold"
@@ -147,7 +229,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         )"""
     return f"""{sql}
         SELECT candidate_id, prompt_id, reason IS NULL AS accepted, coalesce(reason, 'accepted') AS reason,
-            score, log_a, u, 1::DOUBLE AS weight
+            score, log_a, u, {weight} AS weight
         FROM selected_{len(selections)}"""
 
 
@@ -156,16 +238,27 @@ def _judged_sql(parameters: dict[str, Any]) -> str:
     return {"rejection": _HAS_RATIO, "loss": _HAS_LOSS}.get(parameters["rule"], _HAS_SCORE)
 
 
+def _compared_sql(parameters: dict[str, Any]) -> str:
+    """What the rule compares of a candidate; see `compared`."""
+    match parameters:
+        case {"rule": "rejection"}:
+            return "target - log_q"
+        case {"rule": "boltzmann", "r_max": r_max}:
+            return f"score - {'prompt_r_max' if r_max is None else _double(r_max)}"
+        case {"rule": "loss"}:
+            return "CASE WHEN -log_p / tokens > 0 THEN ln(-log_p / tokens) ELSE '-infinity'::DOUBLE END"
+    return "score"
+
+
 def _log_a_sql(parameters: dict[str, Any]) -> str | None:
     """log A of the stochastic rules, at most 0; None for the others."""
     match parameters:
         case {"rule": "rejection", "log_M": log_M}:
-            return f"least(0, target - log_q - {_double(log_M)})"
-        case {"rule": "boltzmann", "beta": beta, "r_max": r_max}:
-            return f"least(0, (score - {'prompt_r_max' if r_max is None else _double(r_max)}) / {_double(beta)})"
+            return f"least(0, {_compared_sql(parameters)} - {_double(log_M)})"
+        case {"rule": "boltzmann", "beta": beta}:
+            return f"least(0, ({_compared_sql(parameters)}) / {_double(beta)})"
         case {"rule": "loss", "k": k}:
-            loss = "(-log_p / tokens)"
-            return f"CASE WHEN {loss} > 0 THEN least(0, ln({loss}) - ln({_double(k)})) ELSE '-infinity'::DOUBLE END"
+            return f"least(0, {_compared_sql(parameters)} - ln({_double(k)}))"
     return None
 
 

@@ -1,7 +1,9 @@
-"""Bootstrap: a small model made on this machine, so that a recipe can run without a hub.
+"""Bootstrap: the weights of a first round, where they have to be made on this machine.
 
-Belongs here: the tokenizer, the fresh weights and the warm-up corpus. Does not: the loop (training.py)
-or how a checkpoint is written (models.py). It is made on the CPU, where two builds give the same bits.
+Either a small model from nothing, so that a recipe can run without a hub, or a model from elsewhere with
+a head for the recipe's labels or a supervised warm-up. Belongs here: the tokenizer, the fresh weights and
+the warm-up corpus. Does not: the loop (training.py) or how a checkpoint is written (models.py). All is
+made on the CPU, where two builds give the same bits.
 """
 
 import difflib
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Bootstrap, Recipe, Training
+from rsft_pipeline.recipe import Bootstrap, Recipe, Training, WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +28,16 @@ Made from random weights and {rows} rows of warm-up text to give the recipe `{re
 It knows nothing beyond that text.
 """
 
+PREPARED_CARD = """# A prepared {model_type}
 
-def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], None]) -> models.Checkpoint:
+The weights `{parent}`, made ready for the recipe `{recipe}`: labels {labels}, {rows} rows of warm-up text.
+"""
+
+OnStep = Callable[[int, int, float, int], None]
+
+
+def build(recipe: Recipe, root: Path, on_step: OnStep) -> models.Checkpoint:
     """The recipe's bootstrapped model: made on first use, found again afterwards.
-
-    Rows whose prompt is in the evaluation split are left out. The loss is on completion and EOS; a
-    row without a prompt is trained on whole.
 
     Args:
         root: folder of checkpoints. `root/bootstrap` remembers which of them each bootstrap gave, and
@@ -42,27 +48,90 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
         ModelError: a corpus or configuration that cannot be used.
     """
     settings = recipe.model.bootstrap
-    corpus = _corpus(recipe)
-    rows = [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
-    key = lineage.digest([settings.model_dump(mode="json"), corpus, rows, recipe.seed, recipe.task])
-    made = root / "bootstrap" / f"{key}.txt"
-    if made.is_file():
-        digest = made.read_text("utf-8")
-        if (root / digest).is_dir():
-            return models.Checkpoint(digest, root / digest)
+    corpus = _corpus(recipe, settings)
+    key = lineage.digest([settings.model_dump(mode="json"), corpus, _rows(recipe, corpus), *_shape(recipe)])
+    if made := _made(root, key):
+        return made
+    rows = _rows(recipe, corpus)
+    # An alphabet teaches nothing, so held-out prompts may add to it; the merges of BPE are learnt from the rest.
+    texts = _texts(corpus if settings.tokenizer == "characters" else rows)
+    tokenizer = _tokenizer(settings, texts, recipe.task)
+    model = _fresh(settings, tokenizer, recipe)
+    facts = _warm_up(recipe, settings, model, tokenizer, corpus, root / "bootstrap" / key, key, on_step)
+    meta = {"kind": "bootstrap", **facts, "bootstrap": settings.model_dump(mode="json")}
+    card = CARD.format(model_type=model.config.model_type, rows=len(rows), recipe=recipe.name)
+    return _remember(root, key, models.save(model, tokenizer, root, meta, card))
 
-    log.info("bootstrap: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
+
+def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnStep) -> models.Checkpoint:
+    """A model from elsewhere with the recipe's labels and warm-up: made on first use, found again afterwards.
+
+    The warm-up trains what `model.train` says, and the head of a classification model.
+
+    Args:
+        found: the model as it came.
+        root, on_step: as in `build`.
+
+    Raises:
+        ModelError: a corpus that cannot be used.
+    """
+    labels, settings = recipe.model.labels, recipe.model.warm_up
+    corpus = _corpus(recipe, settings) if settings else []
+    told = settings.model_dump(mode="json") if settings else None
+    trained = recipe.model.model_dump(mode="json", include={"train", "last_layers", "freeze", "lora"})
+    key = lineage.digest([found.digest, labels, told, trained, corpus, _rows(recipe, corpus), *_shape(recipe)])
+    if made := _made(root, key):
+        return made
+    tokenizer = models.tokenizer(found.path)
+    if recipe.task == "classification":
+        model = models.with_head(found.path, labels, recipe.seed)
+    else:
+        model = models.load(found.path, CPU, train=True, task=recipe.task)
+    facts = {"recipe": recipe.name, "rows": 0}
+    if settings:
+        model, _, _ = models.select_trainable(model, recipe.model, recipe.seed)
+        facts = _warm_up(recipe, settings, model, tokenizer, corpus, root / "bootstrap" / key, key, on_step)
+    meta = {"kind": "prepared", **facts, "parent": found.digest, "labels": labels, "warm_up": told}
+    card = PREPARED_CARD.format(
+        model_type=model.config.model_type,
+        parent=found.digest,
+        labels=", ".join(labels) or "none",
+        rows=facts["rows"],
+        recipe=recipe.name,
+    )
+    return _remember(root, key, models.save(model, tokenizer, root, meta, card))
+
+
+# --- the warm-up ------------------------------------------------------------------------------
+
+CPU = Device("cpu", "float32")
+
+
+def _shape(recipe: Recipe) -> list:
+    return [recipe.seed, recipe.task, recipe.model.labels]
+
+
+def _rows(recipe: Recipe, corpus: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows that are trained on. Those whose prompt is in the evaluation split are left out."""
+    return [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
+
+
+def _warm_up(
+    recipe: Recipe, settings: WarmUp, model, tokenizer, corpus: list, scratch: Path, key: str, on_step: OnStep
+) -> dict:
+    """Train the model on the corpus; a killed warm-up goes on from `scratch`. Returns what to record of it.
+
+    The loss is on completion and EOS; a row without a prompt is trained on whole.
+    """
+    rows = _rows(recipe, corpus)
+    log.info("warm-up: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
         raise models.ModelError(f"{settings.corpus}: no row is left to train on once the evaluation split is left out")
-    # An alphabet teaches nothing, so held-out prompts may add to it; the merges of BPE are learnt from the rest.
-    tokenizer = _tokenizer(settings, _texts(corpus if settings.tokenizer == "characters" else rows))
-    model = _fresh(settings, tokenizer, recipe.task, recipe.seed)
-    scratch = root / "bootstrap" / key
     history = None
     if settings.steps:
         history = training.fit(
             model,
-            _samples(tokenizer, rows),
+            _samples(recipe, model, tokenizer, rows),
             Training(
                 epochs=settings.steps * settings.batch_size / len(rows),
                 batch_size=settings.batch_size,
@@ -72,15 +141,13 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
             task=tasks.of(recipe),
             start=key,
             seed=recipe.seed,
-            device=Device("cpu", "float32"),
+            device=CPU,
             pad_id=tokenizer.pad_token_id,
             scratch=scratch,
             on_step=on_step,
         )
-    meta = {
-        "kind": "bootstrap",
+    return {
         "recipe": recipe.name,
-        "bootstrap": settings.model_dump(mode="json"),
         "corpus": lineage.digest(corpus),
         "rows": len(rows),
         "rows_held_out": len(corpus) - len(rows),
@@ -89,22 +156,43 @@ def build(recipe: Recipe, root: Path, on_step: Callable[[int, int, float, int], 
         "tokens": history.tokens if history else 0,
         "loss": history.steps[-1].loss if history else None,
     }
-    card = CARD.format(model_type=model.config.model_type, rows=len(rows), recipe=recipe.name)
-    checkpoint = models.save(model, tokenizer, root, meta, card)
-    made.parent.mkdir(exist_ok=True)
-    temporary = made.with_suffix(f".{os.getpid()}")
+
+
+def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> list[training.Sample]:
+    asked = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    completions = tasks.of(recipe).completion_ids(model, tokenizer, [row["completion"] for row in rows])
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return [
+        training.Sample(row["prompt"] or row["completion"], prompt or start, completion)  # GPT-2 makes «» no token
+        for row, prompt, completion in zip(rows, asked, completions, strict=True)
+    ]
+
+
+def _made(root: Path, key: str) -> models.Checkpoint | None:
+    """What was made of the same before, if it is still there."""
+    file = root / "bootstrap" / f"{key}.txt"
+    if not file.is_file():
+        return None
+    digest = file.read_text("utf-8")
+    return models.Checkpoint(digest, root / digest) if (root / digest).is_dir() else None
+
+
+def _remember(root: Path, key: str, checkpoint: models.Checkpoint) -> models.Checkpoint:
+    file = root / "bootstrap" / f"{key}.txt"
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(checkpoint.digest, "utf-8")
-    temporary.replace(made)
-    shutil.rmtree(scratch, ignore_errors=True)
+    temporary.replace(file)
+    shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # the state that a killed warm-up would go on from
     return checkpoint
 
 
 # --- the corpus -------------------------------------------------------------------------------
 
 
-def _corpus(recipe: Recipe) -> list[dict[str, str]]:
+def _corpus(recipe: Recipe, settings: WarmUp) -> list[dict[str, str]]:
     """Every row as {prompt, completion}; the prompt may be empty, the completion may not."""
-    source = recipe.model.bootstrap.corpus
+    source = settings.corpus
     file = recipe.path(source)
     if file.is_file():
         rows = _json_lines(file)
@@ -112,7 +200,7 @@ def _corpus(recipe: Recipe) -> list[dict[str, str]]:
         rows = functions.load(source, recipe.folder)()
     else:
         raise models.ModelError(
-            f"model.bootstrap.corpus is {source!r}: there is no file {file}, and it is not `module:function`"
+            f"the warm-up's `corpus` is {source!r}: there is no file {file}, and it is not `module:function`"
         )
     corpus = []
     for number, row in enumerate(rows, start=1):
@@ -145,23 +233,14 @@ def _texts(rows: list[dict[str, str]]) -> Iterable[str]:
         yield row["completion"]
 
 
-def _samples(tokenizer, rows: list[dict[str, str]]) -> list[training.Sample]:
-    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
-    return [
-        training.Sample(row["prompt"] or row["completion"], prompt, [*completion, tokenizer.eos_token_id])
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-    ]
-
-
 # --- tokenizer and weights --------------------------------------------------------------------
 
 
-def _tokenizer(settings: Bootstrap, texts: Iterable[str]):
+def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
     """A tokenizer that gives back the very text it was given, and reads `</s>` in a text as mere characters.
 
-    Every prompt starts with BOS, so that even an empty one has a position to predict from. With
-    `characters`, a character that the corpus never shows becomes `<unk>`.
+    Every prompt starts with BOS, so that even an empty one has a position to predict from; an encoder's ends
+    with EOS instead, as T5's does. With `characters`, a character that the corpus never shows becomes `<unk>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
     from tokenizers import models as inner_models
@@ -185,7 +264,8 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str]):
         )
         inner.train_from_iterator(texts, trainer)
     inner.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, inner.token_to_id(BOS))]
+        single=f"$A {EOS}" if task == "seq2seq" else f"{BOS} $A",
+        special_tokens=[(token, inner.token_to_id(token)) for token in (BOS, EOS)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -198,7 +278,7 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str]):
     )
 
 
-def _fresh(settings: Bootstrap, tokenizer, task: str, seed: int):
+def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
     """A model of the configuration with random weights that follow from the seed."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -209,6 +289,8 @@ def _fresh(settings: Bootstrap, tokenizer, task: str, seed: int):
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if recipe.task == "seq2seq":
+        special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     sizes = dict(settings.config)
     model_type = sizes.pop("model_type", None)
     if model_type is None:
@@ -226,12 +308,14 @@ def _fresh(settings: Bootstrap, tokenizer, task: str, seed: int):
                 f"{f' Did you mean {near[0]!r}?' if near else ''}"
             )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         try:
-            config = AutoConfig.for_model(model_type, **{**sizes, **special, "vocab_size": len(tokenizer)})
-            model = models.auto_class(task).from_config(config)
+            labels = models.head(recipe.model.labels) if recipe.model.labels else {}
+            config = AutoConfig.for_model(model_type, **{**sizes, **special, **labels, "vocab_size": len(tokenizer)})
+            model = models.auto_class(recipe.task).from_config(config)
         except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise models.ModelError(f"model.bootstrap.config makes no model: {reason}") from error
-    model.generation_config = GenerationConfig(**special)
+    if model.can_generate():
+        model.generation_config = GenerationConfig(**special)
     return model

@@ -8,6 +8,13 @@ from typing import Any
 from rsft_pipeline.markdown import table
 
 
+_TRAINED_ON = {
+    "accepted": "accepted candidates",
+    "random": "candidates chosen at random, as a control,",
+    "everything": "candidates, all there were, as a control,",
+}
+
+
 def write_card(folder: Path, text: str) -> None:
     """Put the card in place of an earlier one, whole; it is no part of the checkpoint's digest."""
     temporary = folder / f".card-{os.getpid()}"
@@ -32,7 +39,7 @@ tags: [rejection-sampling-fine-tuning]
 
 # {meta["recipe"]} {meta["round"]}
 
-Fine-tuned on {meta["samples"]} accepted candidates in {meta["steps"]} steps
+Fine-tuned on {meta["samples"]} {_TRAINED_ON[meta["trained_on"]]} in {meta["steps"]} steps
 ({meta["trainable_parameters"]:,} of {meta["parameters"]:,} parameters trained).
 
 | | |
@@ -41,6 +48,7 @@ Fine-tuned on {meta["samples"]} accepted candidates in {meta["steps"]} steps
 | parent (weights that training started from) | `{meta["parent"]}` |
 | policy (weights that drew the candidates) | `{meta["policy"]}` |
 | accepted set | `{meta["accepted_digest"]}` |
+| its Merkle root | `{meta["merkle_root"]}` |
 | snapshot of the store | {meta["store_snapshot"]} |
 | recipe | `{meta["recipe_digest"]}` |
 

@@ -1,9 +1,10 @@
-"""Decoding: many draws of token ids from a causal language model, with their log-probabilities.
+"""Decoding: many draws of token ids from a model that writes, with their log-probabilities.
 
 Each row's randomness is its own stream, fixed by its seed, so a draw does not depend on which other
 rows share its batch (beyond the rounding of the matrix products). Each prompt is read once, however
-many rows draw from it (shared_prefix.py), and rows that have ended make room for others. Models whose
-attention cannot be shared so are drawn from by the plain loop at the end of this file.
+many rows draw from it (shared_prefix.py; shared_encoder.py for encoder-decoders), and rows that have
+ended make room for others. Models whose attention cannot be shared so are drawn from by the plain loop
+at the end of this file.
 
 Left out on purpose: beam search, penalties and everything else that is not a draw from a stated
 distribution; `log_q` could not be given for them.
@@ -59,7 +60,7 @@ def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int, batch_row
     Out of memory, it goes on with half as many rows at once; draws already made are kept.
 
     Args:
-        model: a causal language model of Transformers, in evaluation mode.
+        model: a causal or an encoder-decoder language model of Transformers, in evaluation mode.
         rows: all draws to make; rows of the same prompt share its prefix.
         shape: temperature, top-k, top-p (applied in this order, as in Transformers), length, stops.
         pad_id: any valid token id, for padding that is masked.
@@ -94,10 +95,11 @@ def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int, batch_row
 def _loop(
     model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, batch_rows: int
 ) -> Iterator[tuple[int, Drawn]]:
-    from rsft_pipeline import shared_prefix
+    from rsft_pipeline import shared_encoder, shared_prefix
 
+    shared = shared_encoder if model.config.is_encoder_decoder else shared_prefix
     try:
-        yield from shared_prefix.draw(model, draws, shape, pad_id, batch_rows)
+        yield from shared.draw(model, draws, shape, pad_id, batch_rows)
     except shared_prefix.Unsupported as reason:
         log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
         for i in range(0, len(draws), batch_rows):
@@ -117,11 +119,13 @@ def state_bytes(model: Any, tokens: int) -> int:
     """Bytes that keys and values of `tokens` tokens take, over all layers: 2 · layers · heads · dimension · size.
 
     A draw costs those of its longest completion, a prompt those of its tokens, whatever its draws.
+    Of an encoder-decoder only the decoder's layers keep any: a prompt's are those it attends to.
     """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * dimension * model.dtype.itemsize * tokens
+    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    return 2 * layers * heads * dimension * model.dtype.itemsize * tokens
 
 
 def rows_at_once(model: Any, rows: Sequence[Row], shape: Shape) -> int:
@@ -260,29 +264,22 @@ def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 
 def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
-    """Draw one batch for any causal model: each row has its own copy of its prompt's keys and values.
+    """Draw one batch for any model that writes: each row has its own copy of its prompt's keys and values.
 
     Yields:
         Number and result of each draw.
     """
     import torch
-    from transformers import DynamicCache
-
-    from rsft_pipeline.shared_prefix import left_padded
 
     device = model.device
     rows = [row for _, row in draws]
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    ids, mask, positions = left_padded(prompts, pad_id, device)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    ).logits[:, -1]
-
+    kept = (_EncoderDecoder if model.config.is_encoder_decoder else _Causal)(model)
+    logits = kept.read(prompts, pad_id)
     owner = torch.tensor([number[row.prompt_ids] for row in rows], device=device)
-    cache.batch_select_indices(owner)
-    logits, mask, position = logits[owner], mask[owner], positions[owner, -1]
+    kept.select(owner)
+    logits = logits[owner]
     u = torch.from_numpy(uniforms([row.seed for row in rows], shape.max_tokens)).to(device)
     stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=device)
 
@@ -304,16 +301,87 @@ def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: in
             keep = (~ended).nonzero().squeeze(-1)
             if not len(keep):
                 break
-            cache.batch_select_indices(keep)
-            alive, chosen, mask, position = alive[keep], chosen[keep], mask[keep], position[keep]
+            kept.select(keep)
+            alive, chosen = alive[keep], chosen[keep]
         if step + 1 == shape.max_tokens:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        position = position + 1
-        logits = model(
-            input_ids=chosen[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache
-        ).logits[:, -1]
+        logits = kept.follow(chosen)
     for (draw, _), row, n, end, q, p in zip(
         draws, tokens.tolist(), lengths.tolist(), stopped.tolist(), log_q.tolist(), log_p.tolist(), strict=True
     ):
         yield draw, Drawn(row[:n], end, q, p)
+
+
+def right_padded(rows: Sequence[Sequence[int]], filler: int) -> Any:
+    """Rows of numbers as one tensor, int64 [rows, longest]."""
+    import torch
+
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
+
+
+class _Causal:
+    """What the plain loop keeps of a causal model's rows."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def read(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Any:
+        """Logits of what follows each prompt, [prompts, vocabulary]. The rows are now the prompts."""
+        from transformers import DynamicCache
+
+        from rsft_pipeline.shared_prefix import left_padded
+
+        ids, self.mask, positions = left_padded(prompts, pad_id, self.model.device)
+        self.position, self.cache = positions[:, -1], DynamicCache(config=self.model.config)
+        return self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def select(self, rows: Any) -> None:
+        """Keep the rows of these indices, or repeat them."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def follow(self, tokens: Any) -> Any:
+        """Logits of what follows each row and its next token, [rows, vocabulary]."""
+        import torch
+
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
+        self.position = self.position + 1
+        return self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+        ).logits[:, -1]
+
+
+class _EncoderDecoder(_Causal):
+    """The same of an encoder-decoder's: all rows are of one age, so their positions follow from the cache."""
+
+    def read(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Any:
+        from rsft_pipeline.shared_encoder import read
+
+        out, self.mask = read(self.model, prompts, pad_id)
+        self.states, self.cache = out.encoder_last_hidden_state, out.past_key_values
+        return out.logits[:, -1]
+
+    def select(self, rows: Any) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.states = self.mask[rows], self.states[rows]
+
+    def follow(self, tokens: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return self.model(
+            encoder_outputs=BaseModelOutput(self.states),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]

@@ -17,7 +17,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from rsft_pipeline.recipe import Model, Recipe
 # What a model's content is: weights, configuration, tokenizer, chat template.
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 META = "meta.json"
-POINT_TO_A_FOLDER = "To use a model that is on this machine: --set model.source=/path/to/folder"
+POINT_TO_A_FOLDER = "To use a model that is on this machine: --set {field}.source=/path/to/folder"
 
 
 class ModelError(RuntimeError):
@@ -52,27 +52,49 @@ def base(
     """The weights that a first round starts from: bootstrapped, a local folder used in place, or from the hub.
 
     Args:
-        home: bootstrapped models are kept in its `models` folder, and made only once.
-        on_step: progress of a bootstrap, see `training.fit`.
+        home: what is made on this machine is kept in its `models` folder, and made only once.
+        on_step: progress of a warm-up, see `training.fit`.
 
     Raises:
         ModelError: the model cannot be fetched, or has no safetensors weights.
     """
-    source = recipe.model.source
-    if source == "bootstrap":
-        from rsft_pipeline import bootstrap  # it saves what it makes with this module
+    from rsft_pipeline import bootstrap  # it saves what it makes with this module
 
-        return bootstrap.build(recipe, Path(home) / "models", on_step)
+    wanted, root = recipe.model, Path(home) / "models"
+    if wanted.source == "bootstrap":
+        return bootstrap.build(recipe, root, on_step)
+    found = fetch(recipe, "model", wanted.source, wanted.revision)
+    return bootstrap.prepare(recipe, found, root, on_step) if wanted.warm_up or wanted.labels else found
+
+
+def teacher(recipe: Recipe, student: Path) -> Checkpoint:
+    """The weights of the recipe's teacher.
+
+    Raises:
+        ModelError: it cannot be fetched, or its token ids mean other text than the student's.
+    """
+    wanted = recipe.sampling.teacher
+    found = fetch(recipe, "sampling.teacher", wanted.source, wanted.revision)
+    if tokenizer(found.path).get_vocab() != tokenizer(student).get_vocab():
+        raise ModelError(
+            f"sampling.teacher {wanted.source!r} has another vocabulary than the policy: training is on the very token "
+            "ids that were drawn, so teacher and policy need the same tokenizer"
+        )
+    return found
+
+
+def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
+    """A model of a recipe's field: a local folder, or from the hub. Raises ModelError, naming the field."""
     folder = recipe.path(source)
     if not folder.is_dir():
         if source.startswith(("/", ".", "~")):
-            raise ModelError(f"model.source is {source!r}: there is no folder {folder}")
-        folder = _download(source, recipe.model.revision)
+            raise ModelError(f"{field}.source is {source!r}: there is no folder {folder}")
+        folder = _download(field, source, revision)
     _check_folder(folder)
     return Checkpoint(content_digest(folder), folder)
 
 
-def _download(model_id: str, revision: str | None) -> Path:
+def _download(field: str, model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -84,14 +106,14 @@ def _download(model_id: str, revision: str | None) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"the model {wanted} is neither a local folder nor could it be fetched from the hub: {reason}\n"
-            f"{POINT_TO_A_FOLDER}"
+            f"{POINT_TO_A_FOLDER.format(field=field)}"
         ) from error
     return Path(folder)
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no model: there is no config.json. {POINT_TO_A_FOLDER}")
+        raise ModelError(f"{folder} holds no model: there is no config.json. {POINT_TO_A_FOLDER.format(field='model')}")
     if not any(folder.glob("*.safetensors")):
         found = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
         raise ModelError(
@@ -140,6 +162,31 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     return model.to(device.kind).eval()
 
 
+def with_head(path: Path, labels: Sequence[str], seed: int):
+    """A classification model on the CPU, to be trained: the encoder's weights, and a head for these labels.
+
+    A head that is there and has as many outputs is kept; a new one is random, and follows from the seed.
+    """
+    import torch
+
+    _no_bars()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto_class("classification").from_pretrained(
+            path,
+            **head(labels),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )
+
+
+def head(labels: Sequence[str]) -> dict:
+    """What a model's configuration says of its labels."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
 def _no_bars() -> None:
     """Progress is ours to show (progress.py): bars for single files only get in its way."""
     from transformers.utils import logging
@@ -152,6 +199,26 @@ def stop_ids(model, tokenizer) -> set[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def start_id(model) -> int:
+    """The id that an encoder-decoder's completions follow, and that is no part of them.
+
+    Raises:
+        ModelError: the model's configuration has none.
+    """
+    for config in (model.config, model.generation_config):
+        if (start := getattr(config, "decoder_start_token_id", None)) is not None:
+            return start
+    raise ModelError("the model's configuration has no `decoder_start_token_id`, from which its decoder would write on")
+
+
+def end_id(model, tokenizer) -> int:
+    """The id that a completion of the model ends with: the first of the generation config, else the tokenizer's EOS."""
+    configured = model.generation_config.eos_token_id
+    if isinstance(configured, list):
+        configured = configured[0]
+    return tokenizer.eos_token_id if configured is None else configured
 
 
 def context_length(path: Path) -> int | None:
@@ -169,6 +236,10 @@ def auto_class(task: str):
     match task:
         case "causal":
             return transformers.AutoModelForCausalLM
+        case "seq2seq":
+            return transformers.AutoModelForSeq2SeqLM
+        case "classification":
+            return transformers.AutoModelForSequenceClassification
     raise ModelError(f"there is no model class for the task {task!r}")
 
 
@@ -233,7 +304,7 @@ def _with_adapters(model, config: Model, seed: int):
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder and model.can_generate() else "CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -246,21 +317,28 @@ def _with_adapters(model, config: Model, seed: int):
 def _train_last_layers(model, count: int) -> None:
     import torch
 
-    depth = model.config.num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     if count > depth:
         raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
+    whole = model.get_decoder() if model.config.is_encoder_decoder else model
     path, blocks = next(
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in whole.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     )
-    decoder = model.get_submodule(path.rpartition(".")[0])
+    decoder = whole.get_submodule(path.rpartition(".")[0])
     norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is None or head.weight is embedding.weight
+    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
+    heads = [module for name, module in model.named_children() if name not in body]
+    if pooler := getattr(model.base_model, "pooler", None):
+        heads.append(pooler)
     model.requires_grad_(False)
-    for module in [*blocks[-count:], *norms, *([] if tied else [head])]:
+    for module in [*blocks[-count:], *norms, *heads]:
         module.requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    if any(getattr(module, "weight", None) is embedding.weight for module in heads):
+        embedding.requires_grad_(False)
 
 
 def _freeze(model, patterns: Iterable[str]) -> None:

@@ -4,7 +4,8 @@ Belongs here: reading each kind of source row by row, rendering a row as a promp
 one, and `encode`, the one place that turns a prompt into token ids. Does not: which prompts a round uses
 (sampling), and where prompts and refused rows are kept (store).
 
-Every row read becomes exactly one Prompt or one Refused; none is dropped, repaired or cut short.
+Every row read becomes exactly one Prompt or one Refused; none is dropped or repaired, and none cut short but
+where the recipe says so.
 """
 
 import csv
@@ -97,7 +98,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
 
     Args:
         tokenizer: the policy's; it renders chat prompts and measures all of them.
-        context_length: of the policy, in tokens; prompt and completion share it. None: without end.
+        context_length: of the policy, in tokens; prompt and completion share it (an encoder-decoder has it for
+            each). None: without end.
 
     Raises:
         PromptError: a missing file, an unknown format or encoding, an unreadable data set, a source without
@@ -110,6 +112,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
             f"sampling.max_tokens is {recipe.sampling.max_tokens}, but the model's context is {context_length} "
             "tokens: nothing is left for a prompt"
         )
+    if recipe.task == "seq2seq":
+        longest += recipe.sampling.max_tokens
     longest = min(longest, section.max_tokens or longest)
     _check_encoding(section.encoding)
 
@@ -117,8 +121,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     refused: list[Refused] = []
     seen: dict[str, str] = {}
     for rows in (_source(recipe), _inbox(recipe)):
-        judged = ((row, _outcome(row, recipe, tokenizer, seen)) for row in rows)
-        for outcome in _measured(judged, tokenizer, section.messages is not None, longest):
+        judged = ((row, _outcome(row, recipe, tokenizer, longest, seen)) for row in rows)
+        for outcome in _measured(judged, tokenizer, section.messages is not None, recipe.task, longest):
             if isinstance(outcome, Refused):
                 refused.append(outcome)
             else:
@@ -164,25 +168,26 @@ def held_out(recipe: Recipe, text: str) -> bool:
     return any(lineage.in_eval_split(values, recipe.prompts.eval_fraction) for values in readings)
 
 
-def encode(tokenizer, prompt_text: str, chat: bool) -> list[int]:
-    """The token ids of a prompt, for sampling and training alike: what the policy's completion follows.
+def encode(tokenizer, prompt_text: str, chat: bool, task: str = "causal") -> list[int]:
+    """The token ids of a prompt, for sampling and training alike: what the policy reads.
 
     Text from a chat template already holds its special tokens, so none are added (a second BOS would be).
-    Plain text gets those that the tokenizer puts in front; an EOS that it puts behind is taken off again,
-    because a causal model is to continue the prompt.
+    Plain text gets those that the tokenizer adds. Of a causal model's, an EOS that it puts behind is taken off
+    again, because such a model is to continue the prompt.
 
     Args:
         chat: whether the recipe has `messages:`. Without a chat template these are rendered as plain text.
+        task: the recipe's.
     """
-    return _encode(tokenizer, [prompt_text], chat)[0]
+    return _encode(tokenizer, [prompt_text], chat, task)[0]
 
 
-def _encode(tokenizer, texts: list[str], chat: bool) -> list[list[int]]:
+def _encode(tokenizer, texts: list[str], chat: bool, task: str) -> list[list[int]]:
     special = not (chat and tokenizer.chat_template)
     # verbose: the tokenizer's own remark on long texts; too long is decided here
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
-    if special and eos is not None:
+    if special and eos is not None and task == "causal":
         encoded = [
             ids[:-1] if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token) else ids
             for ids, text in zip(encoded, texts, strict=True)
@@ -197,7 +202,9 @@ class _Missing(Exception):
     """A column that a row lacks, or that is null in it."""
 
 
-def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, seen: dict[str, str]) -> Prompt | Refused:
+def _outcome(
+    row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, seen: dict[str, str]
+) -> Prompt | Refused:
     """The row as a prompt, its length not yet known, or why it is none. Notes the prompt's id in `seen`."""
     if isinstance(row, Refused):
         return row
@@ -222,7 +229,9 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, seen: dict[str, str
     text = filled[0]
     if section.messages is not None:
         messages = [{"role": m.role, "content": part} for m, part in zip(section.messages, filled, strict=True)]
-        text = _chat(tokenizer, messages)
+        text = render(tokenizer, messages)
+    elif section.too_long == "cut":
+        text = _cut(tokenizer, text, longest)
     prompt_id = lineage.prompt_id(text)
     if prompt_id in seen:
         return row.refused("duplicate", f"the same text as {seen[prompt_id]}")
@@ -231,13 +240,21 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, seen: dict[str, str
     return Prompt(prompt_id, text, messages, reference, fields, split, row.source, row.line)
 
 
+def _cut(tokenizer, text: str, longest: float) -> str:
+    """The beginning of the text that makes at most `longest` tokens, those that the tokenizer adds among them."""
+    while text and (excess := len(tokenizer(text)["input_ids"]) - longest) > 0:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        text = text[: offsets[-int(excess)][0]] if excess < len(offsets) else ""
+    return text
+
+
 def _measured(
-    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]], tokenizer, chat: bool, longest: int
+    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]], tokenizer, chat: bool, task: str, longest: int
 ) -> Iterator[Prompt | Refused]:
     """The same outcomes in the same order, less the prompts whose number of tokens does not fit."""
     while batch := list(islice(judged, BATCH)):
         texts = [outcome.text for _, outcome in batch if isinstance(outcome, Prompt)]
-        lengths = iter([len(ids) for ids in _encode(tokenizer, texts, chat)] if texts else [])
+        lengths = iter([len(ids) for ids in _encode(tokenizer, texts, chat, task)] if texts else [])
         for row, outcome in batch:
             length = next(lengths) if isinstance(outcome, Prompt) else 1
             if length > longest:
@@ -328,7 +345,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 _STOPPED_CLOCK = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
 
 
-def _chat(tokenizer, messages: list[dict]) -> str:
+def render(tokenizer, messages: list[dict]) -> str:
     """The conversation up to where the assistant speaks.
 
     By the tokenizer's chat template; without one, a line `role: content` for each message and then `assistant:`.

@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -29,19 +29,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-# --- models.py ------------------------------------------------------------------------------
+# --- models.py, bootstrap.py ----------------------------------------------------------------
 
 
-class Bootstrap(Section):
-    """A small model made on this machine, so that a recipe can run without a hub."""
+class WarmUp(Section):
+    """Supervised training on text of the task, once, before the first round."""
+
+    corpus: str = Field(
+        description="Warm-up text: `module:function` that yields {prompt, completion} rows, or a JSONL file of them. "
+        "Rows whose prompt falls in the evaluation split are left out."
+    )
+    steps: int = Field(500, ge=0, description="Optimiser steps of the warm-up.")
+    batch_size: int = Field(128, ge=1, description="Rows per step.")
+    learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate, linearly warmed up, then cosine to zero.")
+
+
+class Bootstrap(WarmUp):
+    """A small model made on this machine and warmed up, so that a recipe can run without a hub."""
 
     config: dict[str, Any] = Field(
         description="Transformers configuration: `model_type` and its sizes, e.g. {model_type: llama}; "
         "vocabulary size and special tokens are filled in from the tokenizer."
-    )
-    corpus: str = Field(
-        description="Warm-up text: `module:function` that yields {prompt, completion} rows, or a JSONL file of them. "
-        "Rows whose prompt falls in the evaluation split are left out."
     )
     tokenizer: Literal["characters", "bpe"] = Field(
         "characters", description="One token per character, or byte-level BPE trained on the corpus."
@@ -49,9 +57,6 @@ class Bootstrap(Section):
     vocabulary: int = Field(
         512, ge=260, description="Vocabulary size of the BPE tokenizer; 256 bytes and 4 special tokens are the least."
     )
-    steps: int = Field(500, ge=0, description="Optimiser steps of the warm-up.")
-    batch_size: int = Field(128, ge=1, description="Rows per step.")
-    learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate, linearly warmed up, then cosine to zero.")
 
 
 class Lora(Section):
@@ -71,6 +76,12 @@ class Model(Section):
     source: str = Field(description="`bootstrap`, a local folder, or a model id on the Hugging Face hub.")
     revision: str | None = Field(None, description="Commit or tag on the hub; pin it to make rounds repeatable.")
     bootstrap: Bootstrap | None = Field(None, description="How to make the model when source is `bootstrap`.")
+    warm_up: WarmUp | None = Field(
+        None, description="Train a model from elsewhere on text of the task first; the first round starts from that."
+    )
+    labels: list[str] = Field(
+        [], description="With `task: classification`: the reference answers, in the order of the model's outputs."
+    )
     train: Literal["all", "lora", "last_layers", "freeze"] = Field(
         "all",
         description="What trains: everything, LoRA adapters, the last layers and head, or all but frozen patterns.",
@@ -87,6 +98,10 @@ class Model(Section):
     def _parts_agree(self):
         if (self.source == "bootstrap") != (self.bootstrap is not None):
             raise ValueError("`source: bootstrap` and a `bootstrap:` section go together")
+        if self.bootstrap is not None and self.warm_up is not None:
+            raise ValueError("a bootstrapped model is warmed up by its own section: leave `warm_up:` out")
+        if len(self.labels) != len(set(self.labels)) or len(self.labels) == 1:
+            raise ValueError("`labels` needs two labels or more, each once")
         if self.train == "freeze" and not self.freeze:
             raise ValueError("`train: freeze` needs `freeze:`, a list of parameter-name patterns")
         return self
@@ -125,6 +140,9 @@ class Prompts(Section):
     max_tokens: int | None = Field(
         None, ge=1, description="Longest prompt; default: the model's context less sampling.max_tokens."
     )
+    too_long: Literal["refuse", "cut"] = Field(
+        "refuse", description="A prompt longer than that goes to quarantine, or is cut at its end."
+    )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of prompts, chosen by hash, that is only ever evaluated on."
     )
@@ -134,16 +152,48 @@ class Prompts(Section):
     def _one_template(self):
         if (self.template is None) == (self.messages is None):
             raise ValueError("give either `template:` or `messages:`, and not both")
+        if self.messages is not None and self.too_long == "cut":
+            raise ValueError("`too_long: cut` would cut into the chat template: it goes with `template:` only")
         return self
 
 
 # --- sampling.py ----------------------------------------------------------------------------
 
 
-class Sampling(Section):
-    """How candidates are drawn from the policy."""
+class Teacher(Section):
+    """Another model that candidates are drawn from; it must read and write with the policy's tokenizer."""
 
-    draws: int = Field(8, ge=1, description="Candidates per prompt.")
+    source: str = Field(description="A local folder, or a model id on the Hugging Face hub.")
+    revision: str | None = Field(None, description="Commit or tag on the hub; pin it to make rounds repeatable.")
+
+
+class Until(Section):
+    """Drawing again until enough is accepted, pass by pass, instead of a fixed number for every prompt."""
+
+    per_prompt: int | None = Field(
+        None, ge=1, description="A prompt with this many accepted candidates is drawn for no more."
+    )
+    accepted: int | None = Field(None, ge=1, description="Once the round has this many accepted, it draws no more.")
+    draws: int = Field(ge=1, description="Most candidates per prompt, accepted or not.")
+
+    @model_validator(mode="after")
+    def _ends(self):
+        if self.per_prompt is None and self.accepted is None:
+            raise ValueError("give `per_prompt:`, `accepted:`, or both")
+        return self
+
+
+class Sampling(Section):
+    """How candidates are drawn."""
+
+    source: Literal["policy", "teacher", "reference"] = Field(
+        "policy",
+        description="What candidates are: draws of the policy, draws of a teacher, or the reference answers as the "
+        "policy rates them. The lineage says which; they are never mixed in a round.",
+    )
+    teacher: Teacher | None = Field(None, description="With `source: teacher`: the model that is drawn from.")
+    draws: int = Field(8, ge=1, description="Candidates per prompt; with `until`, in each pass over the prompts.")
+    until: Until | None = Field(None, description="Draw in passes, until enough is accepted.")
     prompts: int | None = Field(None, ge=1, description="Prompts per round, chosen by hash and round; default: all.")
     temperature: float = Field(1.0, gt=0, description="Divides the logits.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
@@ -154,6 +204,19 @@ class Sampling(Section):
         None, ge=1, description="Rows drawn at once, halved when memory runs out; default: what free memory holds."
     )
     wave_size: int = Field(2048, ge=1, description="Candidates persisted together; the most that a kill can cost.")
+
+    @model_validator(mode="after")
+    def _parts_agree(self):
+        if (self.source == "teacher") != (self.teacher is not None):
+            raise ValueError("`source: teacher` and a `teacher:` section go together")
+        if self.until and self.until.draws < self.draws:
+            raise ValueError("`until.draws`, the most per prompt, cannot be less than `draws`, those of one pass")
+        return self
+
+    @property
+    def most_draws(self) -> int:
+        """Candidates that a prompt can have."""
+        return self.until.draws if self.until else self.draws
 
 
 # --- scoring.py -----------------------------------------------------------------------------
@@ -249,8 +312,99 @@ class FunctionScorer(Scorer):
     arguments: dict[str, Any] = Field({}, description="Keyword arguments passed to it.")
 
 
+class SquadScorer(Scorer):
+    """Exact match or token F1 with the reference answers, as SQuAD v1.1 is evaluated; the best over several."""
+
+    kind: Literal["squad"]
+    metric: Literal["exact", "f1"] = Field(
+        "f1", description="`exact`: 1.0 when the same after normalisation, else 0.0. `f1`: of the tokens in common."
+    )
+    answers: str | None = Field(
+        None, description="Column of the reference answers: a text, or a list of them; default: `prompts.reference`."
+    )
+
+
+class KnowledgeScorer(Scorer):
+    """Log-probability of the completion, in nats, under the reference answers, smoothed by the policy."""
+
+    kind: Literal["knowledge"]
+    smoothing: float = Field(0.1, gt=0, le=1, description="ε: the share of the policy in the mixture.")
+    answers: str | None = Field(
+        None, description="Column of the reference answers: a text, or a list of them; default: `prompts.reference`."
+    )
+
+
+class LikelihoodScorer(Scorer):
+    """Log-probability of the completion after the prompt, in nats, under another language model."""
+
+    kind: Literal["likelihood"]
+    source: str = Field(description="Local folder or hub id of the model, causal or encoder-decoder.")
+    revision: str | None = Field(None, description="Commit or tag on the hub.")
+    batch_size: int = Field(32, ge=1, description="Texts judged at once.")
+
+
+class EmbeddingScorer(Scorer):
+    """What scorers that compare sentence embeddings share."""
+
+    model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="Local folder or hub id of a sentence-transformers model; or `hashing`: runs of characters, "
+        "which needs no model and sees no meaning.",
+    )
+    revision: str | None = Field(None, description="Commit or tag on the hub.")
+    batch_size: int = Field(64, ge=1, description="Texts embedded at once.")
+
+
+class RelevanceScorer(EmbeddingScorer):
+    """Cosine of the reply's embedding with that of what was said before, from -1 to 1."""
+
+    kind: Literal["relevance"]
+    turns: str | None = Field(
+        None,
+        description="Column that lists the turns before the reply; default: the turns of `prompts.messages`, "
+        "else the prompt.",
+    )
+
+
+class ConsistencyScorer(Scorer):
+    """1 − the worst repetition, or contradiction, of the speaker's own earlier turns, from 0 to 1."""
+
+    kind: Literal["consistency"]
+    turns: str | None = Field(
+        None,
+        description="Column that lists the turns of two speakers in turn; the reply follows the last. Default: the "
+        "`assistant` turns of `prompts.messages` are the speaker's own.",
+    )
+    words: int = Field(3, ge=1, description="A repetition is counted in runs of this many words.")
+    nli: str | None = Field(
+        None, description="Local folder or hub id of a natural-language-inference model; default: repetition only."
+    )
+    revision: str | None = Field(None, description="Commit or tag on the hub, of `nli`.")
+    batch_size: int = Field(32, ge=1, description="Pairs of turn and reply that `nli` judges at once.")
+
+
+class NoveltyScorer(EmbeddingScorer):
+    """1 − the largest cosine with what the recipe's earlier rounds accepted; 1.0 in its first."""
+
+    kind: Literal["novelty"]
+
+
 AnyScorer = Annotated[
-    Union[AnswerScorer, BlocklistScorer, RegexScorer, LengthScorer, SentimentScorer, RewardScorer, FunctionScorer],
+    Union[
+        AnswerScorer,
+        BlocklistScorer,
+        RegexScorer,
+        LengthScorer,
+        SentimentScorer,
+        RewardScorer,
+        FunctionScorer,
+        SquadScorer,
+        KnowledgeScorer,
+        LikelihoodScorer,
+        RelevanceScorer,
+        ConsistencyScorer,
+        NoveltyScorer,
+    ],
     Field(discriminator="kind"),
 ]
 
@@ -289,12 +443,77 @@ class Rule(Section):
         None, ge=1, description="Most accepted candidates per prompt, so that easy prompts do not dominate."
     )
 
+    @property
+    def per_candidate(self) -> bool:
+        """Whether a candidate's decision, before `distinct` and `cap`, follows from it and the pilot alone.
 
-class ThresholdRule(Rule):
+        Draws that come later then change no such decision, and can only add to a prompt's accepted ones.
+        """
+        return False
+
+    @property
+    def pilot_draws(self) -> int:
+        """How many first draws of each prompt are looked at before anything can be decided."""
+        return 0
+
+
+class CalibratedRule(Rule):
+    """What the rules share whose number can be picked by the share of candidates that it accepts."""
+
+    picked: ClassVar[str]  # the field that may be `calibrate`
+
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With `calibrate`: how many to accept of the candidates that were judged and passed the gates.",
+    )
+    pilot: int = Field(
+        1, ge=1, description="With `calibrate` (or `M: estimate`): the first draws of each prompt, which are looked at."
+    )
+
+    @property
+    def per_candidate(self) -> bool:
+        return True
+
+    @property
+    def pilot_draws(self) -> int:
+        return self.pilot if getattr(self, self.picked) in ("calibrate", "estimate") else 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its number is to be picked."""
+        return getattr(self, self.picked) == "calibrate"
+
+    @model_validator(mode="after")
+    def _share_is_for_calibrate(self):
+        if self.calibrated != (self.share is not None):
+            raise ValueError(f"`{self.picked}: calibrate` and `share:` go together")
+        return self
+
+
+class StochasticRule(CalibratedRule):
+    """What the rules share that accept with a probability A."""
+
+    weight: Literal["one", "A"] = Field(
+        "one", description="What an accepted sample counts in the training loss: all the same, or by its A."
+    )
+
+
+class ThresholdRule(CalibratedRule):
     """Accept when g(x) > t."""
 
+    picked = "threshold"
+
     rule: Literal["threshold"]
-    threshold: float = Field(description="t, on the combined score.")
+    threshold: float | Literal["calibrate"] = Field(description="t, on the combined score.")
+    raise_by: float = Field(0.0, ge=0, description="Added to t once for each round before this one.")
+
+    @model_validator(mode="after")
+    def _what_is_raised_is_given(self):
+        if self.calibrated and self.raise_by:
+            raise ValueError("`raise_by` needs a number as `threshold`: `calibrate` picks one anew in each round")
+        return self
 
 
 class TopKRule(Rule):
@@ -311,8 +530,10 @@ class QuantileRule(Rule):
     share: float = Field(gt=0, le=1, description="Share of the candidates that were judged and passed the gates.")
 
 
-class RejectionRule(Rule):
+class RejectionRule(StochasticRule):
     """True rejection sampling: accept when u < A, A = min(1, p(x) / (M·q(x)))."""
+
+    picked = "M"
 
     rule: Literal["rejection"]
     target: str = Field(
@@ -320,30 +541,49 @@ class RejectionRule(Rule):
         description="log p: `policy` (the policy's own probability at temperature 1, untruncated), "
         "or the name of a scorer that returns a log-probability.",
     )
-    M: Annotated[float, Field(gt=0)] | Literal["estimate"] = Field(
-        "estimate", description="The bound of p ≤ M·q, or estimate it from a pilot."
-    )
-    pilot: int = Field(
-        1, ge=1, description="With `estimate`: the first draws of each prompt are the pilot, and are not accepted."
+    M: Annotated[float, Field(gt=0)] | Literal["estimate", "calibrate"] = Field(
+        "estimate",
+        description="The bound of p ≤ M·q; `estimate`: the pilot's largest p/q, and the pilot is not accepted.",
     )
     safety: float = Field(1.0, ge=1, description="With `estimate`: M is the pilot's largest p/q times this.")
+    threshold: float | None = Field(
+        None, ge=0, lt=1, description="Accept when A is above this, without chance; default: when u < A."
+    )
+
+    @model_validator(mode="after")
+    def _what_is_calibrated_is_a_chance(self):
+        if self.calibrated and self.threshold is not None:
+            raise ValueError("`M: calibrate` is for u < A: give `M` a number, or leave `threshold` out")
+        return self
 
 
-class BoltzmannRule(Rule):
+class BoltzmannRule(StochasticRule):
     """Accept when u < A, A = exp((r − r_max) / β): draws from q·exp(r/β)."""
 
+    picked = "beta"
+
     rule: Literal["boltzmann"]
-    beta: float = Field(gt=0, description="β: towards 0 only the best, towards infinity everything.")
+    beta: Annotated[float, Field(gt=0)] | Literal["calibrate"] = Field(
+        description="β: towards 0 only the best, towards infinity everything."
+    )
     r_max: float | None = Field(
         None, description="Largest possible score; default: each prompt's largest seen (then approximate)."
     )
 
+    @property
+    def per_candidate(self) -> bool:
+        return self.r_max is not None
 
-class LossRule(Rule):
+
+class LossRule(StochasticRule):
     """Accept when u < A, A = min(1, loss / k): keeps what the model finds hard."""
 
+    picked = "k"
+
     rule: Literal["loss"]
-    k: float = Field(gt=0, description="The loss, in nats per token, from which everything is accepted.")
+    k: Annotated[float, Field(gt=0)] | Literal["calibrate"] = Field(
+        description="The loss, in nats per token, from which everything is accepted."
+    )
 
 
 AnyRule = Annotated[
@@ -382,6 +622,9 @@ class Evaluation(Section):
     draws: int = Field(8, ge=1, description="Candidates per held-out prompt.")
     k: int = Field(4, ge=1, description="The k of pass@k.")
     temperature: float = Field(1.0, gt=0, description="Temperature of these draws.")
+    greedy: bool = Field(
+        False, description="One candidate per prompt instead, of the most probable tokens: `draws: 1, k: 1` with it."
+    )
     pass_above: float = Field(
         0.5, description="A candidate passes when its combined score is above this and no gate failed."
     )
@@ -391,6 +634,8 @@ class Evaluation(Section):
     def _enough_draws(self):
         if self.k > self.draws:
             raise ValueError("`k` cannot be larger than `draws`")
+        if self.greedy and self.draws > 1:
+            raise ValueError("`greedy` draws would all be the same: set `draws: 1` and `k: 1` with it")
         return self
 
 
@@ -423,7 +668,7 @@ class Recipe(Section):
     """One pipeline: prompts, a model, how to draw, judge, accept, train, compare, and when to stop."""
 
     description: str = Field(description="One line for people.")
-    task: Literal["causal"] = Field(
+    task: Literal["causal", "seq2seq", "classification"] = Field(
         "causal", description="The kind of model; each is one module in rsft_pipeline/tasks."
     )
     model: Model = Field(description="Which weights, and which of them train.")
@@ -436,6 +681,14 @@ class Recipe(Section):
     promotion: Promotion = Field(Promotion(), description="When it becomes the champion.")
     stop: Stop = Field(Stop(), description="When the loop ends.")
     policy: Literal["champion", "previous", "base"] = Field("champion", description="What a round samples from.")
+    controls: list[Literal["random", "everything"]] = Field(
+        [],
+        description="Checkpoints to measure the round's own against, trained as it is but on `random`: as many "
+        "candidates chosen without looking at their scores, or `everything`: all candidates.",
+    )
+    group_by: str | None = Field(
+        None, description="Column of the prompts by which accepted shares are tabled, such as an intent or a label."
+    )
     acceptance_rate: tuple[float, float] = Field((0.01, 0.99), description="Bounds outside which a check warns.")
     largest_share: float = Field(
         0.1, gt=0, le=1, description="Share of the accepted set above which a prompt is over-represented."
@@ -452,7 +705,28 @@ class Recipe(Section):
             known = ["policy", *(scorer.label for scorer in self.scoring.scorers)]
             if self.acceptance.target not in known:
                 raise ValueError(f"acceptance.target is {self.acceptance.target!r}; expected one of {', '.join(known)}")
+        if (self.task == "classification") != bool(self.model.labels):
+            raise ValueError("`task: classification` and a list of `model.labels` go together")
+        if self.sampling.source == "reference" and self.prompts.reference is None:
+            raise ValueError("`sampling.source: reference` needs `prompts.reference`, the column of the answers")
+        if self.sampling.source == "reference" and isinstance(self.acceptance, RejectionRule):
+            raise ValueError("`rule: rejection` needs the q of a draw, and references are not drawn")
+        if self.sampling.until:
+            self._check_until(self.sampling.until)
         return self
+
+    def _check_until(self, until: Until) -> None:
+        rule = self.acceptance
+        if not rule.per_candidate:
+            raise ValueError(
+                f"`sampling.until` needs a rule that decides on each candidate by itself; with `rule: {rule.rule}` "
+                "a later draw can change what was accepted (of boltzmann, give `r_max`)"
+            )
+        set_aside = isinstance(rule, RejectionRule) and rule.M == "estimate"
+        if rule.pilot_draws + set_aside > self.sampling.draws:
+            raise ValueError("`acceptance.pilot` has to fit into the `sampling.draws` of the first pass")
+        if rule.cap is not None and until.per_prompt is not None and rule.cap < until.per_prompt:
+            raise ValueError("`acceptance.cap` is below `sampling.until.per_prompt`, which could never be reached")
 
     @property
     def name(self) -> str:
@@ -517,12 +791,9 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         raise RecipeError(
             f"{path}: a recipe's file name is its name: lower-case letters, digits and _, starting with a letter"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected a mapping of fields at the top level")
+    tree = _read(path)
+    if "extends" in tree:
+        tree = _extended(tree, path)
     for key, text in (overrides or {}).items():
         _assign(tree, key, text, path)
     try:
@@ -531,6 +802,28 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         raise RecipeError(_explain(error, path)) from None
     recipe._path = path
     return recipe
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of fields at the top level")
+    return tree
+
+
+def _extended(tree: dict, path: Path) -> dict:
+    """The fields of the recipe that this one `extends`, each replaced whole by this one's where it has it."""
+    other = path.parent / f"{tree['extends']}.yaml"
+    if not other.is_file():
+        near = _nearest(str(tree["extends"]), [file.stem for file in path.parent.glob("*.yaml")])
+        raise RecipeError(f"{path}: extends: there is no recipe {other}.{near}")
+    beneath = _read(other)
+    if "extends" in beneath:
+        raise RecipeError(f"{path}: extends: {other} extends another recipe itself; extend that one")
+    return {**beneath, **{name: value for name, value in tree.items() if name != "extends"}}
 
 
 def _assign(tree: dict, key: str, text: str, path: Path) -> None:
@@ -553,10 +846,13 @@ def _index(node: list, part: str, key: str, path: Path) -> int:
     return int(part)
 
 
+_MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # of a union, in pydantic's paths
+
+
 def _explain(error: ValidationError, path: Path) -> str:
     lines = [f"{path}: this recipe cannot run:"]
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        where = ".".join(str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))) or "recipe"
         message = problem["msg"].removeprefix("Value error, ")
         match problem["type"]:
             case "extra_forbidden":

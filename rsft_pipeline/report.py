@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rsft_pipeline import acceptance, steps
+from rsft_pipeline import acceptance, efficiency, steps
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.store import Store
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = {"pass_at_1": "pass@1", "pass_at_k": "pass@k", "mean_score": "mean score"}
 SHOWN = 6  # rows of each kind in a table of examples
+GROUPS_SHOWN = 50  # groups of prompts in a table
 
 
 # --- plots -----------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class ScoreFacts:
 
 def scores(store: Store, round_: "Round") -> ScoreFacts:
     """A round's scores in numbers, by scorer, and the distribution of the combined one."""
-    version_of = steps.versions(round_.recipe)
+    version_of = steps.versions(store, round_)
     rows = store.query(
         f"""SELECT s.scorer, s.version, count(*) AS judged, count(*) FILTER (s.value IS NULL) AS unjudged,
                 min(s.value) AS lowest, avg(s.value) AS mean, max(s.value) AS highest
@@ -132,7 +133,8 @@ def scores(store: Store, round_: "Round") -> ScoreFacts:
         {**steps.of_round(round_), "versions": list(version_of.values())},
     )
     scored = store.arrow(
-        f"SELECT candidate_id, score FROM ({steps.scored(round_.recipe)}) ORDER BY candidate_id", steps.of_round(round_)
+        f"SELECT candidate_id, score FROM ({steps.scored(store, round_)}) ORDER BY candidate_id",
+        steps.of_round(round_),
     )
     values = [value for value in scored["score"].to_pylist() if value is not None]
     combined = next((row for row in rows if row["scorer"] == steps.COMBINED), {"mean": None, "unjudged": 0})
@@ -156,6 +158,9 @@ class DecisionFacts:
     digest: str
     reasons: str
     examples: str
+    efficiency: efficiency.Efficiency
+    efficiency_table: str
+    coverage_table: str  # of the recipe's `group_by`; empty without
 
 
 def decisions(store: Store, round_: "Round") -> DecisionFacts:
@@ -183,9 +188,82 @@ def decisions(store: Store, round_: "Round") -> DecisionFacts:
             ORDER BY d.accepted DESC, d.u""",
         of,
     )
+    found = efficiency.of_round(store, round_, round_.recipe.group_by)
     return DecisionFacts(
         **numbers,
         digest=set_digest(ids["candidate_id"].to_pylist()),
         reasons=table(reasons),
         examples=table(shown),
+        efficiency=found,
+        efficiency_table=efficiency_table(found),
+        coverage_table=coverage_table(found.groups) if found.groups else "",
     )
+
+
+def efficiency_table(found: efficiency.Efficiency) -> str:
+    """What the draws brought, and which number would have accepted another share of them."""
+    numbers = {
+        "accepted": f"{found.accepted} of {found.candidates}{_within(found.rate, found.low, found.high)}",
+        "seen by the rule: judged, past the gates, no pilot": found.seen,
+        "mean A of these": found.mean_a,
+        "1 / M": found.one_over_m,
+        "accepted samples, counted by their weights": found.effective_samples,
+        "seen candidates, counted by A": found.effective_size,
+        "KL(accepted ‖ drawn), nats": found.kl,
+        "tokens drawn for each accepted sample": found.tokens_per_accepted,
+    }
+    rows = [{"number": name, "value": value} for name, value in numbers.items() if value is not None]
+    suggested = [
+        {
+            "to accept": f"{one.wanted:.0%}",
+            one.name: "no such number" if one.value is None else one.value,
+            "accepts": "" if one.share is None else f"{one.share:.1%}",
+        }
+        for one in found.suggestions
+    ]
+    return f"{table(rows)}\n\n{table(suggested)}"
+
+
+def coverage_table(groups: Sequence[efficiency.Group]) -> str:
+    """How the groups of prompts fared, those with the lowest rate first."""
+    rows = [
+        {
+            "group": "(none)" if group.group is None else group.group,
+            "prompts": group.prompts,
+            "with accepted": group.prompts_with_accepted,
+            "candidates": group.candidates,
+            "accepted": f"{group.accepted}{_within(group.rate, group.low, group.high)}",
+            "draws needed": "" if group.draws_needed is None else group.draws_needed,
+        }
+        for group in groups[:GROUPS_SHOWN]
+    ]
+    left = len(groups) - len(rows)
+    return table(rows) + (f"\n\n… and {left} groups of a higher rate" if left else "")
+
+
+def _within(share: float | None, low: float | None, high: float | None) -> str:
+    """A share with its interval, for people; nothing where there is none."""
+    return "" if share is None else f" = {share:.1%} ({low:.1%} to {high:.1%})"
+
+
+# --- classifiers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassFacts:
+    macro_f1: dict[str, float]  # by role
+    table: str
+
+
+def classes(store: Store, round_: "Round", contest: steps.Contest) -> ClassFacts:
+    """Macro-F1 of each model of a contest, and precision, recall and F1 of each label."""
+    from rsft_pipeline import classes as by_class
+
+    recipe, overall, rows = round_.recipe, [], []
+    labels, how = recipe.model.labels, {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
+    counts = {role: by_class.confusion(store, round_, weights) for role, weights in contest.roles.items()}
+    found = {role: by_class.macro_f1(each, labels, **how) for role, each in counts.items()}
+    for role, each in counts.items():
+        overall.append({"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"})
+        rows += [{"weights": role, **vars(one)} for one in by_class.classes(each, labels)]
+    return ClassFacts({role: one.value for role, one in found.items()}, f"{table(overall)}\n\n{table(rows)}")

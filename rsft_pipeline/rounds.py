@@ -46,6 +46,7 @@ class Round:
     key: str
     policy: str
     policy_source: str
+    drawn_from: str  # the weights that candidates come from: the policy's, or a teacher's
     mlflow_run_id: str
 
 
@@ -67,6 +68,7 @@ def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
         "state": "started",
         "policy": round_.policy,
         "policy_source": round_.policy_source,
+        "drawn_from": round_.drawn_from,
         "settings": round_.recipe.model_dump_json(),
         "recipe_digest": round_.recipe.digest,
         "mlflow_run_id": round_.mlflow_run_id,
@@ -104,6 +106,7 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
         round_key,
         row["policy"],
         row["policy_source"],
+        row["drawn_from"],
         row["mlflow_run_id"],
     )
 
@@ -169,6 +172,20 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
         base = models.base(recipe, home.path)
         return Weights(base.digest, base.path, "base")
     return locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
+
+
+def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:
+    """The weights that a round's candidates come from. Raises RoundError when they are gone or have changed."""
+    policy = locate(store, round_.recipe, home, round_.policy)
+    if round_.recipe.sampling.teacher is None:
+        return policy
+    teacher = models.teacher(round_.recipe, policy.path)
+    if teacher.digest != round_.drawn_from:
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key} began with the teacher {round_.drawn_from}, but `sampling.teacher` "
+            f"now gives {teacher.digest}: put it back, or begin the round again"
+        )
+    return Weights(teacher.digest, teacher.path, "teacher")
 
 
 def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:

@@ -1,4 +1,4 @@
-"""Sampling: which candidates a round draws, in which waves, and the backend that draws them.
+"""Sampling: which candidates a round draws, in which waves and passes, and the backend that draws them.
 
 A candidate's id is known before it is drawn (lineage.candidate_id), so a wave that was persisted is
 never drawn again and one that was not is drawn whole. Not here: how tokens come out of a model
@@ -14,8 +14,18 @@ from typing import Protocol
 from rsft_pipeline import lineage, models
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.recipe import Recipe, Sampling
+from rsft_pipeline.training import Sample
 
 EVALUATION = "evaluation"  # the scope of held-out draws: the same weights are drawn from once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, as the policy reads it."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    reference: str | None
 
 
 @dataclass(frozen=True)
@@ -23,10 +33,13 @@ class Request:
     """A candidate to draw."""
 
     candidate_id: str
-    prompt_id: str
-    prompt_ids: tuple[int, ...]
+    asked: Asked
     draw: int
     seed: int
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.asked.prompt_ids
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Candidate:
     text: str
     token_ids: list[int]
     finish_reason: str
-    log_q: float
+    log_q: float | None  # None: it was not sampled
     log_p: float
 
 
@@ -50,7 +63,7 @@ class Session(Protocol):
 
 def settings(sampling: Sampling, seed: int) -> str:
     """Hash of what shapes a draw. How many are drawn, and how they are batched, does not."""
-    shaping = sampling.model_dump(include={"temperature", "top_p", "top_k", "max_tokens", "stop"})
+    shaping = sampling.model_dump(include={"source", "temperature", "top_p", "top_k", "max_tokens", "stop"})
     return lineage.digest({**shaping, "seed": seed})
 
 
@@ -62,23 +75,42 @@ def choose(prompts: Sequence[dict], number: int | None, salt: str) -> list[dict]
 
 
 def waves(
-    recipe: Recipe, scope: str, policy: str, prompts: Sequence[tuple[str, tuple[int, ...]]], sampling: Sampling
+    recipe: Recipe, scope: str, policy: str, asked: Sequence[Asked], sampling: Sampling, draws: range
 ) -> list[list[Request]]:
     """The candidates of a scope, in waves: all draws of a prompt together, prompts of like length together.
+
+    With `until`, which may end a pass early, waves are made of prompts in an order by hash instead: those that
+    are drawn for are then a random sample of all.
 
     Args:
         scope: the round's key, or EVALUATION.
         policy: digest of the weights.
-        prompts: prompt id and token ids of each.
+        draws: which of each prompt.
     """
     hashed = settings(sampling, recipe.seed)
-    requests = []
-    for prompt_id, prompt_ids in sorted(prompts, key=lambda prompt: (len(prompt[1]), prompt[0])):
-        for draw in range(sampling.draws):
-            candidate = lineage.candidate_id(recipe.name, scope, policy, prompt_id, draw, hashed)
-            requests.append(Request(candidate, prompt_id, prompt_ids, draw, lineage.seed_of(candidate, recipe.seed)))
-    size = max(1, sampling.wave_size // sampling.draws) * sampling.draws
-    return [requests[i : i + size] for i in range(0, len(requests), size)]
+
+    def of(prompt: Asked) -> list[Request]:
+        ids = [lineage.candidate_id(recipe.name, scope, policy, prompt.prompt_id, n, hashed) for n in draws]
+        return [Request(i, prompt, n, lineage.seed_of(i, recipe.seed)) for n, i in zip(draws, ids, strict=True)]
+
+    def by_length(prompt: Asked) -> tuple:
+        return len(prompt.prompt_ids), prompt.prompt_id
+
+    size = max(1, sampling.wave_size // len(draws))  # prompts
+    if sampling.until:
+        asked = sorted(asked, key=lambda prompt: lineage.digest([scope, draws.start, prompt.prompt_id]))
+        parts = [sorted(asked[i : i + size], key=by_length) for i in range(0, len(asked), size)]
+    else:
+        asked = sorted(asked, key=by_length)
+        parts = [asked[i : i + size] for i in range(0, len(asked), size)]
+    return [[request for prompt in part for request in of(prompt)] for part in parts]
+
+
+def passes(sampling: Sampling) -> list[range]:
+    """The draws of each pass over the prompts: all at once, or with `until` some at a time."""
+    return [
+        range(i, min(i + sampling.draws, sampling.most_draws)) for i in range(0, sampling.most_draws, sampling.draws)
+    ]
 
 
 def pending(plan: Sequence[Sequence[Request]], there: Collection[str]) -> Iterator[tuple[int, list[Request]]]:
@@ -104,4 +136,20 @@ class InProcess:
         release(self.device)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
+        if sampling.source == "reference":
+            return self._rate(requests)
         return self.task.draw(self.model, self.tokenizer, requests, sampling)
+
+    def _rate(self, requests: Sequence[Request]) -> list[Candidate]:
+        """The reference answers, with their probability under the policy; nothing is sampled."""
+        asked = list({request.asked: None for request in requests})
+        texts = [prompt.reference for prompt in asked]
+        ids = self.task.completion_ids(self.model, self.tokenizer, texts)
+        samples = [Sample(prompt.prompt_id, prompt.prompt_ids, each) for prompt, each in zip(asked, ids, strict=True)]
+        log_p = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id)
+        rated = {prompt: (each, p) for prompt, each, p in zip(asked, ids, log_p, strict=True)}
+        return [
+            Candidate(one, one.asked.reference, ids, "stop", None, log_p)
+            for one in requests
+            for ids, log_p in [rated[one.asked]]
+        ]

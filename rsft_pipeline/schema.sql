@@ -30,12 +30,13 @@ CREATE TABLE IF NOT EXISTS round_prompts (
 CREATE TABLE IF NOT EXISTS candidates (
     recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR,
     split VARCHAR,           -- of its prompt; 'eval' candidates are never trained on
-    policy VARCHAR,          -- digest of the weights it was drawn from
+    origin VARCHAR,          -- 'policy', 'teacher', or 'reference': the reference answer, as the policy rates it
+    policy VARCHAR,          -- digest of the weights it was drawn from (of a reference: that rated it)
     draw INTEGER, wave INTEGER,
     text VARCHAR, token_ids INTEGER[], tokens INTEGER,
     finish_reason VARCHAR,   -- 'stop' (a stop token, which is in token_ids) or 'length'
-    log_q DOUBLE,            -- under the distribution sampled from (temperature, top-k, top-p)
-    log_p DOUBLE,            -- under the policy as it is
+    log_q DOUBLE,            -- under the distribution sampled from (temperature, top-k, top-p); NULL: not sampled
+    log_p DOUBLE,            -- under those weights as they are
     seed BIGINT, settings VARCHAR, dagster_run_id VARCHAR
 );
 
@@ -61,6 +62,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (
     recipe VARCHAR, round VARCHAR, checkpoint VARCHAR,
     parent VARCHAR,          -- digest of the weights training started from
     policy VARCHAR,          -- digest of the weights the round sampled from
+    trained_on VARCHAR,      -- 'accepted', or for a control 'random' or 'everything'
     path VARCHAR, accepted_digest VARCHAR, samples BIGINT, steps BIGINT, loss DOUBLE,
     snapshot BIGINT,         -- of the lake: its tables as they were when training read them
     meta VARCHAR,            -- JSON, as in the checkpoint's meta.json
@@ -68,12 +70,14 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 );
 
 CREATE TABLE IF NOT EXISTS training_samples (
-    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR, candidate_id VARCHAR, weight DOUBLE, dagster_run_id VARCHAR
+    recipe VARCHAR, round VARCHAR, checkpoint VARCHAR, candidate_id VARCHAR, weight DOUBLE,
+    leaf VARCHAR,            -- hash of all that training took of it (merkle.py); meta's merkle_root is over these
+    dagster_run_id VARCHAR
 );
 
 CREATE TABLE IF NOT EXISTS evaluations (
     recipe VARCHAR, round VARCHAR,
-    role VARCHAR,            -- 'policy', 'checkpoint', or the 'champion' it is measured against
+    role VARCHAR,            -- 'policy', 'checkpoint', the 'champion' it is measured against, or a control
     checkpoint VARCHAR,      -- digest of the weights evaluated
     prompt_id VARCHAR, draws INTEGER, passes INTEGER, score DOUBLE, distinct_texts INTEGER, tokens DOUBLE,
     dagster_run_id VARCHAR
@@ -83,6 +87,8 @@ CREATE TABLE IF NOT EXISTS rounds (
     recipe VARCHAR, round VARCHAR,
     state VARCHAR,           -- 'started' or 'finished'
     policy VARCHAR, policy_source VARCHAR, checkpoint VARCHAR, champion VARCHAR,
+    drawn_from VARCHAR,      -- digest of the weights that candidates come from: the policy's, or a teacher's
+    controls VARCHAR,        -- JSON: digest of each control checkpoint
     promoted BOOLEAN, verdict VARCHAR,
     candidates BIGINT, accepted BIGINT, distinct_accepted BIGINT, tokens BIGINT,
     -- JSON summaries with their intervals; the champion's is as it stands after the round

@@ -120,9 +120,13 @@ class SharedPrefixCache(Cache):
         tokens: longest suffix.
     """
 
+    first = 0  # column of a suffix's first drawn token: what lies before it, a row begins with
+    layer_class: type[SharedPrefixLayer] = SharedPrefixLayer
+
     def __init__(
         self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
     ):
+        tokens += self.first
         self.sizes = (places, rows, _rounded(longest), tokens)
         self.block = BLOCK.get(device.type, 64)
         self.every_row = torch.arange(rows, device=device)
@@ -130,7 +134,7 @@ class SharedPrefixCache(Cache):
         self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in each suffix
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
-        super().__init__(layers=[SharedPrefixLayer(self, window) for window in windows])
+        super().__init__(layers=[self.layer_class(self, window) for window in windows])
 
     def keep_prefix(self, place: int, read: DynamicCache, row: int) -> None:
         """Keep the keys and values of one row of a batch of prompts, padded on the left, as a prefix."""
@@ -141,6 +145,11 @@ class SharedPrefixCache(Cache):
             layer.prefix_keys[place, :, self.sizes[2] - width :] = source.keys[row]
             layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[row]
 
+    def begin(self, rows: slice, places: list[int]) -> None:
+        """Make the rows ready to follow the prompts at these places."""
+        self.age[rows] = 0
+        self.position[rows] = self.length[places]
+
     def move_places(self, source: list[int], target: list[int]) -> None:
         self.length[target] = self.length[source]
         for layer in self.layers:
@@ -150,7 +159,7 @@ class SharedPrefixCache(Cache):
     def move_rows(self, source: list[int], target: list[int], span: int) -> None:
         self.age[target], self.position[target] = self.age[source], self.position[source]
         for layer in self.layers:
-            used = -(-span // self.block)
+            used = -(-(self.first + span) // self.block)
             layer.keys[:used, target] = layer.keys[:used, source]
             layer.values[:used, target] = layer.values[:used, source]
 
@@ -182,12 +191,14 @@ class SharedPrefixCache(Cache):
             oldest: tokens of the longest suffix so far.
         """
         age, position = self.age[:rows], self.position[:rows]
-        self.blocks = oldest // self.block + 1
-        self.newest_block = torch.div(age, self.block, rounding_mode="floor")
-        self.newest_column = age - self.newest_block * self.block
+        self.newest = age + self.first  # column in each suffix
+        self.blocks = (oldest + self.first) // self.block + 1
+        self.newest_block = torch.div(self.newest, self.block, rounding_mode="floor")
+        self.newest_column = self.newest - self.newest_block * self.block
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
-        distance = age[:, None] - self.columns[: self.blocks * self.block]  # of suffix columns from the newest token
+        # Of suffix columns from the newest token.
+        distance = self.newest[:, None] - self.columns[: self.blocks * self.block]
         for window in {layer.window for layer in self.layers}:
             early, late = self.prefix_positions < 0, distance < 0
             if window is not None:
@@ -243,25 +254,43 @@ def shared_prefix_attention(
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
-    (rows, heads, _, _), kv_heads, dimension = query.shape, key.shape[1], value.shape[-1]
-    (places, seats), group = cache.grid_shape, heads // kv_heads
+    (rows, heads, _, _), kv_heads = query.shape, key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query = (query * scaling).view(rows, kv_heads, group, -1)
+    query = (query * scaling).view(rows, kv_heads, heads // kv_heads, -1)
+    own, own_norm = over_suffix(query, layer, cache.suffix_bias[layer.window])
+    shared, shared_norm = over_prefix(query, layer)
+    merged = torch.lerp(own, shared, torch.sigmoid(shared_norm - own_norm).to(own.dtype))
+    return merged.view(rows, 1, heads, -1), None
 
+
+def over_suffix(query: torch.Tensor, layer: SharedPrefixLayer, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each row to its own suffix.
+
+    Args:
+        query: scaled, [rows, heads, queries of a head, dimension].
+        bias: added to the scores, broadcast to [rows, heads, queries of a head, columns].
+
+    Returns:
+        The weighted values, shaped as the query, and the logarithm of their normaliser, [..., 1].
+    """
+    cache, rows = layer.cache, len(query)
     keys, values = layer.keys[: cache.blocks, :rows], layer.values[: cache.blocks, :rows]
     scores = torch.cat([query @ block.transpose(-1, -2) for block in keys], dim=-1)
-    own, own_norm = _weighted(scores.add_(cache.suffix_bias[layer.window]), values)
+    return _weighted(scores.add_(bias), values)
 
+
+def over_prefix(query: torch.Tensor, layer: SharedPrefixLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of each row to its prompt's prefix: the queries of all its rows in one product."""
+    cache, (_, kv_heads, group, _) = layer.cache, query.shape
+    places, seats = cache.grid_shape
     keys, values = layer.prefix_keys[:places, :, -cache.prefix :], layer.prefix_values[:places, :, -cache.prefix :]
     seated = query[cache.grid].view(places, seats, kv_heads, -1).transpose(1, 2)
     scores = seated.reshape(places, kv_heads, seats * group, -1) @ keys.transpose(-1, -2)
     scores.view(places, kv_heads, seats, group, -1).add_(cache.prefix_bias[layer.window])
-    shared, shared_norm = _weighted(scores, values[None])
-    shared = shared.view(places, kv_heads, seats, group, dimension).transpose(1, 2).flatten(0, 1)[cache.seats]
-    shared_norm = shared_norm.view(places, kv_heads, seats, group, 1).transpose(1, 2).flatten(0, 1)[cache.seats]
-
-    merged = torch.lerp(own, shared, torch.sigmoid(shared_norm - own_norm).to(own.dtype))
-    return merged.view(rows, 1, heads, dimension), None
+    shared, norm = _weighted(scores, values[None])
+    shared = shared.view(places, kv_heads, seats, group, -1).transpose(1, 2).flatten(0, 1)[cache.seats]
+    norm = norm.view(places, kv_heads, seats, group, 1).transpose(1, 2).flatten(0, 1)[cache.seats]
+    return shared, norm
 
 
 def _weighted(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,10 +318,10 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextlib.contextmanager
-def _attention_of(model: PreTrainedModel) -> Iterator[None]:
+def _attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """The model with our attention function; afterwards with its own again."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -361,14 +390,7 @@ class Loop:
         # Twice the prompts that fill all rows: a few prompts' stragglers must not keep others out.
         self.places = min(len(by_prompt), 2 * -(-capacity // most))
         longest = max(map(len, by_prompt))
-        self.cache = SharedPrefixCache(
-            [None if w is None or longest + shape.max_tokens <= w else w for w in windows(model)],
-            self.places,
-            capacity,
-            longest,
-            max(1, shape.max_tokens - 1),
-            self.device,
-        )
+        self.cache = self._cache(longest)
 
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=self.device)
@@ -389,6 +411,18 @@ class Loop:
         self.age: list[int] = []
         self.prompts: list[tuple[int, deque[tuple[int, Row]], torch.Tensor]] = []
 
+    def _cache(self, longest: int) -> SharedPrefixCache:
+        """What is kept of prompts of up to `longest` tokens and their draws."""
+        tokens = self.shape.max_tokens
+        return SharedPrefixCache(
+            [None if w is None or longest + tokens <= w else w for w in windows(self.model)],
+            self.places,
+            self.capacity,
+            longest,
+            max(1, tokens - 1),
+            self.device,
+        )
+
     def run(self) -> Iterator[tuple[int, Drawn]]:
         """Number and result of each draw, as it ends."""
         while self.unread or self.prompts:
@@ -404,17 +438,21 @@ class Loop:
         """One more token for every row."""
         rows, cache = len(self.number), self.cache
         cache.look(rows, max(self.age))
-        logits = self.model(
-            input_ids=self.token[:rows, None],
-            position_ids=cache.position[:rows, None],
-            past_key_values=cache,
-            use_cache=True,
-            shared_prefix=cache,
-        ).logits[:, -1]
+        logits = self._logits(rows)
         cache.age[:rows] += 1
         cache.position[:rows] += 1
         self.age = [age + 1 for age in self.age]
         self._take(logits, slice(0, rows))
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        """What follows each row's newest token, [rows, vocabulary]."""
+        return self.model(
+            input_ids=self.token[:rows, None],
+            position_ids=self.cache.position[:rows, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            shared_prefix=self.cache,
+        ).logits[:, -1]
 
     def _take(self, logits: torch.Tensor, rows: slice) -> None:
         """Choose each row's next token and note it, where the row has not ended."""
@@ -513,8 +551,7 @@ class Loop:
             return 0
         rows = slice(first, len(self.number))
         self.u[rows] = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
-        self.cache.age[rows] = 0
-        self.cache.position[rows] = self.cache.length[self.place[rows]]
+        self.cache.begin(rows, self.place[rows])
         self.drawn[rows] = 0
         self.alive[rows], self.stopped[rows] = True, False
         self.log_q[rows], self.log_p[rows] = 0.0, 0.0

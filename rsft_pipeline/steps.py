@@ -14,8 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
 
-from rsft_pipeline import acceptance, lineage, models, prompts, rounds, sampling, scoring, tasks
+import pyarrow as pa
+
+from rsft_pipeline import acceptance, lineage, merkle, models, prompts, rounds, sampling, scoring, tasks
 from rsft_pipeline.card import card
 from rsft_pipeline.devices import Device
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
@@ -23,12 +27,13 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe import Recipe, RejectionRule, Sampling
 from rsft_pipeline.rounds import Round, RoundError, Weights, starting_weights
-from rsft_pipeline.sampling import EVALUATION, Session
+from rsft_pipeline.sampling import EVALUATION, Asked, Session
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, insert
 from rsft_pipeline.store import replace as store_replace
 from rsft_pipeline.training import History, Sample, fit
 
 COMBINED = "combined"  # the scorer name of the combined score
+TrainedOn = Literal["accepted", "random", "everything"]  # the last two are controls
 SCORING_BATCH = 4096  # candidates scored and persisted together
 
 # Joins are on ids alone and every table is filtered by the recipe itself: with `a.recipe = b.recipe` as a
@@ -57,9 +62,9 @@ def of_round(round_: Round) -> dict:
     return {
         "recipe": recipe.name,
         "round": round_.key,
-        "policy": round_.policy,
+        "policy": round_.drawn_from,
         "settings": sampling.settings(recipe.sampling, recipe.seed),
-        "draws": recipe.sampling.draws,
+        "draws": recipe.sampling.most_draws,
     }
 
 
@@ -71,9 +76,10 @@ def of_evaluation(round_: Round, policy: str) -> dict:
 
 
 def evaluation_sampling(recipe: Recipe) -> Sampling:
-    """How held-out candidates are drawn: as the round's, but for temperature and number."""
-    changed = {"temperature": recipe.evaluation.temperature, "draws": recipe.evaluation.draws}
-    return recipe.sampling.model_copy(update=changed)
+    """How held-out candidates are drawn: as the round's, but from the weights evaluated, and as `evaluation` says."""
+    how = recipe.evaluation
+    changed = {"source": "policy", "teacher": None, "until": None, "temperature": how.temperature, "draws": how.draws}
+    return recipe.sampling.model_copy(update=changed | ({"top_k": 1} if how.greedy else {}))
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -151,27 +157,33 @@ def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
 # --- candidates ------------------------------------------------------------------------------
 
 
-def plan(
-    store: Store, round_: Round, policy: str, tokenizer, *, split: str, run_id: str
-) -> list[tuple[int, list[sampling.Request]]]:
-    """The waves that are still to be drawn: for the round (split `train`) or to evaluate a policy (`eval`).
-
-    Writes which prompts they are, to `round_prompts`.
-    """
+def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> list[Asked]:
+    """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`."""
     recipe = round_.recipe
-    chosen = prompts_of(store, recipe, split)
+    scope = round_.key if split == "train" else EVALUATION
+    number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts
+    chosen = sampling.choose(prompts_of(store, recipe, split), number, f"{recipe.seed} {scope}")
+    of = {"recipe": recipe.name, "round": round_.key, "split": split}
+    rows = [{**of, "prompt_id": row["prompt_id"], "dagster_run_id": run_id} for row in chosen]
+    store.replace("round_prompts", rows, **of)
+    return [
+        Asked(row["prompt_id"], tuple(ids), row["reference"])
+        for row in chosen
+        for ids in [prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)]
+    ]
+
+
+def plan(
+    store: Store, round_: Round, policy: str, asked: Sequence[Asked], *, split: str, draws: range
+) -> list[tuple[int, list[sampling.Request]]]:
+    """The waves of these draws that are still missing: for the round (split `train`) or to evaluate a policy (`eval`)."""
+    recipe = round_.recipe
     if split == "train":
         scope, how, there = round_.key, recipe.sampling, (ROUND_CANDIDATES, of_round(round_))
-        chosen = sampling.choose(chosen, recipe.sampling.prompts, f"{recipe.seed} {round_.key}")
     else:
         scope, how = EVALUATION, evaluation_sampling(recipe)
         there = EVALUATION_CANDIDATES, of_evaluation(round_, policy)
-        chosen = sampling.choose(chosen, recipe.evaluation.prompts, f"{recipe.seed} {EVALUATION}")
-    of = {"recipe": recipe.name, "round": round_.key, "split": split}
-    asked = [{**of, "prompt_id": row["prompt_id"], "dagster_run_id": run_id} for row in chosen]
-    store.replace("round_prompts", asked, **of)
-    encoded = [(row["prompt_id"], tuple(prompts.encode(tokenizer, row["text"], row["chat"]))) for row in chosen]
-    waves = sampling.waves(recipe, scope, policy, encoded, how)
+    waves = sampling.waves(recipe, scope, policy, asked, how, draws)
     sql, parameters = there
     drawn = set(store.arrow(f"SELECT candidate_id FROM ({sql})", parameters)["candidate_id"].to_pylist())
     return list(sampling.pending(waves, drawn))
@@ -201,8 +213,9 @@ def draw(
                     "recipe": recipe.name,
                     "round": round_.key,
                     "candidate_id": one.request.candidate_id,
-                    "prompt_id": one.request.prompt_id,
+                    "prompt_id": one.request.asked.prompt_id,
                     "split": split,
+                    "origin": how.source,
                     "policy": policy,
                     "draw": one.request.draw,
                     "wave": number,
@@ -225,29 +238,63 @@ def draw(
     return tokens
 
 
+def draw_all(
+    store: Store, round_: Round, session: Session, asked: Sequence[Asked], *, run_id: str, show: Show
+) -> tuple[int, int]:
+    """Draw the same number for each of the round's prompts. Returns how many candidates this call drew, and tokens."""
+    (draws,) = sampling.passes(round_.recipe.sampling)
+    waves = plan(store, round_, round_.drawn_from, asked, split="train", draws=draws)
+    missing = sum(len(requests) for _, requests in waves)
+    show = partial(show, total=missing)
+    return missing, draw(store, round_, round_.drawn_from, session, waves, split="train", run_id=run_id, show=show)
+
+
 # --- scores ----------------------------------------------------------------------------------
 
 
-def versions(recipe: Recipe) -> dict[str, str]:
-    """The version of each scorer, and of the combined score."""
-    found = {config.label: scoring.version(config, recipe) for config in recipe.scoring.scorers}
+def versions(store: Store, round_: Round) -> dict[str, str]:
+    """The version that each scorer has in a round, and that of the combined score."""
+    recipe, before = round_.recipe, accepted_before(store, round_)
+    found = {config.label: scoring.version(config, recipe, before) for config in recipe.scoring.scorers}
     how = recipe.scoring.model_dump(include={"combine"}) | {
         config.label: [config.weight, config.minimum] for config in recipe.scoring.scorers
     }
     return found | {COMBINED: lineage.digest([found, how])}
 
 
+def accepted_before(store: Store, round_: Round) -> list[str]:
+    """The different texts that the recipe's earlier rounds accepted; empty where no scorer asks for them."""
+    if not any(config.kind == "novelty" for config in round_.recipe.scoring.scorers):
+        return []
+    rows = store.arrow(
+        """SELECT DISTINCT c.text FROM decisions d
+           JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
+           WHERE d.recipe = $recipe AND d.accepted AND d.round < $round ORDER BY c.text""",
+        {"recipe": round_.recipe.name, "round": round_.key},
+    )
+    return rows["text"].to_pylist()
+
+
 def score(
-    store: Store, round_: Round, candidates: str, parameters: dict, *, device: Device, run_id: str, show: Show
+    store: Store,
+    round_: Round,
+    candidates: str,
+    parameters: dict,
+    *,
+    device: Device,
+    run_id: str,
+    show: Show,
+    judges: dict[str, scoring.Judge] | None = None,
 ) -> int:
     """Score those candidates that have no combined score of the present version. Returns how many.
 
     Args:
         candidates: ROUND_CANDIDATES or EVALUATION_CANDIDATES.
         parameters: what it takes.
+        judges: the recipe's scorers, where they are loaded already.
     """
     recipe = round_.recipe
-    version_of = versions(recipe)
+    version_of = versions(store, round_)
     to_judge = {**parameters, "version": version_of[COMBINED]}
     unscored = store.arrow(f"SELECT * FROM ({_UNSCORED.format(candidates=candidates)})", to_judge)
     if not unscored.num_rows:
@@ -260,13 +307,13 @@ def score(
         {**to_judge, "versions": list(version_of.values())},
     )
     value_of = {(row["candidate_id"], row["scorer"]): row["value"] for row in known}
-    judges, done = scoring.judges(recipe, device), 0
+    judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
     for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
         rows = batch.to_pylist()
         new = []
         for scorer, judge in judges.items():
             missing = [row for row in rows if (row["candidate_id"], scorer) not in value_of]
-            values = scoring.score({scorer: judge}, [_sample(row) for row in missing])[scorer]
+            values = scoring.score({scorer: judge}, [judged_sample(row) for row in missing])[scorer]
             value_of |= {(row["candidate_id"], scorer): value for row, value in zip(missing, values, strict=True)}
             new += [{**_of(row), "scorer": scorer, "value": value} for row, value in zip(missing, values, strict=True)]
         columns = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
@@ -284,15 +331,25 @@ def score(
 
 
 _UNSCORED = f"""
-    SELECT c.candidate_id, c.round, c.text, c.log_p, p.text AS prompt, p.reference, p.fields, p.content
+    SELECT c.candidate_id, c.round, c.text, c.log_p, c.finish_reason,
+           p.text AS prompt, p.messages, p.reference, p.fields, p.content
     FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
     ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
                AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
 """
 
 
-def _sample(row: dict) -> scoring.Sample:
-    return scoring.Sample(row["prompt"], row["text"], row["reference"], json.loads(row["fields"]), row["log_p"])
+def judged_sample(row: dict) -> scoring.Sample:
+    """A candidate as scorers see it, from a row of it and of its prompt (whose text is called `prompt`)."""
+    return scoring.Sample(
+        prompt=row["prompt"],
+        completion=row["text"],
+        reference=row["reference"],
+        fields=json.loads(row["fields"]),
+        log_p=row["log_p"],
+        messages=None if row["messages"] is None else json.loads(row["messages"]),
+        ended=row["finish_reason"] == "stop",
+    )
 
 
 def _of(row: dict) -> dict:
@@ -302,9 +359,9 @@ def _of(row: dict) -> dict:
 # --- decisions -------------------------------------------------------------------------------
 
 
-def scored(recipe: Recipe) -> str:
+def scored(store: Store, round_: Round) -> str:
     """SQL of a round's candidates with their scores: the columns that acceptance.decisions_sql reads."""
-    version_of = versions(recipe)
+    recipe, version_of = round_.recipe, versions(store, round_)
     target, joined = "c.log_p", ""
     if isinstance(recipe.acceptance, RejectionRule) and recipe.acceptance.target != "policy":
         target = "t.value"
@@ -322,21 +379,14 @@ def scored(recipe: Recipe) -> str:
 
 def decide(store: Store, round_: Round, run_id: str) -> dict:
     """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters."""
-    recipe = round_.recipe
+    recipe, candidates = round_.recipe, scored(store, round_)
 
     def work(connection):
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE scored AS {scored(recipe)}", of_round(round_))
-        (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
-        if twice:
-            raise RoundError(
-                f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided"
-            )
-        parameters = acceptance.parameters(connection, "scored", recipe.acceptance)
+        parameters, decisions = _decisions(connection, round_, candidates, recipe.sampling.most_draws)
         connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
         connection.execute(
             f"""INSERT INTO decisions BY NAME
-                SELECT ? AS recipe, ? AS round, *, ? AS parameters, ? AS dagster_run_id
-                FROM ({acceptance.decisions_sql("scored", parameters, recipe.seed)})""",
+                SELECT ? AS recipe, ? AS round, *, ? AS parameters, ? AS dagster_run_id FROM ({decisions})""",
             [recipe.name, round_.key, json.dumps(parameters), run_id],
         )
         connection.execute("DROP TABLE scored")
@@ -345,15 +395,53 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
     return store.commit(work)
 
 
+def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
+    """How many of each prompt's first draws would be accepted, were it decided on them alone. Writes nothing."""
+    candidates = scored(store, round_)
+
+    def work(connection):
+        _, decisions = _decisions(connection, round_, candidates, draws)
+        counted = connection.execute(f"SELECT prompt_id, count(*) FROM ({decisions}) WHERE accepted GROUP BY ALL")
+        found = dict(counted.fetchall())
+        connection.execute("DROP TABLE scored")
+        return found
+
+    return store.commit(work)
+
+
+def _decisions(connection, round_: Round, candidates: str, draws: int) -> tuple[dict, str]:
+    """The rule's parameters, and a SELECT of the decisions on the temporary table `scored`, which is made for it."""
+    recipe = round_.recipe
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
+    (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
+    if twice:
+        raise RoundError(f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided")
+    parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
+    return parameters, acceptance.decisions_sql("scored", parameters, recipe.seed)
+
+
 # --- training set ----------------------------------------------------------------------------
 
-# The accepted candidates that a checkpoint is trained on: one round's, or all up to it.
-ACCEPTED = """
-    SELECT c.candidate_id, c.token_ids, p.text AS prompt, p.chat, d.weight, d.round, d.prompt_id, p.split
+# The candidates that were decided on, of one round or of all up to it.
+_DECIDED = f"""
+    SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
+        d.prompt_id, p.split
     FROM decisions d
     JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
-    JOIN prompts p ON p.prompt_id = d.prompt_id AND p.recipe = $recipe
-    WHERE d.recipe = $recipe AND d.accepted AND d.round BETWEEN $first AND $last
+    JOIN (SELECT *, {merkle.PROMPT} AS prompt_hash FROM prompts WHERE recipe = $recipe) p ON p.prompt_id = d.prompt_id
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $last
+"""
+# Those of them that a checkpoint is trained on.
+ACCEPTED = f"{_DECIDED} AND d.accepted"
+# Those that a control is trained on: no score has a say, only the rule's distinctness.
+_EVERYTHING = f"""
+    SELECT * REPLACE (1::DOUBLE AS weight) FROM ({_DECIDED} AND d.reason <> 'revoked')
+    QUALIFY NOT $distinct OR row_number() OVER (
+        PARTITION BY prompt_id, md5_number({acceptance.normalised("text")}) ORDER BY md5($salt || candidate_id)) = 1
+"""
+_RANDOM = f"""
+    SELECT * FROM ({_EVERYTHING}) ORDER BY md5($salt || candidate_id), candidate_id
+    LIMIT (SELECT count(*) FROM ({ACCEPTED}))
 """
 
 
@@ -363,23 +451,30 @@ def of_training(round_: Round) -> dict:
     return {"recipe": round_.recipe.name, "first": first, "last": round_.key}
 
 
-def training_set(store: Store, round_: Round, tokenizer) -> tuple[list[Sample], int]:
-    """What the round's checkpoint is trained on, in the order of the ids, and the snapshot that it was read from."""
+def training_set(
+    store: Store, round_: Round, tokenizer, trained_on: TrainedOn = "accepted"
+) -> tuple[list[Sample], pa.ChunkedArray, int]:
+    """What a checkpoint of the round is trained on, in the order of the ids, the leaf of each sample (merkle.py),
+    and the snapshot that they were read from."""
+    chosen, parameters = {"accepted": ACCEPTED, "everything": _EVERYTHING, "random": _RANDOM}[trained_on], of_training(round_)
+    if trained_on != "accepted":
+        parameters |= {"distinct": round_.recipe.acceptance.distinct, "salt": f"control:{round_.recipe.seed}:"}
 
     def work(connection):
-        read = connection.execute(f"SELECT * FROM ({ACCEPTED}) ORDER BY candidate_id", of_training(round_))
-        rows = read.to_arrow_table().to_pylist()
-        return rows, connection.execute(NEWEST_SNAPSHOT).fetchone()[0]
+        sql = f"SELECT *, {merkle.LEAF} AS leaf FROM ({chosen}) ORDER BY candidate_id"
+        read = connection.execute(sql, parameters).to_arrow_table()
+        return read, connection.execute(NEWEST_SNAPSHOT).fetchone()[0]
 
-    rows, snapshot = store.commit(work)
+    read, snapshot = store.commit(work)
+    rows = read.to_pylist()
     encoded = {(row["prompt"], row["chat"]): None for row in rows}
     for text, chat in encoded:
-        encoded[text, chat] = prompts.encode(tokenizer, text, chat)
+        encoded[text, chat] = prompts.encode(tokenizer, text, chat, round_.recipe.task)
     samples = [
         Sample(row["candidate_id"], encoded[row["prompt"], row["chat"]], row["token_ids"], row["weight"])
         for row in rows
     ]
-    return samples, snapshot
+    return samples, read["leaf"], snapshot
 
 
 @dataclass(frozen=True)
@@ -389,23 +484,33 @@ class Trained:
     checkpoint: models.Checkpoint
     parent: str
     accepted_digest: str
+    merkle_root: str
     samples: int
     trainable: int
     total: int
     history: History
 
 
-def train(store: Store, round_: Round, start: Weights, home: Home, device: Device, run_id: str, show: Show) -> Trained:
-    """Fine-tune the starting weights on the accepted set, save the checkpoint, and write its rows.
+def train(
+    store: Store,
+    round_: Round,
+    start: Weights,
+    home: Home,
+    device: Device,
+    run_id: str,
+    show: Show,
+    trained_on: TrainedOn = "accepted",
+) -> Trained:
+    """Fine-tune the starting weights on the accepted set, or as a control, save the checkpoint, and write its rows.
 
     Writes `checkpoints` and `training_samples`. Killed, it goes on from its last saved step.
     """
     recipe = round_.recipe
     tokenizer = models.tokenizer(start.path)
-    samples, snapshot = training_set(store, round_, tokenizer)
+    samples, leaves, snapshot = training_set(store, round_, tokenizer, trained_on)
     model = models.load(start.path, device, train=True, task=recipe.task)
     model, trainable, total = models.select_trainable(model, recipe.model, recipe.seed)
-    scratch = home.scratch / recipe.name / round_.key
+    scratch = home.scratch / recipe.name / round_.key / trained_on
     history = fit(
         model,
         samples,
@@ -425,7 +530,9 @@ def train(store: Store, round_: Round, start: Weights, home: Home, device: Devic
         "round": round_.key,
         "parent": start.digest,
         "policy": round_.policy,
+        "trained_on": trained_on,
         "accepted_digest": accepted,
+        "merkle_root": merkle.root(leaves),
         "samples": len(samples),
         "store_snapshot": snapshot,
         "training": recipe.training.model_dump(mode="json"),
@@ -443,6 +550,7 @@ def train(store: Store, round_: Round, start: Weights, home: Home, device: Devic
         "checkpoint": checkpoint.digest,
         "parent": start.digest,
         "policy": round_.policy,
+        "trained_on": trained_on,
         "path": str(checkpoint.path),
         "accepted_digest": accepted,
         "samples": len(samples),
@@ -453,30 +561,34 @@ def train(store: Store, round_: Round, start: Weights, home: Home, device: Devic
         "mlflow_run_id": round_.mlflow_run_id,
         "dagster_run_id": run_id,
     }
-    trained_on = [
+    members = [
         {
             "recipe": recipe.name,
             "round": round_.key,
             "checkpoint": checkpoint.digest,
             "candidate_id": sample.candidate_id,
             "weight": sample.weight,
+            "leaf": leaf,
             "dagster_run_id": run_id,
         }
-        for sample in samples
+        for sample, leaf in zip(samples, leaves.to_pylist(), strict=True)
     ]
 
     def work(connection):
         made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
         store_replace(connection, "checkpoints", [row], **made)
-        store_replace(connection, "training_samples", trained_on, **made)
+        store_replace(connection, "training_samples", members, **made)
+        told = "checkpoint = ?", checkpoint.digest
+        if trained_on != "accepted":
+            control = json.dumps({trained_on: checkpoint.digest})
+            told = "controls = json_merge_patch(coalesce(controls, '{}'), ?)", control
         connection.execute(
-            "UPDATE rounds SET checkpoint = ? WHERE recipe = ? AND round = ?",
-            [checkpoint.digest, recipe.name, round_.key],
+            f"UPDATE rounds SET {told[0]} WHERE recipe = ? AND round = ?", [told[1], recipe.name, round_.key]
         )
 
     store.commit(work)
     shutil.rmtree(scratch, ignore_errors=True)
-    return Trained(checkpoint, start.digest, accepted, len(samples), trainable, total, history)
+    return Trained(checkpoint, start.digest, accepted, meta["merkle_root"], len(samples), trainable, total, history)
 
 
 # --- evaluation ------------------------------------------------------------------------------
@@ -489,11 +601,17 @@ class Contest:
     policy: str
     checkpoint: str
     champion: str  # before the round
+    controls: dict[str, str]  # `random`, `everything`: those that the recipe asks for
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """All of them by role."""
+        return {"policy": self.policy, "checkpoint": self.checkpoint, "champion": self.champion, **self.controls}
 
     @property
     def weights(self) -> list[str]:
         """Each of them once."""
-        return list(dict.fromkeys([self.policy, self.checkpoint, self.champion]))
+        return list(dict.fromkeys(self.roles.values()))
 
 
 @dataclass(frozen=True)
@@ -502,29 +620,33 @@ class Outcome:
 
     summaries: dict[str, Summary]  # by role
     comparison: Comparison  # of the checkpoint with the champion
+    controls: dict[str, Comparison]  # of the checkpoint with each control
     promoted: bool
     verdict: str
 
 
 def contest(store: Store, round_: Round, home: Home) -> Contest:
     """Who is evaluated in a round. Raises RoundError where it has no checkpoint."""
-    made = rounds.raw(store, round_.recipe.name, round_.key)["checkpoint"]
+    row = rounds.raw(store, round_.recipe.name, round_.key)
+    made, controls = row["checkpoint"], json.loads(row["controls"] or "{}")
     if made is None:
         raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")
+    if missing := set(round_.recipe.controls) - set(controls):
+        raise RoundError(f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first")
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
-    return Contest(round_.policy, made, champion.digest)
+    return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
 
 
 def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome:
     """Compare the contest's weights on the held-out prompts. Writes `evaluations`."""
     recipe, how = round_.recipe, round_.recipe.evaluation
-    found = {role: results(store, round_, digest) for role, digest in vars(contest).items()}
+    found = {role: results(store, round_, digest) for role, digest in contest.roles.items()}
     rows = [
         {
             "recipe": recipe.name,
             "round": round_.key,
             "role": role,
-            "checkpoint": getattr(contest, role),
+            "checkpoint": contest.roles[role],
             "prompt_id": result.prompt_id,
             "draws": result.draws,
             "passes": result.passes,
@@ -538,11 +660,13 @@ def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome
     ]
     store.replace("evaluations", rows, recipe=recipe.name, round=round_.key)
     summaries = {role: summarise(each, k=how.k, confidence=how.confidence) for role, each in found.items()}
-    comparison = compare(
-        found["champion"], found["checkpoint"], recipe.promotion.metric, k=how.k, confidence=how.confidence
-    )
+    compared = {
+        role: compare(found[role], found["checkpoint"], recipe.promotion.metric, k=how.k, confidence=how.confidence)
+        for role in ("champion", *contest.controls)
+    }
+    comparison = compared.pop("champion")
     won, verdict = promoted(comparison, recipe.promotion)
-    return Outcome(summaries, comparison, won, verdict)
+    return Outcome(summaries, comparison, compared, won, verdict)
 
 
 def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
@@ -559,14 +683,14 @@ def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
         {
             **of_evaluation(round_, policy),
             "above": recipe.evaluation.pass_above,
-            "version": versions(recipe)[COMBINED],
+            "version": versions(store, round_)[COMBINED],
         },
     )
     return [PromptResult(**row) for row in rows]
 
 
 def recorded_results(store: Store, round_: Round, role: str) -> list[PromptResult]:
-    """What `judge` recorded of a role: `policy`, `checkpoint` or `champion`."""
+    """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
     rows = store.query(
         """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens FROM evaluations
            WHERE recipe = ? AND round = ? AND role = ? ORDER BY prompt_id""",

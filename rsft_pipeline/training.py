@@ -230,7 +230,9 @@ def _check(samples: Sequence[Sample], model) -> None:
             raise TrainingError(f"candidate {sample.candidate_id} has no completion tokens: nothing would be trained")
         if not sample.prompt_ids:
             raise TrainingError(f"candidate {sample.candidate_id} has no prompt tokens to predict its first token from")
-        if (length := len(sample.prompt_ids) + len(sample.completion_ids)) > context:
+        lengths = len(sample.prompt_ids), len(sample.completion_ids)
+        # An encoder-decoder has its context twice, once for each.
+        if (length := max(lengths) if model.config.is_encoder_decoder else sum(lengths)) > context:
             raise TrainingError(
                 f"candidate {sample.candidate_id} has {length} tokens; the model's context is {context}"
             )

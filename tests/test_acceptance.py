@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 
 import duckdb
 import numpy as np
@@ -47,12 +48,12 @@ def candidate(candidate_id, **columns):
     return row | {"candidate_id": candidate_id} | columns
 
 
-def decide(connection, rows, seed=0, **rule):
+def decide(connection, rows, seed=0, round_number=0, **rule):
     """(candidate id → decision, parameters)"""
     table = pa.Table.from_pylist(rows, SCHEMA) if isinstance(rows, list) else rows
     connection.register("candidates", table)
     rule = TypeAdapter(AnyRule).validate_python(rule)
-    parameters = acceptance.parameters(connection, "candidates", rule)
+    parameters = acceptance.parameters(connection, "candidates", rule, round_number)
     decisions = connection.sql(acceptance.decisions_sql("candidates", parameters, seed)).to_arrow_table().to_pylist()
     assert len(decisions) == table.num_rows
     return {d["candidate_id"]: d for d in decisions}, parameters
@@ -326,6 +327,158 @@ def test_loss_accepts_when_u_is_below_nats_per_token_over_k(connection):
     assert [decisions[c]["log_a"] for c in "bdefgh"] == [0.0, -math.inf, None, None, None, 0.0]
 
 
+# --- weights and thresholds on A ------------------------------------------------------------
+
+
+def test_a_threshold_on_A_accepts_without_chance_and_weighs_by_A(connection):
+    # A = P(y|x) / M(y|x) where M is 1: L = −Σ A·log M over what is accepted.
+    rows = [
+        candidate("a", target=math.log(0.1), log_q=math.log(0.2)),  # A = 0.5
+        candidate("b", target=math.log(0.06), log_q=math.log(0.2), text="x"),  # 0.3
+        candidate("c", target=math.log(0.08), log_q=math.log(0.2), text="x"),  # 0.4: of one text the larger A
+        candidate("d", target=math.log(0.05), log_q=math.log(0.2)),  # 0.25, not above; its u of 0.32 does not matter
+        candidate("e", target=math.log(0.5), log_q=math.log(0.2)),  # 1, and a violation
+        candidate("f", target=None, log_q=-1.0),
+        candidate("g", target=-1.0, log_q=-1.0, passed=False),
+        candidate("h", target=-math.inf, log_q=-1.0),  # 0
+    ]
+    rule = {"rule": "rejection", "M": 1, "threshold": 0.2500001, "weight": "A"}
+    decisions, parameters = decide(connection, rows, **rule)
+    expected = {
+        "a": "accepted",
+        "b": "duplicate",
+        "c": "accepted",
+        "d": "below threshold",
+        "e": "accepted",
+        "f": "cannot judge",
+        "g": "gate",
+        "h": "below threshold",
+    }
+    assert {c: decisions[c]["reason"] for c in "abcdefgh"} == expected
+    assert parameters["violations"] == 1
+    weights = {c: d["weight"] for c, d in decisions.items() if d["accepted"]}
+    assert weights == pytest.approx({"a": 0.5, "c": 0.4, "e": 1.0}, rel=1e-14)
+    assert reasons(connection, rows, **rule, cap=2) == expected | {"c": "cap"}
+
+
+@pytest.mark.parametrize(("weight", "power"), [("one", 1), ("A", 2)])
+def test_samples_accepted_by_chance_and_weighed_by_A_count_A_twice(connection, weight, power):
+    q = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
+    p = np.array([0.1, 0.3, 0.2, 0.2, 0.2])
+    n = 40_000
+    picks, table = drawn(np.random.default_rng(9), list("vwxyz"), np.log(q), n, target=np.log(p))
+    decisions, _ = decide(connection, table, rule="rejection", M=4 * (1 + 1e-12), distinct=False, weight=weight)
+    a = p / (4 * q)
+    total = np.zeros(5)
+    for i, pick in enumerate(picks):
+        decision = decisions[f"{n}-{i}"]
+        total[pick] += decision["weight"] if decision["accepted"] else 0
+    per_sample = np.ones(5) if weight == "one" else a
+    counts = total / per_sample
+    assert counts == pytest.approx(counts.round(), abs=1e-8)  # each accepted sample has its weight, exactly
+    assert stats.chisquare(counts.round(), p * counts.round().sum()).pvalue > 0.01
+    expected = n * q * a**power
+    spread = np.sqrt(n * q * a * (1 - q * a)) * per_sample
+    assert np.all(abs(total - expected) < 4 * spread)
+
+
+def test_without_a_threshold_above_0_weights_alone_give_the_target(connection):
+    q, p = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    picks, table = drawn(np.random.default_rng(10), list("xyz"), np.log(q), 20_000, target=np.log(p))
+    rule = {"rule": "rejection", "M": 2.5 * (1 + 1e-12), "threshold": 0, "weight": "A", "distinct": False}
+    decisions, _ = decide(connection, table, **rule)
+    assert all(d["accepted"] for d in decisions.values())
+    weights = np.array([decisions[f"20000-{i}"]["weight"] for i in range(20_000)])
+    shares = np.bincount(picks, weights) / weights.sum()
+    assert shares == pytest.approx(p, abs=0.02)  # 4 standard errors of the largest
+    assert weights == pytest.approx((p / (2.5 * q))[picks], rel=1e-11)
+
+
+# --- numbers that follow from rounds and pilots ---------------------------------------------
+
+
+def test_a_threshold_rises_from_round_to_round_in_decimal(connection):
+    rows = [candidate(c, score=score) for c, score in zip("abc", [0.2, 0.3, 0.4], strict=True)]
+    assert 0.1 + 2 * 0.1 > 0.3
+    for number, t, accepted in [(0, 0.1, "abc"), (1, 0.2, "bc"), (2, 0.3, "c"), (3, 0.4, "")]:
+        rule = {"rule": "threshold", "threshold": 0.1, "raise_by": 0.1}
+        decisions, parameters = decide(connection, rows, round_number=number, **rule)
+        assert parameters["threshold"] == t
+        assert "".join(sorted(c for c, d in decisions.items() if d["accepted"])) == accepted
+
+
+CALIBRATED = {
+    "threshold": {"rule": "threshold", "threshold": "calibrate"},
+    "M": {"rule": "rejection", "M": "calibrate"},
+    "beta": {"rule": "boltzmann", "beta": "calibrate"},
+    "beta, r_max given": {"rule": "boltzmann", "beta": "calibrate", "r_max": 6.0},
+    "k": {"rule": "loss", "k": "calibrate"},
+}
+calibrated = pytest.mark.parametrize("rule", CALIBRATED.values(), ids=CALIBRATED)
+
+
+@calibrated
+def test_a_calibrated_rule_accepts_its_share_of_the_judged_past_the_gates(connection, rule):
+    rng, n = np.random.default_rng(11), 40_000
+    table = pa.table(
+        {
+            "candidate_id": [lineage.digest(i) for i in range(n)],
+            "prompt_id": [str(i // 8) for i in range(n)],
+            "draw": np.arange(n) % 8,
+            "text": [str(i) for i in range(n)],
+            "tokens": rng.integers(1, 20, n),
+            "log_q": rng.normal(-20, 5, n),
+            "log_p": -rng.exponential(9, n),
+            "score": pa.array([None if x < -1.5 else min(x, 6.0) for x in rng.normal(size=n)]),
+            "passed": rng.random(n) < 0.8,
+            "target": rng.normal(-20, 5, n),
+        }
+    ).cast(SCHEMA)
+    decisions, parameters = decide(connection, table, **rule, share=0.3, pilot=2)
+    open_ = [d for d in decisions.values() if d["reason"] not in {"cannot judge", "gate"}]
+    pilot = [decisions[c.as_py()] for c, d in zip(table["candidate_id"], table["draw"], strict=True) if d.as_py() < 2]
+    pilot = [d for d in pilot if d["reason"] not in {"cannot judge", "gate"}]
+    assert parameters["pilot_candidates"] == len(pilot) < len(open_) / 3
+    if rule["rule"] == "threshold":
+        assert sum(d["accepted"] for d in pilot) == math.floor(0.3 * len(pilot))
+        assert parameters["pilot_share"] == math.floor(0.3 * len(pilot)) / len(pilot)
+    else:
+        assert math.fsum(math.exp(d["log_a"]) for d in pilot) / len(pilot) == pytest.approx(0.3, rel=1e-12)
+    # The pilot is not set aside, and what was picked from it holds of all within what 2 of 8 draws can tell.
+    share = sum(d["accepted"] for d in open_) / len(open_)
+    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(pilot)))
+
+
+def test_only_the_pilot_is_looked_at(connection):
+    rows = [candidate(f"{i}/{draw}", draw=draw, score=i + 100.0 * draw) for i in range(10) for draw in (0, 1)]
+    _, parameters = decide(connection, rows, rule="threshold", threshold="calibrate", share=0.3)
+    assert (parameters["threshold"], parameters["pilot_candidates"], parameters["pilot_share"]) == (6.0, 10, 0.3)
+
+
+def test_what_cannot_be_calibrated_says_where_and_what_to_do(connection):
+    rows = [candidate(c, score=1.0) for c in "abcd"]
+    with pytest.raises(ValueError, match=r"acceptance.threshold cannot be .* \(draw < 1\): 100.0% of 4 candidates"):
+        decide(connection, rows, rule="threshold", threshold="calibrate", share=0.3)
+    with pytest.raises(ValueError, match=r"acceptance.M cannot be calibrated .*no candidate was judged"):
+        decide(connection, rows, rule="rejection", M="calibrate", share=0.3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rule": "loss", "k": "calibrate"}, "`k: calibrate` and `share:` go together"),
+        ({"rule": "loss", "k": 1, "share": 0.3}, "`k: calibrate` and `share:` go together"),
+        ({"rule": "rejection", "share": 0.3}, "`M: calibrate` and `share:` go together"),
+        ({"rule": "threshold", "threshold": "calibrate", "share": 0.3, "raise_by": 0.1}, "`raise_by` needs a number"),
+        ({"rule": "rejection", "M": "calibrate", "share": 0.3, "threshold": 0.5}, "`M: calibrate` is for u < A"),
+        ({"rule": "threshold", "threshold": 1, "weight": "A"}, "Extra inputs are not permitted"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        TypeAdapter(AnyRule).validate_python(rule)
+
+
 # --- the distributions they promise ---------------------------------------------------------
 
 
@@ -406,6 +559,11 @@ EVERY_RULE = [
     {"rule": "rejection", "pilot": 2, "safety": 1.3},
     {"rule": "boltzmann", "beta": 0.5},
     {"rule": "loss", "k": 2.0},
+    {"rule": "rejection", "M": 2.0, "threshold": 0.4, "weight": "A"},
+    {"rule": "threshold", "threshold": "calibrate", "share": 0.5, "pilot": 3},
+    {"rule": "rejection", "M": "calibrate", "share": 0.3, "pilot": 3, "weight": "A"},
+    {"rule": "boltzmann", "beta": "calibrate", "share": 0.5, "r_max": 1.25, "weight": "A"},
+    {"rule": "loss", "k": "calibrate", "share": 0.3},
 ]
 every_rule = pytest.mark.parametrize("rule", EVERY_RULE, ids=lambda rule: rule["rule"])
 
@@ -449,7 +607,12 @@ def test_deciding_again_from_stored_parameters_gives_the_same_bits(connection, r
     stored = json.loads(json.dumps(parameters, allow_nan=False))
     again = connection.sql(acceptance.decisions_sql("candidates", stored, 0)).to_arrow_table().to_pylist()
     assert {d["candidate_id"]: d for d in again} == decisions
-    assert all(d["u"] == lineage.uniform(c, 0) and d["weight"] == 1.0 for c, d in decisions.items())
+    assert all(d["u"] == lineage.uniform(c, 0) for c, d in decisions.items())
+    for d in decisions.values():
+        if rule.get("weight") != "A":
+            assert d["weight"] == 1.0
+        elif d["accepted"]:
+            assert d["weight"] == pytest.approx(math.exp(d["log_a"]), rel=1e-15)
 
 
 @every_rule
@@ -471,6 +634,26 @@ def test_a_bad_row_is_not_accepted_and_changes_no_other_decision(connection, rul
     assert after.pop("bad")["reason"] == "cannot judge"
     assert after == before
     assert parameters_after == parameters
+
+
+@every_rule
+def test_later_draws_change_no_decision_of_a_rule_that_looks_at_candidates_alone(connection, rule):
+    rows = a_round()
+    first = [row for row in rows if row["draw"] < 4]
+
+    def accepted(rows, **how):
+        return {c for c, d in decide(connection, rows, **rule, **how)[0].items() if d["accepted"]}
+
+    def per_prompt(accepted):
+        return Counter(candidate_id.split("/")[0] for candidate_id in accepted)
+
+    early, late = accepted(first, distinct=False), accepted(rows, distinct=False)
+    alone = TypeAdapter(AnyRule).validate_python(rule).per_candidate
+    assert alone == (rule["rule"] not in {"top_k", "quantile"} and rule != {"rule": "boltzmann", "beta": 0.5})
+    if rule["rule"] != "top_k":  # 2 of the first 4 may stay the best 2
+        assert alone == (early == {c for c in late if int(c.split("/")[1]) < 4})
+    if alone:  # and a prompt never has fewer accepted than before, though another of one text may be preferred
+        assert per_prompt(accepted(first, cap=2)) <= per_prompt(accepted(rows, cap=2))
 
 
 @every_rule

@@ -75,7 +75,7 @@ def test_killed_while_drawing_and_again_while_training_a_round_ends_the_same(hom
         assert other.wait() == 0, other.stdout.read()
 
         process = start(path)
-        saved = home / "scratch" / "letters_loop" / "r000"
+        saved = home / "scratch" / "letters_loop" / "r000" / "accepted"
         kill_when(process, lambda: any(saved.glob("*")))
         assert store.value("SELECT count(*) FROM checkpoints WHERE recipe = 'letters_loop'") == 0
 

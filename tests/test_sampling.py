@@ -1,12 +1,16 @@
 """Sampling: what a candidate's id depends on, and how waves are cut."""
 
 from rsft_pipeline import sampling
+from rsft_pipeline.recipe import Until
 
-PROMPTS = [(f"p{i}", tuple(range(1 + i % 3))) for i in range(10)]
+PROMPTS = [sampling.Asked(f"p{i}", tuple(range(1 + i % 3)), None) for i in range(10)]
 
 
 def plan(recipe, scope="r000", policy="w", **changes):
-    return sampling.waves(recipe, scope, policy, PROMPTS, recipe.sampling.model_copy(update=changes))
+    how = recipe.sampling.model_copy(update=changes)
+    return [
+        wave for draws in sampling.passes(how) for wave in sampling.waves(recipe, scope, policy, PROMPTS, how, draws)
+    ]
 
 
 def ids(waves):
@@ -35,6 +39,15 @@ def test_a_wave_holds_all_draws_of_its_prompts_and_like_lengths_together(recipe)
     assert [len(wave) for wave in waves] == [8] * 5
     lengths = [len(request.prompt_ids) for wave in waves for request in wave]
     assert lengths == sorted(lengths)
+
+
+def test_with_until_the_draws_come_in_passes_and_keep_their_ids_and_waves_are_random_samples(recipe):
+    until = Until(per_prompt=1, draws=10)
+    how = recipe.sampling.model_copy(update={"until": until, "draws": 4})
+    assert sampling.passes(how) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert set(ids(plan(recipe, draws=10))) == set(ids(plan(recipe, draws=4, until=until)))
+    first_waves = [{r.asked.prompt_id for r in wave} for wave in plan(recipe, draws=4, wave_size=8, until=until)]
+    assert first_waves[:5] != first_waves[5:10]  # another order in each pass
 
 
 def test_only_what_is_missing_is_pending_and_waves_keep_their_numbers(recipe):

@@ -16,11 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsft_pipeline import functions
+from rsft_pipeline import functions, models
 from rsft_pipeline.devices import Device
-from rsft_pipeline.lineage import digest, file_digest
+from rsft_pipeline.lineage import digest, file_digest, set_digest
 from rsft_pipeline.recipe import AnyScorer, Recipe, Scoring
-from rsft_pipeline.scoring import answer, blocklist, reward, simple, symbolic
+from rsft_pipeline.scoring import (
+    answer,
+    blocklist,
+    classifier,
+    dialogue,
+    embedding,
+    knowledge,
+    likelihood,
+    nli,
+    reward,
+    simple,
+    squad,
+    symbolic,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +51,23 @@ class Sample:
     reference: str | None  # the reference answer, where the recipe has one
     fields: dict[str, Any]  # every column of the prompt's row
     log_p: float | None  # the policy's log-probability of the completion, in nats, at temperature 1, untruncated
+    messages: list[dict] | None = None  # of a chat prompt: its turns, {role, content}
+    ended: bool = True  # a stop token ended it; else it was cut at sampling.max_tokens
 
 
 Judge = Callable[[Sequence[Sample]], list[float | None]]
 
 
-def judges(recipe: Recipe, device: Device) -> dict[str, Judge]:
+def judges(recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) -> dict[str, Judge]:
     """The recipe's scorers by label, with what they need loaded: make them once, use them for every batch.
+
+    Args:
+        accepted_before: the texts that earlier rounds accepted, for `novelty`.
 
     Raises:
         ScoringError: a scorer that cannot be made.
     """
-    return {config.label: scorer(config, recipe, device) for config in recipe.scoring.scorers}
+    return {config.label: scorer(config, recipe, device, accepted_before) for config in recipe.scoring.scorers}
 
 
 def score(judges: dict[str, Judge], samples: Sequence[Sample]) -> dict[str, list[float | None]]:
@@ -89,8 +107,11 @@ def combine(scoring: Scoring, scores: dict[str, list[float | None]]) -> tuple[li
     return combined, passed
 
 
-def scorer(config: AnyScorer, recipe: Recipe, device: Device) -> Judge:
+def scorer(config: AnyScorer, recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) -> Judge:
     """The function that a `scoring.scorers` entry means. Loads what it needs.
+
+    Args:
+        accepted_before: as `judges` takes it.
 
     Raises:
         ScoringError: a file, package, model or function that it needs is not there, naming which.
@@ -114,21 +135,45 @@ def scorer(config: AnyScorer, recipe: Recipe, device: Device) -> Judge:
             case "sentiment":
                 return lambda samples: simple.sentiment([s.completion for s in samples])
             case "reward":
-                model = reward.Reward(_model(config, recipe), config.revision, config.label_index, device)
+                model = reward.Reward(_model(config.model, recipe), config.revision, config.label_index, device)
                 return lambda samples: model([(s.prompt, s.completion) for s in samples], config.batch_size)
+            case "squad":
+                metric = {"exact": squad.exact, "f1": squad.f1}[config.metric]
+                return lambda samples: [metric(s.completion, _answers(config, recipe, s)) for s in samples]
+            case "knowledge":
+                return lambda samples: [
+                    knowledge.log_probability(s.completion, _answers(config, recipe, s), s.log_p, config.smoothing)
+                    for s in samples
+                ]
+            case "likelihood":
+                model = likelihood.Likelihood(_language_model(config, recipe), device)
+                return lambda samples: model(
+                    [(s.prompt, s.messages, s.completion, s.ended) for s in samples], config.batch_size
+                )
+            case "relevance":
+                embed = _embed(config, recipe, device)
+                return lambda samples: dialogue.relevance(embed, [(_said(config, s), s.completion) for s in samples])
+            case "consistency":
+                contradictions = _contradictions(config, recipe, device)
+                return lambda samples: dialogue.consistency(
+                    [(_said(config, s), s.completion) for s in samples], config.words, contradictions
+                )
+            case "novelty":
+                novel = dialogue.Novelty(_embed(config, recipe, device), accepted_before)
+                return lambda samples: novel([s.completion for s in samples])
             case "function":
                 function = functions.load(config.function, recipe.folder)
                 return lambda samples: function(list(samples), **config.arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, models.ModelError) as error:
         raise ScoringError(f"scorer {config.label!r}: {error}") from error
 
 
-def version(config: AnyScorer, recipe: Recipe) -> str:
+def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = ()) -> str:
     """Hash of all that decides a scorer's scores: its source, its settings, and what these point at.
 
-    That is the words of a blocklist file, the files or hub revision of a reward model, the source file of a
-    function, and the release of the library that does the judging. Name, weight and minimum are left out: they
-    change what is made of a score, not the score.
+    That is the words of a blocklist file, the files or hub revision of a model, the source file of a function, the
+    texts accepted before, and the release of the library that does the judging. Name, weight and minimum are left
+    out: they change what is made of a score, not the score.
     """
     settings = config.model_dump(mode="json", exclude={"name", "weight", "minimum"})
     try:
@@ -144,10 +189,25 @@ def version(config: AnyScorer, recipe: Recipe) -> str:
             case "sentiment":
                 parts = [_source(simple), importlib.metadata.version("vaderSentiment")]
             case "reward":
-                parts = [_source(reward), _folder_digest(_model(config, recipe))]
+                parts = [_source(reward), _source(classifier), _model_digest(_model(config.model, recipe))]
+            case "squad":
+                parts = [_source(squad)]
+            case "knowledge":
+                parts = [_source(knowledge), _source(squad)]
+            case "likelihood":
+                parts = [_source(likelihood), _model_digest(_model(config.source, recipe))]
+            case "relevance":
+                parts = [_source(dialogue), *_embedding_parts(config, recipe)]
+            case "consistency":
+                _check_turns(config, recipe)
+                parts = [_source(dialogue)]
+                if config.nli is not None:
+                    parts += [_source(nli), _source(classifier), _model_digest(_model(config.nli, recipe))]
+            case "novelty":
+                parts = [_source(dialogue), *_embedding_parts(config, recipe), set_digest(set(accepted_before))]
             case "function":
                 parts = [functions.source_digest(functions.load(config.function, recipe.folder))]
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, models.ModelError) as error:
         raise ScoringError(f"scorer {config.label!r}: {error}") from error
     return digest(["scorer", settings, parts])
 
@@ -204,20 +264,69 @@ def _blocked(config, recipe: Recipe) -> list[str]:
     return [*config.words, *listed]
 
 
-def _model(config, recipe: Recipe) -> str:
+def _column(sample: Sample, name: str) -> Any:
+    if name not in sample.fields:
+        raise KeyError(f"no column {name!r}; there is {', '.join(map(repr, sample.fields)) or 'none'}")
+    return sample.fields[name]
+
+
+def _answers(config, recipe: Recipe, sample: Sample) -> list[str]:
+    if config.answers is not None:
+        return squad.answers(_column(sample, config.answers))
+    # The column itself where there is one: a list of references is a list there, and JSON text in `reference`.
+    return squad.answers(sample.fields.get(recipe.prompts.reference, sample.reference))
+
+
+def _said(config, sample: Sample) -> dialogue.Said:
+    turns = None if config.turns is None else _column(sample, config.turns)
+    return dialogue.said(sample.prompt, sample.messages, turns)
+
+
+def _check_turns(config, recipe: Recipe) -> None:
+    if config.turns is None and recipe.prompts.messages is None:
+        raise ValueError("whose turn was whose is not known: set `turns:`, or use `prompts.messages`")
+
+
+def _contradictions(config, recipe: Recipe, device: Device) -> dialogue.Contradictions | None:
+    _check_turns(config, recipe)
+    if config.nli is None:
+        return None
+    model = nli.Contradiction(_model(config.nli, recipe), config.revision, device)
+    return lambda pairs: model(pairs, config.batch_size)
+
+
+def _embed(config, recipe: Recipe, device: Device) -> embedding.Embed:
+    if config.model == embedding.HASHING:
+        return embedding.hashing
+    return embedding.Sentences(_model(config.model, recipe), config.revision, config.batch_size, device)
+
+
+def _embedding_parts(config, recipe: Recipe) -> list[str]:
+    if config.model == embedding.HASHING:
+        return [_source(embedding), importlib.metadata.version("scikit-learn")]
+    return [_source(embedding), embedding.require(), _model_digest(_model(config.model, recipe))]
+
+
+def _language_model(config, recipe: Recipe) -> Path:
+    field = f"scoring.scorers.{recipe.scoring.scorers.index(config)}"
+    return models.fetch(recipe, field, config.source, config.revision).path
+
+
+def _model(name: str, recipe: Recipe) -> str:
     """A folder if there is one, as an absolute path; else the hub id as written."""
-    path = recipe.path(config.model)
-    return str(path) if path.is_dir() else config.model
+    path = recipe.path(name)
+    return str(path) if path.is_dir() else name
 
 
 def _source(module) -> str:
     return file_digest(Path(module.__file__))
 
 
-def _folder_digest(name: str) -> str:
-    """Digest of a folder's files, or the name itself where it is a hub id (its revision is in the settings)."""
+def _model_digest(name: str) -> str:
+    """Digest of what the model in a folder is, or the name itself of a hub id (its revision is in the settings)."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return digest([[path.name, file_digest(path)] for path in files])
+    # A model of sentence-transformers has parts in folders of its own.
+    folders = [folder, *sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))]
+    return digest([[part.name, models.content_digest(part)] for part in folders[1:]] + [models.content_digest(folder)])

@@ -1,6 +1,7 @@
-"""Tasks: one module for each kind of model, all with the same four functions.
+"""Tasks: one module for each kind of model, all with the same five functions.
 
 draw(model, tokenizer, requests, sampling) -> list[Candidate]
+completion_ids(model, tokenizer, texts) -> list[list[int]]
 log_probabilities(model, samples, pad_id) -> list[float]
 collate(samples, pad_id) -> dict[str, Tensor]
 token_losses(model, batch) -> Tensor

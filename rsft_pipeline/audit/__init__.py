@@ -1,0 +1,8 @@
+"""Audit: questions about what was done, answered from the store alone.
+
+Belongs here: following, proving, replaying and revoking what rounds have recorded. Not: anything that a
+round needs in order to run, nor how an answer is shown (cli/audit.py, web/).
+
+Every answer is data (dataclasses of plain values), read in one transaction, so that it is of one
+snapshot of the store while rounds go on. Only `revoke` writes.
+"""

@@ -1,0 +1,339 @@
+"""Browse: lists of what the store holds, filtered, ordered, and read page by page.
+
+Belongs here: the SQL behind lists that people leaf through. Not: what became of one thing (trace.py, impact.py),
+nor how a list is shown (web/).
+
+A page is found by the key of the last row before it, never by counting rows, so the thousandth costs what the
+first does. Texts are cut in the store: what is long never travels. A few rows are looked up by their prompt as well
+as by their own id: ids are hashes, in no order, but a prompt's rows stand together, and DuckDB skips the others.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.store import Store
+
+ROWS = 25  # of a page
+SNIPPET = 240  # characters of a text in a list
+BINS = 30  # of a distribution of scores
+
+# --- rounds ----------------------------------------------------------------------------------
+
+
+def rounds(store: Store, recipe: str | None = None) -> dict[str, list[dict]]:
+    """Every round by recipe, in order, with the metric that its gate looked at in `metric`."""
+    rows = store.query(
+        """SELECT * EXCLUDE (settings), settings::JSON ->> '$.promotion.metric' AS metric,
+                settings::JSON ->> '$.acceptance.rule' AS rule
+           FROM rounds WHERE $recipe IS NULL OR recipe = $recipe ORDER BY recipe, round""",
+        {"recipe": recipe},
+    )
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["recipe"], []).append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How many candidates have a score in each of BINS equal steps from `low` to `high`."""
+
+    low: float
+    high: float
+    accepted: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """A round's decisions in numbers."""
+
+    reasons: dict[str, int]  # most frequent first; `accepted` is one of them
+    scores: Distribution | None  # None: not one finite score
+
+
+def decisions(store: Store, recipe: str, round_key: str) -> Decisions:
+    """A round's decisions in numbers. Asked again before anything was written, it answers from memory."""
+    return _decisions(store, store.snapshot(), recipe, round_key)
+
+
+@functools.lru_cache(maxsize=64)
+def _decisions(store: Store, snapshot: int, recipe: str, round_key: str) -> Decisions:
+    of = {"recipe": recipe, "round": round_key}
+    here = f"FROM decisions AT (VERSION => {int(snapshot)}) WHERE recipe = $recipe AND round = $round"
+    rows = store.query(
+        f"""SELECT reason, count(*) AS candidates, min(score) FILTER (isfinite(score)) AS low,
+                max(score) FILTER (isfinite(score)) AS high {here} GROUP BY reason ORDER BY candidates DESC, reason""",
+        of,
+    )
+    reasons = {row["reason"]: row["candidates"] for row in rows}
+    ends = [row[end] for row in rows for end in ("low", "high") if row[end] is not None]
+    if not ends:
+        return Decisions(reasons, None)
+    low, high = min(ends), max(ends)
+    width = (high - low) / BINS or 1.0
+    binned = store.query(
+        f"""SELECT accepted, least(floor((score - $low) / $width), {BINS - 1})::INTEGER AS bin, count(*) AS candidates
+            {here} AND isfinite(score) GROUP BY ALL""",
+        {**of, "low": low, "width": width},
+    )
+    counts = {True: [0] * BINS, False: [0] * BINS}
+    for row in binned:
+        counts[row["accepted"]][row["bin"]] = row["candidates"]
+    return Decisions(reasons, Distribution(low, high, counts[True], counts[False]))
+
+
+# --- a round's candidates --------------------------------------------------------------------
+
+_LOWEST = "CASE WHEN isfinite(score) THEN score ELSE '-infinity'::DOUBLE END"  # not judged comes last either way
+_HIGHEST = "CASE WHEN isfinite(score) THEN score ELSE 'infinity'::DOUBLE END"
+ORDERS = {  # what it is called → key, direction; the candidate's id decides between equals
+    "prompt": ("prompt_id", "ASC"),
+    "u": ("u", "ASC"),
+    "best": (_LOWEST, "DESC"),
+    "worst": (_HIGHEST, "ASC"),
+    "longest": ("tokens", "DESC"),
+    "shortest": ("tokens", "ASC"),
+}
+_OF_DECISIONS = ("u", "best", "worst")
+DECIDED = ("", "accepted", "rejected", "undecided")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which of a round's candidates, and in what order. Raises AuditError for words that mean nothing here."""
+
+    decision: str = ""  # one of DECIDED
+    reason: str = ""
+    split: str = "train"  # or `eval`: held out, never decided on
+    prompt: str = ""  # a prompt's id
+    text: str = ""  # a piece of the completion, in any case
+    order: str = "prompt"
+
+    def __post_init__(self):
+        for given, known in ((self.decision, DECIDED), (self.split, ("train", "eval")), (self.order, ORDERS)):
+            if given not in known:
+                raise AuditError(f"{given!r} is not one of {', '.join(filter(None, known))}")
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What to order by, and which way. Held-out candidates have no decision to be ordered by."""
+        return ORDERS["prompt" if self.split == "eval" and self.order in _OF_DECISIONS else self.order]
+
+    @property
+    def source(self) -> str:
+        """The narrowest tables that can answer: a join of all candidates with all decisions takes seconds."""
+        of_candidates = self.split == "eval" or self.text or self.order in ("longest", "shortest")
+        of_decisions = self.decision or self.reason or (self.order in _OF_DECISIONS and self.split == "train")
+        if self.decision == "undecided" or (of_candidates and of_decisions):
+            return _BOTH
+        return _DRAWN if of_candidates else _DECIDED
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some rows, and where the next page begins; None: there is none."""
+
+    rows: list[dict]
+    following: str | None
+
+
+def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: str | None = None) -> Page:
+    """A page of a round's candidates.
+
+    Rows: candidate_id, prompt_id, round, accepted, reason, score, log_a, u (NULL: not decided), text, prompt (both cut
+    to SNIPPET), characters, tokens, draw, finish_reason, split.
+
+    Raises:
+        AuditError: `after` is not what an earlier page gave as `following`.
+    """
+    of = {"recipe": recipe, "round": round_key, "split": asked.split}
+    where = {
+        "prompt_id = $prompt": asked.prompt,
+        "reason = $reason": asked.reason,
+        "contains(lower(text), lower($text))": asked.text,
+    }
+    of |= {"prompt": asked.prompt, "reason": asked.reason, "text": asked.text}
+    conditions = [condition for condition, given in where.items() if given]
+    if asked.decision:
+        conditions.append({"accepted": "accepted", "rejected": "NOT accepted"}.get(asked.decision, "accepted IS NULL"))
+    key, direction = asked.key
+    if after is not None:
+        of["key"], of["id"] = _place(after, str if key == "prompt_id" else float)
+        beyond = ">" if direction == "ASC" else "<"
+        conditions.append(f"({key} {beyond} $key OR ({key} = $key AND candidate_id > $id))")
+    sql = f"""SELECT candidate_id, prompt_id, {key} AS key FROM ({asked.source})
+              WHERE {" AND ".join(conditions) or "true"} ORDER BY key {direction}, candidate_id LIMIT {ROWS + 1}"""
+    rows = store.query(sql, _used(sql, of))
+    return _page(_described(store, recipe, rows[:ROWS]), rows, "key")
+
+
+_DECIDED = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
+_DRAWN = "SELECT * FROM candidates WHERE recipe = $recipe AND round = $round AND split = $split"
+_BOTH = f"""
+    SELECT c.candidate_id, c.prompt_id, c.text, c.tokens, d.accepted, d.reason, d.score, d.u
+    FROM ({_DRAWN}) c LEFT JOIN ({_DECIDED}) d ON d.candidate_id = c.candidate_id"""
+
+
+def trained_on(store: Store, recipe: str, checkpoint: str, after: str | None = None) -> Page:
+    """A page of a checkpoint's training set, as `candidates` gives rows, with `weight`."""
+    of = {"recipe": recipe, "checkpoint": checkpoint, "id": "" if after is None else _place(after, str)[0]}
+    rows = store.query(
+        f"""SELECT candidate_id, weight FROM training_samples
+            WHERE recipe = $recipe AND checkpoint = $checkpoint AND candidate_id > $id
+            ORDER BY candidate_id LIMIT {ROWS + 1}""",
+        of,
+    )
+    ids = [row["candidate_id"] for row in rows[:ROWS]]
+    prompt_of = {
+        row["candidate_id"]: row["prompt_id"] for row in store.query(_PROMPT_OF, {"recipe": recipe, "ids": ids})
+    }
+    shown = [{**row, "prompt_id": prompt_of.get(row["candidate_id"])} for row in rows[:ROWS]]
+    return _page(_described(store, recipe, shown), rows, "candidate_id")
+
+
+_PROMPT_OF = (
+    "SELECT candidate_id, prompt_id FROM candidates WHERE recipe = $recipe AND list_contains($ids, candidate_id)"
+)
+
+
+def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = None) -> Page:
+    """A page of what was ever drawn for a prompt, by round and draw, as `candidates` gives rows."""
+    of = {"recipe": recipe, "prompt": prompt_id, "key": "", "id": ""}
+    if after is not None:
+        of["key"], of["id"] = _place(after, str)
+    rows = store.query(
+        f"""SELECT candidate_id, prompt_id, concat(round, ' ', lpad(draw::VARCHAR, 9, '0')) AS key FROM candidates
+            WHERE recipe = $recipe AND prompt_id = $prompt AND (key > $key OR (key = $key AND candidate_id > $id))
+            ORDER BY key, candidate_id LIMIT {ROWS + 1}""",
+        of,
+    )
+    return _page(_described(store, recipe, rows[:ROWS]), rows, "key")
+
+
+def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
+    """The rows with what the tables say of them. A held-out candidate's score is the last combined one."""
+    if not rows:
+        return []
+    ids, prompts = [row["candidate_id"] for row in rows], list({row["prompt_id"] for row in rows})
+    # For few prompts DuckDB skips by Bloom filter what holds none of them; for many it is quicker to look at all.
+    near = "prompt_id IN (SELECT unnest($prompts))" if len(prompts) <= 4 else "list_contains($prompts, prompt_id)"
+    of = {"recipe": recipe, "prompts": prompts}
+
+    def among(table: str, columns: str) -> dict[str, dict]:
+        sql = f"""WITH near AS MATERIALIZED (SELECT {columns} FROM {table} WHERE recipe = $recipe AND {near})
+                  SELECT * FROM near WHERE list_contains($ids, candidate_id)"""
+        return {row["candidate_id"]: row for row in store.query(sql, {**of, "ids": ids})}
+
+    drawn = among("candidates", _DRAWN_COLUMNS)
+    decided = among("decisions", _DECIDED_COLUMNS)
+    prompts_sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
+    asked = {row["prompt_id"]: row for row in store.query(prompts_sql, of)}
+    judged = {}
+    if undecided := [candidate_id for candidate_id in ids if candidate_id not in decided]:
+        contents = [row["content"] for row in asked.values()]
+        found = store.query(_JUDGED, {"recipe": recipe, "ids": undecided, "contents": contents})
+        judged = {row["candidate_id"]: row for row in found}
+    return [
+        {
+            **_UNKNOWN,
+            **row,
+            **drawn.get(row["candidate_id"], {}),
+            **asked.get(row["prompt_id"], {}),
+            **judged.get(row["candidate_id"], {}),
+            **decided.get(row["candidate_id"], {}),
+        }
+        for row in rows
+    ]
+
+
+_DRAWN_COLUMNS = f"""candidate_id, round, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
+    finish_reason, split"""
+_DECIDED_COLUMNS = "candidate_id, accepted, reason, score, log_a, u"
+_PROMPT_COLUMNS = f"prompt_id, text[:{SNIPPET}] AS prompt, content"
+_UNKNOWN = {
+    **dict.fromkeys(("round", "text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
+    **dict.fromkeys(("accepted", "reason", "score", "log_a", "u")),
+}
+_JUDGED = """
+    SELECT candidate_id, max_by(value, rowid) AS score FROM scores
+    WHERE recipe = $recipe AND scorer = 'combined' AND list_contains($contents, content)
+        AND list_contains($ids, candidate_id)
+    GROUP BY candidate_id"""
+
+
+# --- prompts, and rows that were refused -------------------------------------------------------
+
+
+def quarantine(store: Store, recipe: str | None, reason: str | None, after: str | None = None) -> Page:
+    """A page of refused rows: recipe, source, line, reason, detail, raw (bytes, the first 2,000), bytes (how many)."""
+    of = {"recipe": recipe, "reason": reason, "key": json.loads(after) if after else None}
+    place = "concat_ws(chr(31), recipe, source, lpad(line::VARCHAR, 12, '0'))"
+    sql = f"""SELECT recipe, source, line, reason, detail, raw[:2000] AS raw, octet_length(raw) AS bytes, {place} AS key
+              FROM quarantine WHERE ($recipe IS NULL OR recipe = $recipe) AND ($reason IS NULL OR reason = $reason)
+                AND ($key IS NULL OR {place} > $key)
+              ORDER BY key LIMIT {ROWS + 1}"""
+    rows = store.query(sql, of)
+    return Page(rows[:ROWS], json.dumps(rows[ROWS - 1]["key"]) if len(rows) > ROWS else None)
+
+
+def refusals(store: Store) -> list[dict]:
+    """How many rows of each recipe were refused, by reason."""
+    return store.query("SELECT recipe, reason, count(*) AS rows FROM quarantine GROUP BY ALL ORDER BY ALL")
+
+
+def prompts_with(store: Store, text: str) -> list[dict]:
+    """The first prompts, of whatever recipe, that contain a text, in any case: recipe, prompt_id, prompt, split."""
+    return store.query(
+        f"""SELECT recipe, prompt_id, text[:{SNIPPET}] AS prompt, split FROM prompts
+            WHERE contains(lower(text), lower($text)) ORDER BY recipe, prompt_id LIMIT {2 * ROWS}""",
+        {"text": text},
+    )
+
+
+def named(store: Store, identity: str) -> tuple[str, str, str] | None:
+    """What has this whole id: its kind (`round`, `checkpoint`, `prompt` or `candidate`), its recipe, and its id there."""
+    for kind, sql in _NAMED.items():
+        if found := store.query(sql, {"id": identity}):
+            return kind, found[0]["recipe"], found[0]["id"]
+    return None
+
+
+_NAMED = {
+    "round": """SELECT recipe, round AS id FROM rounds
+                WHERE $id IN (dagster_run_id, mlflow_run_id, concat(recipe, ' ', round))""",
+    "checkpoint": "SELECT recipe, checkpoint AS id FROM checkpoints WHERE checkpoint = $id",
+    "prompt": "SELECT recipe, prompt_id AS id FROM prompts WHERE prompt_id = $id",
+    "candidate": "SELECT recipe, candidate_id AS id FROM candidates WHERE candidate_id = $id",
+}
+
+
+# --- places ------------------------------------------------------------------------------------
+
+
+def _page(shown: list[dict], read: list[dict], key: str) -> Page:
+    """One row more was read than is shown: its being there says that a page follows."""
+    if len(read) <= ROWS:
+        return Page(shown, None)
+    last = read[ROWS - 1]
+    return Page(shown, json.dumps([last[key], last["candidate_id"]]))
+
+
+def _place(after: str, kind: type) -> tuple[Any, str]:
+    """The key and the id that a page begins behind."""
+    try:
+        key, candidate_id = json.loads(after)
+        if not isinstance(candidate_id, str) or isinstance(key, str) != (kind is str):
+            raise ValueError
+        return kind(key), candidate_id
+    except (TypeError, ValueError):
+        raise AuditError("this page's address is not one that a list gave: begin at the first page") from None
+
+
+def _used(sql: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """DuckDB refuses parameters that a query does not name."""
+    return {name: value for name, value in parameters.items() if f"${name}" in sql}

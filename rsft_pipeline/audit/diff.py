@@ -1,0 +1,156 @@
+"""Diff: what changed between two rounds of a recipe.
+
+Belongs here: comparing the rounds prompt by prompt, on the prompts that both asked, with intervals. Not: whether a
+checkpoint beats its champion, which each round's own evaluation has decided (evaluation.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rsft_pipeline import acceptance, rounds, steps
+from rsft_pipeline.audit import recorded
+from rsft_pipeline.audit.findings import NAMED
+from rsft_pipeline.evaluation import Comparison, PromptResult, compare
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Change:
+    """A prompt, and its share of successes in either round."""
+
+    prompt_id: str
+    text: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A mean over prompts less the same in the earlier round, paired per prompt, with its interval."""
+
+    what: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The prompts that both rounds asked."""
+
+    shared: int
+    only_before: int  # prompts that the earlier round alone asked
+    only_after: int
+    solved: int  # no success before, some after
+    lost: int  # some before, none after
+    solved_first: tuple[Change, ...]  # of those the largest changes
+    lost_first: tuple[Change, ...]
+    most_changed: tuple[Change, ...]
+    shifts: tuple[Shift, ...]
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two rounds. `drawn`: candidates to train on, a success is an accepted one. `held_out`: the checkpoints'
+    evaluations, a success is a passing draw; None where a round was not evaluated."""
+
+    recipe: str
+    before: str
+    after: str
+    drawn: Compared
+    held_out: Compared | None
+    notes: tuple[str, ...]  # why numbers of the two may not mean the same
+
+
+def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
+    """Compare two rounds of a recipe. Raises RoundError where one was never begun."""
+    rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
+    level = rounds_[1].recipe.evaluation.confidence
+    drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)
+    evaluated = [steps.recorded_results(store, round_, "checkpoint") for round_ in rounds_]
+    held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
+    return Diff(recipe.name, before, after, drawn, held_out, _notes(store, *rounds_))
+
+
+def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
+    versions = [store.commit(lambda connection, r=r: recorded.versions(connection, r)) for r in (before, after)]
+    notes = []
+    for label in sorted(versions[0].keys() | versions[1].keys()):
+        if versions[0].get(label) != versions[1].get(label):
+            notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")
+    for section in ("sampling", "acceptance", "prompts"):
+        if getattr(before.recipe, section) != getattr(after.recipe, section):
+            notes.append(f"the rounds had different `{section}` settings")
+    return tuple(notes)
+
+
+_DRAWN = f"""
+    SELECT c.prompt_id, count(*) AS draws, count(*) FILTER (d.accepted) AS passes, avg(d.score) AS score,
+        count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
+    FROM ({steps.ROUND_CANDIDATES}) c
+    JOIN decisions d ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round
+    GROUP BY c.prompt_id ORDER BY c.prompt_id
+"""
+
+
+def _drawn(store: Store, round_: Round) -> list[PromptResult]:
+    """The round's candidates by prompt, as evaluation has results: `passes` are the accepted."""
+    return [PromptResult(**row) for row in store.query(_DRAWN, steps.of_round(round_))]
+
+
+def _compared(store: Store, recipe: Recipe, results: Sequence[Sequence[PromptResult]], level: float) -> Compared:
+    before, after = ({r.prompt_id: r for r in each} for each in results)
+    shared = sorted(before.keys() & after.keys())
+    rates = {p: (before[p].passes / before[p].draws, after[p].passes / after[p].draws) for p in shared}
+    solved = [p for p in shared if rates[p][0] == 0 < rates[p][1]]
+    lost = [p for p in shared if rates[p][1] == 0 < rates[p][0]]
+
+    def largest(ids: Sequence[str]) -> list[str]:
+        moved = [p for p in ids if rates[p][0] != rates[p][1]]
+        return sorted(moved, key=lambda p: (-abs(rates[p][1] - rates[p][0]), p))[:NAMED]
+
+    shown = [largest(solved), largest(lost), largest(shared)]
+    texts = _texts(store, recipe, [p for ids in shown for p in ids])
+    changes = [tuple(Change(p, texts.get(p, ""), *rates[p]) for p in ids) for ids in shown]
+    return Compared(
+        len(shared),
+        len(before) - len(shared),
+        len(after) - len(shared),
+        len(solved),
+        len(lost),
+        *changes,
+        shifts=tuple(_shifts([before[p] for p in shared], [after[p] for p in shared], level)),
+    )
+
+
+def _shifts(before: Sequence[PromptResult], after: Sequence[PromptResult], level: float) -> list[Shift]:
+    """How success, score and length moved. `compare` pairs means of anything: length goes in the score's place."""
+    as_score = {
+        "share of successes": lambda r: r.passes / r.draws,
+        "score": lambda r: r.score,
+        "tokens": lambda r: r.tokens,
+        "distinct texts per draw": lambda r: r.distinct / r.draws,
+    }
+    shifts = []
+    for what, value in as_score.items():
+        sides = [[replace(r, score=value(r)) for r in each if value(r) is not None] for each in (before, after)]
+        common = {r.prompt_id for r in sides[0]} & {r.prompt_id for r in sides[1]}
+        if not common:
+            continue
+        found: Comparison = compare(*sides, "mean_score", k=1, confidence=level)
+        means = [sum(r.score for r in each if r.prompt_id in common) / len(common) for each in sides]
+        shifts.append(Shift(what, *means, found.difference, found.low, found.high, found.n))
+    return shifts
+
+
+def _texts(store: Store, recipe: Recipe, prompt_ids: Sequence[str]) -> dict[str, str]:
+    rows = store.query(
+        "SELECT prompt_id, text FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?::VARCHAR[]))",
+        [recipe.name, list(prompt_ids)],
+    )
+    return {row["prompt_id"]: row["text"] for row in rows}

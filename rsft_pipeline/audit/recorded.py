@@ -1,0 +1,83 @@
+"""Recorded: a round's candidates with the scores that they were decided by, as the store has them.
+
+Belongs here: which versions of its scorers a round went by, and its rows in the form that acceptance.decisions_sql
+reads. steps.scored gives the same for a round under way, by the scorers of today. Not: what is then asked of the
+rows (replay.py, whatif.py, diff.py).
+"""
+
+from typing import Any
+
+import duckdb
+
+from rsft_pipeline import steps
+from rsft_pipeline.recipe import RejectionRule
+from rsft_pipeline.rounds import Round
+
+TABLES = ("candidates", "prompts", "scores", "decisions", "round_prompts")  # what it reads
+DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
+
+
+def versions(connection: duckdb.DuckDBPyConnection, round_: Round) -> dict[str, str]:
+    """The version of each scorer that the round's decisions rest on, `combined` among them.
+
+    Where a round was scored twice, that is the one whose combined scores the decisions have; and of a single
+    scorer the one that judged the most of the round's candidates.
+    """
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    there = connection.execute(
+        "SELECT DISTINCT scorer, version FROM scores WHERE recipe = $recipe AND round = $round", of
+    ).fetchall()
+    if len(dict(there)) == len(there):
+        return dict(there)
+    ranked = connection.execute(
+        f"""SELECT s.scorer, s.version FROM ({steps.ROUND_CANDIDATES}) c
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
+            LEFT JOIN ({DECISIONS}) d ON d.candidate_id = c.candidate_id
+            GROUP BY ALL ORDER BY count(*) FILTER (s.value IS NOT DISTINCT FROM d.score OR s.scorer <> $combined),
+                s.version""",
+        {**steps.of_round(round_), "combined": steps.COMBINED},
+    ).fetchall()
+    return dict(ranked)  # the last of each scorer
+
+
+def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> int:
+    """Make the temporary table `recorded`, one row for each of the round's candidates. Returns how many.
+
+    Columns: those that acceptance.decisions_sql reads, and policy, settings, seed, content (of the prompt as it was
+    judged; NULL where nothing was) and now (its content now; NULL where there is no such prompt).
+    """
+    rule = round_.recipe.acceptance
+    target, joined = "c.log_p", ""
+    if isinstance(rule, RejectionRule) and rule.target != "policy":
+        target = "t.value"
+        joined = """LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = $recipe
+            AND t.scorer = $target AND t.version = $target_version AND t.content = j.content"""
+    sql = f"""
+        CREATE OR REPLACE TEMP TABLE recorded AS
+        WITH drawn AS MATERIALIZED ({steps.ROUND_CANDIDATES}),
+        combined AS (
+            SELECT candidate_id, content, value, passed FROM scores
+            WHERE recipe = $recipe AND round = $round AND scorer = $combined AND version = $version
+        ),
+        asked AS (SELECT prompt_id, content FROM prompts WHERE recipe = $recipe),
+        judged AS (  -- a prompt whose reference has changed since was judged by the one that it had
+            SELECT c.prompt_id, coalesce(max(s.content) FILTER (s.content = p.content), max(s.content)) AS content
+            FROM drawn c JOIN combined s ON s.candidate_id = c.candidate_id
+            LEFT JOIN asked p ON p.prompt_id = c.prompt_id GROUP BY c.prompt_id
+        )
+        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p, s.value AS score, s.passed,
+            {target} AS target, c.policy, c.settings, c.seed, j.content, p.content AS now
+        FROM drawn c
+        LEFT JOIN judged j ON j.prompt_id = c.prompt_id
+        LEFT JOIN combined s ON s.candidate_id = c.candidate_id AND s.content = j.content
+        LEFT JOIN asked p ON p.prompt_id = c.prompt_id
+        {joined}"""
+    given: dict[str, Any] = {
+        **steps.of_round(round_),
+        "combined": steps.COMBINED,
+        "version": version_of.get(steps.COMBINED),
+    }
+    if joined:
+        given |= {"target": rule.target, "target_version": version_of.get(rule.target)}
+    connection.execute(sql, given)
+    return connection.execute("SELECT count(*) FROM recorded").fetchone()[0]

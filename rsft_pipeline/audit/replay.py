@@ -1,0 +1,409 @@
+"""Replay: whether a round's decisions follow from what the store says they followed from.
+
+Belongs here: computing again, from stored rows, all that can be: ids and seeds, the rule's numbers, every decision,
+combined scores, what the scorers give, the texts that the tokens spell, and the log-probabilities under the stored
+weights; and naming what comes out different. Not: whether the rows are those that were trained on (verify.py).
+
+The rows are read as they are now, in one transaction; the recipe is the one that the round recorded. Nothing is
+written.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+
+from rsft_pipeline import acceptance, lineage, models, prompts, rounds, scoring, steps, tasks
+from rsft_pipeline.audit import recorded
+from rsft_pipeline.audit.findings import Check, Finding, named, unreadable
+from rsft_pipeline.devices import Device, release
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.rounds import Round, RoundError
+from rsft_pipeline.scoring import ScoringError
+from rsft_pipeline.store import Store
+from rsft_pipeline.training import Sample
+
+FORCED = 64  # candidates whose log-probabilities are computed again
+JUDGED = 100_000  # candidates whose texts are read and judged again
+TOLERANCE = 1e-3  # nats per token: float32 in batches of other shapes differs by 1e-5; see docs/audit.md
+
+# Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
+ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of replaying a round."""
+
+    recipe: str
+    round: str
+    policy: str  # digest of the weights that candidates were drawn from
+    decisions: int
+    replayed: int  # how many of them came out the same, in every column and to the bit
+    parameters: dict[str, Any]  # of the rule, as recorded
+    checks: list[Check]
+    findings: list[Finding]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing came out different. A check that could not be made is no difference."""
+        return not self.findings
+
+
+def replay(
+    store: Store,
+    recipe: Recipe,
+    round_key: str,
+    home: Home,
+    device: Device,
+    *,
+    forced: int = FORCED,
+    judged: int = JUDGED,
+    tolerance: float = TOLERANCE,
+) -> Replay:
+    """Compute a round's decisions again, and what they rest on.
+
+    Args:
+        recipe: as its file is now; the round's own fields come from its record.
+        device: what the policy runs on.
+        forced: how many candidates to teacher-force, chosen by id, which is a hash; 0 for none.
+        judged: how many candidates to decode and to judge again, chosen so too.
+        tolerance: nats per token by which a log-probability may differ.
+
+    Raises:
+        RoundError: the round was never begun.
+    """
+    began = time.perf_counter()
+    round_ = rounds.record(store, recipe, round_key)
+    checks: list[Check] = []
+    findings: list[Finding] = []
+    facts = {"decisions": 0, "replayed": 0, "parameters": {}}
+
+    def note(check: Check, *found: Finding) -> None:
+        checks.append(check)
+        findings.extend(found)
+
+    try:
+        facts, rows, version_of = store.commit(lambda connection: _stored(connection, round_, judged, note))
+    except duckdb.Error as error:
+        note(Check("stored rows", 0, None, "the store cannot be read"), *unreadable(store, recorded.TABLES, error))
+    else:
+        _prompts(rows, note)
+        _scorers(store, round_, rows, version_of, device, forced, note)
+        _weights(store, round_, home, device, rows, forced, tolerance, note)
+    seconds = time.perf_counter() - began
+    return Replay(recipe.name, round_key, round_.drawn_from, checks=checks, findings=findings, seconds=seconds, **facts)
+
+
+Note = Callable[..., None]
+
+
+# --- in SQL, all rows -------------------------------------------------------------------------
+
+
+def _stored(
+    connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Note
+) -> tuple[dict[str, Any], list[dict], dict[str, str]]:
+    """What needs the stored rows alone. Returns facts, the rows to look at closer, and the scorers' versions."""
+    version_of = recorded.versions(connection, round_)
+    candidates = recorded.load(connection, round_, version_of)
+    _twice(connection, candidates, note)
+    _ids(connection, round_, candidates, note)
+    facts = _decisions(connection, round_, note)
+    _combined(connection, round_, version_of, note)
+    rows = connection.execute(_CLOSER, {**steps.of_round(round_), "judged": judged, **_versions(version_of)})
+    rows = rows.to_arrow_table().to_pylist()
+    connection.execute("DROP TABLE recorded")
+    return facts, rows, version_of
+
+
+def _twice(connection: duckdb.DuckDBPyConnection, candidates: int, note: Note) -> None:
+    twice = _column(connection, "SELECT candidate_id FROM recorded GROUP BY ALL HAVING count(*) > 1")
+    found = [named("data", "candidates are in the store more than once", twice)] if twice else []
+    note(Check("candidates, each there once", candidates, len(twice)), *found)
+
+
+# lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
+_ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw || ',"' || settings || '"]'), 1, 32)"""
+_SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
+
+
+def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, note: Note) -> None:
+    given = {"scope": f'["{round_.recipe.name}","{round_.key}","', "seed": str(round_.recipe.seed)}
+    sql = "SELECT candidate_id FROM recorded WHERE {} IS DISTINCT FROM {}"
+    for column, again, what in (
+        ("candidate_id", _ID, "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
+        ("seed", _SEED, "seeds that do not follow from the candidate's id"),
+    ):
+        used = {name: value for name, value in given.items() if f"${name}" in again}
+        wrong = _column(connection, sql.format(column, again), used)
+        found = [named("data", what, wrong)] if wrong else []
+        note(Check(f"{column} computed again", candidates, len(wrong)), *found)
+
+
+def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Note) -> dict[str, Any]:
+    """The rule's numbers, and with those that were recorded every decision."""
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {recorded.DECISIONS}", of)
+    (decided,) = connection.execute("SELECT count(*) FROM decided").fetchone()
+    facts = {"decisions": decided, "replayed": 0, "parameters": {}}
+    there = [json.loads(text) for text in _column(connection, "SELECT DISTINCT parameters FROM decided")]
+    if not there:
+        note(Check("decisions replayed", 0, None, "nothing was decided in this round"))
+        return facts
+    if len(there) > 1:
+        what = f"the decisions were made by {len(there)} different rules, of which the most frequent is replayed"
+        note(Check("one rule for the round", len(there), len(there) - 1), Finding("rule", what, len(there)))
+        often = "SELECT parameters FROM decided GROUP BY ALL ORDER BY count(*) DESC, parameters LIMIT 1"
+        there = [json.loads(connection.execute(often).fetchone()[0])]
+    facts["parameters"] = there[0]
+    _parameters(connection, round_, there[0], note)
+
+    again = acceptance.decisions_sql("recorded", there[0], round_.recipe.seed)
+    different = connection.execute(
+        f"""SELECT coalesce(d.candidate_id, r.candidate_id) AS candidate_id, {_DIFFERENCE} AS difference
+            FROM ({again}) r FULL JOIN decided d ON d.candidate_id = r.candidate_id WHERE difference IS NOT NULL"""
+    ).fetchall()
+    connection.execute("DROP TABLE decided")
+    found = []
+    for difference in sorted({why for _, why in different}):
+        kind = "rule" if difference == _BY_RULE else "data"
+        found.append(named(kind, difference, (candidate for candidate, why in different if why == difference)))
+    facts["replayed"] = decided - sum(why != _UNDECIDED for _, why in different)
+    note(Check("decisions replayed, to the bit", decided, len(different)), *found)
+    return facts
+
+
+_UNDECIDED = "candidates without a decision"
+_BY_RULE = "decisions that do not follow from score, rule, parameters and u (or follow from another's that changed)"
+_COLUMNS = ("prompt_id", "accepted", "reason", "score", "log_a", "u", "weight")
+_DIFFERENCE = f"""CASE
+    WHEN d.candidate_id IS NULL THEN '{_UNDECIDED}'
+    WHEN r.candidate_id IS NULL THEN 'decisions without a candidate of the round'
+    WHEN d.score IS DISTINCT FROM r.score THEN 'scores that are not those decided by: `scores` and `decisions` differ'
+    WHEN d.u IS DISTINCT FROM r.u THEN 'a stored u that does not follow from the candidate''s id'
+    WHEN {" OR ".join(f"d.{name} IS DISTINCT FROM r.{name}" for name in _COLUMNS)} THEN '{_BY_RULE}'
+    END"""
+
+
+def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dict[str, Any], note: Note) -> None:
+    """Those that were estimated are estimated again; those of the rule are compared with the recorded recipe."""
+    try:
+        again = acceptance.parameters(connection, "recorded", round_.recipe.acceptance, rounds.number(round_.key))
+    except ValueError as error:
+        what = f"the rule's numbers cannot be computed again: {error}"
+        note(Check("the rule's numbers", len(there), 1), Finding("rule", what, 1))
+        return
+    again = json.loads(json.dumps(again))
+    wrong = {name: (value, again.get(name)) for name, value in there.items() if again.get(name) != value}
+    said = "; ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
+    found = [Finding("rule", f"the rule's numbers come out different: {said}", len(wrong))] if wrong else []
+    note(Check("the rule's numbers", len(there), len(wrong)), *found)
+
+
+def _versions(version_of: dict[str, str]) -> dict[str, Any]:
+    return {"scorers": list(version_of), "versions": list(version_of.values())}
+
+
+def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Note) -> None:
+    """The combined scores from the single ones.
+
+    SQL cannot add as math.fsum does, so it takes the different combinations of scores, and Python combines these.
+    """
+    labels = [config.label for config in round_.recipe.scoring.scorers]
+    name = "combined scores, from single ones"
+    if missing := [label for label in labels if label not in version_of]:
+        note(Check(name, 0, None, f"no score of {missing[0]} is stored"))
+        return
+    columns = ", ".join(f"s{i}.value AS v{i}, s{i}.candidate_id IS NULL AS m{i}" for i in range(len(labels)))
+    joins = "\n".join(
+        f"""LEFT JOIN scores s{i} ON s{i}.candidate_id = r.candidate_id AND s{i}.content = r.content
+            AND s{i}.recipe = $recipe AND s{i}.round = $round AND s{i}.scorer = $scorer{i}
+            AND s{i}.version = $version{i}"""
+        for i in range(len(labels))
+    )
+    given = {f"scorer{i}": label for i, label in enumerate(labels)}
+    given |= {f"version{i}": version_of[label] for i, label in enumerate(labels)}
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE single AS SELECT r.candidate_id, r.score, r.passed, {columns} "
+        f"FROM recorded r {joins} WHERE r.content IS NOT NULL",
+        {**given, **of},
+    )
+    (compared,) = connection.execute("SELECT count(*) FROM single").fetchone()
+    lacking = " OR ".join(f"m{i}" for i in range(len(labels)))
+    gone = _column(connection, f"SELECT candidate_id FROM single WHERE {lacking}")
+    values = ", ".join(f"v{i}" for i in range(len(labels)))
+    kinds = connection.execute(
+        f"SELECT any_value(candidate_id), score, passed, {values} FROM single WHERE NOT ({lacking}) "
+        f"GROUP BY score, passed, {values}"
+    ).fetchall()
+    columns = {label: [row[3 + i] for row in kinds] for i, label in enumerate(labels)}
+    combined = zip(*scoring.combine(round_.recipe.scoring, columns), strict=True)
+    wrong = [row for row, again in zip(kinds, combined, strict=True) if row[1:3] != again]
+    concerned: list[str] = []
+    for row in wrong:
+        same = " AND ".join(f"{column} IS NOT DISTINCT FROM ?" for column in ("score", "passed", *values.split(", ")))
+        concerned += _column(connection, f"SELECT candidate_id FROM single WHERE {same}", list(row[1:]))
+    connection.execute("DROP TABLE single")
+    found = [named("data", "single scores are missing of these, though they have a combined one", gone)] if gone else []
+    if concerned:
+        what = "combined scores that are not what the stored scores of the single scorers combine to"
+        found.append(named("data", what, concerned))
+    note(Check(name, compared, len(gone) + len(concerned)), *found)
+
+
+# The candidates looked at closer, with all that a scorer sees of them and what each scorer said.
+_CLOSER = f"""
+    WITH looked_at AS (SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT $judged)
+    SELECT r.content = r.now AS unchanged, c.*, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
+        map_from_entries(list((s.scorer, s.value)) FILTER (s.scorer IS NOT NULL)) AS said
+    FROM looked_at r
+    JOIN ({steps.ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
+    JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+    LEFT JOIN scores s ON s.candidate_id = r.candidate_id AND s.content = r.content AND s.recipe = $recipe
+        AND s.round = $round AND list_contains($versions, s.version) AND list_contains($scorers, s.scorer)
+    GROUP BY ALL ORDER BY r.candidate_id
+"""
+
+
+def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
+    return [row[0] for row in connection.execute(sql, parameters).fetchall()]
+
+
+# --- in Python, some rows ---------------------------------------------------------------------
+
+
+def _prompts(rows: list[dict], note: Note) -> None:
+    """Whether prompts are what their ids and digests say, and are still what they were judged by."""
+    asked = {row["prompt_id"]: row for row in rows}
+    wrong = [
+        prompt_id
+        for prompt_id, row in asked.items()
+        if prompt_id != lineage.prompt_id(row["prompt"])
+        or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
+    ]
+    changed = sum(row["unchanged"] is False for row in asked.values())
+    found = [named("data", "prompts (by prompt id) that are not what they hash to", wrong)] if wrong else []
+    said = f"{changed} have another reference or other fields now than when they were judged" if changed else ""
+    note(Check("prompts, hashed again", len(asked), len(wrong), said), *found)
+
+
+def _scorers(
+    store: Store,
+    round_: Round,
+    rows: list[dict],
+    version_of: dict[str, str],
+    device: Device,
+    forced: int,
+    note: Note,
+) -> None:
+    """What today's scorers give, where they are those of then."""
+    before = steps.accepted_before(store, round_)
+    rows = [row for row in rows if row["unchanged"]]
+    for config in round_.recipe.scoring.scorers:
+        name, then = f"scorer {config.label}", version_of.get(config.label)
+        if then is None:
+            continue  # said already
+        try:
+            now = scoring.version(config, round_.recipe, before)
+            judge = scoring.scorer(config, round_.recipe, device, before) if now == then else None
+        except ScoringError as error:
+            note(Check(name, 0, None, f"it cannot be asked: {error}"))
+            continue
+        if judge is None:
+            note(Check(name, 0, None, f"the scorer has changed: its version was {then}, is {now}"))
+            continue
+        again = rows[:forced] if config.kind in ASK_A_MODEL else rows
+        try:
+            values = scoring.score({config.label: judge}, [steps.judged_sample(row) for row in again])[config.label]
+        except ScoringError as error:
+            note(Check(name, 0, None, f"it failed: {error}"))
+            continue
+        near = 1e-3 if config.kind in ASK_A_MODEL else 0.0
+        wrong = [
+            row["candidate_id"]
+            for row, value in zip(again, values, strict=True)
+            if config.label in row["said"] and not _same(row["said"][config.label], value, near)
+        ]
+        what = f"scorer {config.label} gives another score to the stored text than the stored one"
+        found = [named("scorer", what, wrong)] if wrong else []
+        note(Check(name, len(again), len(wrong), f"version {then}"), *found)
+
+
+def _same(one: float | None, other: float | None, near: float) -> bool:
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= near * max(1.0, abs(one))
+
+
+def _weights(
+    store: Store,
+    round_: Round,
+    home: Home,
+    device: Device,
+    rows: list[dict],
+    forced: int,
+    tolerance: float,
+    note: Note,
+) -> None:
+    """The weights' own hash, the texts that the stored tokens spell, and the log-probabilities of some."""
+    try:
+        weights = rounds.drawing_weights(store, round_, home)
+    except (RoundError, models.ModelError) as error:
+        note(Check("weights", 1, 1), Finding("weights", str(error), 1))
+        return
+    note(Check("weights, hashed again", 1, 0, str(weights.path)))
+    tokenizer = models.tokenizer(weights.path)
+    if round_.recipe.task != "classification" and round_.recipe.sampling.source != "reference":
+        _texts(tokenizer, rows, note)
+    if forced:
+        _forced(weights.path, tokenizer, round_, device, rows[:forced], tolerance, note)
+
+
+def _texts(tokenizer, rows: list[dict], note: Note) -> None:
+    spelt = tokenizer.batch_decode(
+        [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
+        skip_special_tokens=True,
+    )
+    wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
+    found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
+    note(Check("texts, decoded again", len(rows), len(wrong)), *found)
+
+
+def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Note) -> None:
+    """log p of the drawn tokens by teacher forcing; log q is the same number where nothing was reshaped or cut."""
+    task, how = tasks.of(round_.recipe), round_.recipe.sampling
+    samples = [
+        Sample(
+            row["candidate_id"],
+            prompts.encode(tokenizer, row["prompt"], row["chat"], round_.recipe.task),
+            row["token_ids"],
+        )
+        for row in rows
+    ]
+    model = models.load(path, device, task=round_.recipe.task)
+    found = task.log_probabilities(model, samples, tokenizer.pad_token_id)
+    del model
+    release(device)
+    stored = ["log_p"]
+    if how.source != "reference" and (how.temperature, how.top_p, how.top_k) == (1.0, 1.0, None):
+        stored.append("log_q")
+    for name in stored:
+        apart = [
+            math.inf if row[name] is None else abs(row[name] - again) / max(1, len(row["token_ids"]))
+            for row, again in zip(rows, found, strict=True)
+        ]
+        wrong = [row["candidate_id"] for row, far in zip(rows, apart, strict=True) if not far <= tolerance]
+        what = f"{name} differs by more than {tolerance:g} nats per token from what the stored weights give"
+        said = f"largest difference {max(apart, default=0):.2g} nats per token, {tolerance:g} allowed"
+        note(
+            Check(f"{name}, by teacher forcing", len(rows), len(wrong), said),
+            *([named("weights", what, wrong)] if wrong else []),
+        )

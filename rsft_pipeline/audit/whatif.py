@@ -1,0 +1,167 @@
+"""What-if: a round's decisions under another rule, from the scores that are stored, beside those that were made.
+
+Belongs here: changing a recorded rule, and comparing two sets of decisions on the same candidates. Not: whether the
+decisions that were made follow from the rule they were made by (replay.py). Nothing is drawn, judged or written.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import yaml
+from pydantic import ValidationError
+
+from rsft_pipeline import acceptance, rounds
+from rsft_pipeline.audit import recorded
+from rsft_pipeline.audit.findings import NAMED
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.recipe import Recipe, Rule
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Side:
+    """A set of decisions on a round's candidates."""
+
+    parameters: dict[str, Any]  # of the rule, with what was resolved from the rows
+    accepted: int
+    rate: float
+    score: float | None  # mean combined score of the accepted
+    tokens: float | None  # mean length of the accepted
+    prompts: int  # with at least one accepted
+    per_prompt: dict[int, int]  # accepted of a prompt → how many prompts have so many
+    largest_share: float  # of the accepted set, that one prompt has
+    reasons: dict[str, int]  # reason → candidates
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many candidates both would accept, either alone, or neither; and the first of those that they differ on."""
+
+    both: int
+    only_was: int
+    only_would: int
+    neither: int
+    only_was_ids: tuple[str, ...]
+    only_would_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A round's decisions as they were, and as they would have been."""
+
+    recipe: str
+    round: str
+    candidates: int
+    prompts: int
+    was: Side
+    would: Side
+    agreement: Agreement
+    seconds: float
+
+
+def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, str]) -> WhatIf:
+    """Decide on a round's candidates by a changed rule.
+
+    Args:
+        recipe: as its file is now; the rule that is changed is the one that the round recorded.
+        changes: `acceptance.x` → value as YAML text. Another `acceptance.rule` takes over `distinct` and `cap` alone.
+
+    Raises:
+        RoundError: the round was never begun.
+        AuditError: nothing was decided in it, or the changed rule is none, or cannot decide on these candidates.
+    """
+    began = time.perf_counter()
+    round_ = rounds.record(store, recipe, round_key)
+    rule = changed(round_.recipe, changes).acceptance
+
+    def work(connection: duckdb.DuckDBPyConnection) -> tuple:
+        version_of = recorded.versions(connection, round_)
+        asked = rounds.Round(**{**vars(round_), "recipe": changed(round_.recipe, changes)})
+        candidates = recorded.load(connection, asked, version_of)
+        of = {"recipe": recipe.name, "round": round_key}
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE was AS {recorded.DECISIONS}", of)
+        found = connection.execute("SELECT DISTINCT parameters FROM was LIMIT 1").fetchone()
+        if found is None:
+            raise AuditError(f"{recipe.name} {round_key}: nothing was decided in this round")
+        try:
+            parameters = acceptance.parameters(connection, "recorded", rule, rounds.number(round_key))
+        except ValueError as error:
+            raise AuditError(str(error)) from None
+        decided = acceptance.decisions_sql("recorded", parameters, recipe.seed)
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE would AS {decided}")
+        (prompts,) = connection.execute("SELECT count(DISTINCT prompt_id) FROM recorded").fetchone()
+        sides = _side(connection, "was", json.loads(found[0])), _side(connection, "would", parameters)
+        agreement = _agreement(connection)
+        for table in ("recorded", "was", "would"):
+            connection.execute(f"DROP TABLE {table}")
+        return candidates, prompts, *sides, agreement
+
+    found = store.commit(work)
+    return WhatIf(recipe.name, round_key, *found, time.perf_counter() - began)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    """The recipe with its acceptance section changed. Raises AuditError, naming the field."""
+    rule = recipe.acceptance.model_dump(mode="json")
+    given = {}
+    for key, text in changes.items():
+        section, _, name = key.partition(".")
+        if section != "acceptance" or not name:
+            raise AuditError(f"--set {key}: only the rule can be asked about, as acceptance.x=value")
+        given[name] = yaml.safe_load(text)
+    if given.get("rule", rule["rule"]) != rule["rule"]:
+        rule = {name: rule[name] for name in Rule.model_fields}
+    try:
+        return recipe.as_recorded({**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}})
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise AuditError(f"no such rule: {'; '.join(wrong)}") from None
+
+
+def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[str, Any]) -> Side:
+    numbers = connection.execute(
+        f"""SELECT count(*) FILTER (d.accepted), coalesce(avg(d.accepted::INTEGER), 0),
+                avg(d.score) FILTER (d.accepted), avg(r.tokens) FILTER (d.accepted)
+            FROM {table} d LEFT JOIN recorded r ON r.candidate_id = d.candidate_id"""
+    ).fetchone()
+    accepted = numbers[0]
+    of_prompt = f"SELECT count(*) FILTER (accepted) AS n FROM {table} GROUP BY prompt_id"
+    spread = dict(connection.execute(f"SELECT n, count(*) FROM ({of_prompt}) GROUP BY n ORDER BY n").fetchall())
+    reasons = f"SELECT reason, count(*) AS n FROM {table} GROUP BY reason ORDER BY n DESC, reason"
+    return Side(
+        parameters,
+        *numbers,
+        prompts=sum(spread.values()) - spread.get(0, 0),
+        per_prompt=spread,
+        largest_share=max(spread, default=0) / max(1, accepted),
+        reasons=dict(connection.execute(reasons).fetchall()),
+    )
+
+
+def _agreement(connection: duckdb.DuckDBPyConnection) -> Agreement:
+    both = "was w FULL JOIN would n ON n.candidate_id = w.candidate_id"
+    said = "coalesce(w.accepted, false) AS was, coalesce(n.accepted, false) AS would"
+    sql = f"SELECT coalesce(w.candidate_id, n.candidate_id) AS candidate_id, {said} FROM {both}"
+    counts = {
+        (was, would): count
+        for was, would, count in connection.execute(f"SELECT was, would, count(*) FROM ({sql}) GROUP BY ALL").fetchall()
+    }
+
+    def first(condition: str) -> tuple[str, ...]:
+        ids = connection.execute(
+            f"SELECT candidate_id FROM ({sql}) WHERE {condition} ORDER BY candidate_id LIMIT {NAMED}"
+        ).fetchall()
+        return tuple(candidate for (candidate,) in ids)
+
+    return Agreement(
+        both=counts.get((True, True), 0),
+        only_was=counts.get((True, False), 0),
+        only_would=counts.get((False, True), 0),
+        neither=counts.get((False, False), 0),
+        only_was_ids=first("was AND NOT would"),
+        only_would_ids=first("would AND NOT was"),
+    )

@@ -1,0 +1,128 @@
+"""Calibration: which number of a rule accepts a wanted share of some candidates.
+
+Belongs here: the inverse of each rule's acceptance, as plain functions of numbers, one per candidate. Does not:
+which candidates those are (acceptance.py, efficiency.py).
+
+What is returned accepts the share in expectation over u, of the very numbers that were given: other candidates
+of the same policy come near it, and no guarantee rests on it.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+class CalibrationError(ValueError):
+    """No number accepts the share; the message says why and what to do."""
+
+
+def threshold(scores: np.ndarray, share: float) -> float:
+    """The lowest t of which `score > t` holds for at most that share of the scores.
+
+    Args:
+        scores: shape (n,), finite.
+        share: in (0, 1], taken in decimal: 0.07 of 100 scores are 7.
+
+    Returns:
+        One of the scores, or the number just below the lowest. Scores that are equal are accepted together or not
+        at all, so the share that it accepts may be smaller.
+
+    Raises:
+        CalibrationError: there are no scores, the share of them is less than one, or more than the share have
+            the largest score.
+    """
+    n = _count(scores)
+    most = math.floor(Fraction(str(share)) * n)
+    if most == n:
+        return float(np.nextafter(scores.min(), -np.inf))
+    if most == 0:
+        raise CalibrationError(f"share {share:g} of {n} candidates is less than one: look at more of them")
+    found = float(np.partition(scores, n - 1 - most)[n - 1 - most])
+    if found == scores.max():
+        tied = float(np.mean(scores == found))
+        raise CalibrationError(
+            f"{tied:.1%} of {n} candidates score {found:g}, the largest: no threshold accepts some and at most "
+            f"{share:g}. Use a scorer that tells them apart, `rule: quantile`, or a share of {_up(tied)} or more"
+        )
+    return found
+
+
+def log_scale(values: np.ndarray, share: float) -> float:
+    """The c of which the mean of min(1, exp(value − c)) is the share.
+
+    That is log M for log(p/q), and log k for log(loss). In closed form: with the values in ascending order and i of
+    them below c, c = log Σ exp(value) over these i − log(share · n − (n − i)). The sums stay logarithms, because p/q
+    spans hundreds of nats.
+
+    Args:
+        values: shape (n,), in nats; −inf where nothing can be accepted.
+        share: in (0, 1].
+
+    Raises:
+        CalibrationError: there are no values, or fewer than the share are above −inf.
+    """
+    n = _count(values)
+    rising = np.sort(values[values > -np.inf])
+    above = n - len(rising)  # those of −inf are above no c
+    if share * n > len(rising):
+        raise CalibrationError(
+            f"{above} of {n} candidates can never be accepted (their A is 0): a share of {share:g} is out of reach. "
+            f"Ask for {_down(len(rising) / n)} or less"
+        )
+    if share * n == len(rising):
+        return float(rising[0])
+    sums = np.logaddexp.accumulate(rising)
+    accepted_at = np.exp(sums - rising) + np.arange(len(rising) - 1, -1, -1)  # Σ min(1, exp(value − c)) at c = value
+    below = int(np.count_nonzero(accepted_at >= share * n))
+    largest = rising[below - 1]
+    total = math.fsum(np.exp(rising[:below] - largest))
+    return float(largest + math.log(total) - math.log(share * n - (len(rising) - below)))
+
+
+def temperature(shortfalls: np.ndarray, share: float) -> float:
+    """The β > 0 of which the mean of exp(shortfall / β) is the share, by bisection of log β to the last bit.
+
+    Args:
+        shortfalls: shape (n,), finite, r − r_max; what is above 0 counts as 0.
+        share: in (0, 1).
+
+    Raises:
+        CalibrationError: there are no shortfalls, so many are 0 that β → 0 accepts more already, or only β → ∞
+            would accept them all.
+    """
+    n = _count(shortfalls)
+    different, counts = np.unique(np.minimum(shortfalls, 0.0), return_counts=True)
+    best = int(counts[-1]) if different[-1] == 0 else 0
+    if share * n <= best:
+        raise CalibrationError(
+            f"{best / n:.1%} of {n} candidates score the largest possible: every β accepts these and more. "
+            f"Ask for a share above {best / n:g}, or give a larger `r_max`"
+        )
+    if share >= 1:
+        raise CalibrationError("no β accepts everything: ask for a share below 1, or use `rule: threshold`")
+    short, counts = (different[:-1], counts[:-1]) if best else (different, counts)
+    # The mean lies between what the least and the largest shortfall alone would give, so β lies between these.
+    least = math.log(-math.log((share * n - best) / (n - best)))
+    low, high = math.log(-short[-1]) - least, math.log(-short[0]) - least
+    with np.errstate(over="ignore"):
+        while low < (middle := (low + high) / 2) < high:
+            if np.dot(counts, np.exp(short / math.exp(middle))) < share * n - best:
+                low = middle
+            else:
+                high = middle
+    return math.exp(high)
+
+
+def _count(values: np.ndarray) -> int:
+    if not len(values):
+        raise CalibrationError("no candidate was judged and passed the gates: look at the scores and the gates")
+    return len(values)
+
+
+def _up(share: float) -> float:
+    return math.ceil(share * 1000) / 1000
+
+
+def _down(share: float) -> float:
+    return math.floor(share * 1000) / 1000

@@ -1,0 +1,297 @@
+"""Efficiency: what a round's draws brought: how many were accepted, how far that moved, what it cost, what to ask for.
+
+Belongs here: numbers over decided rows, as SQL and plain formulas. Does not: deciding (acceptance.py), finding a
+number for a share (calibration.py), and showing (report.py).
+
+Three sets of candidates are told apart:
+    all      every candidate that was decided on; what the rate and the tokens are of
+    open     all but those set aside as `pilot`, which were not accepted whatever they are; what the KL is of
+    seen     open ones that were judged and passed the gates: what the rule saw, and what a share is a share of
+
+A candidate's A is the chance that the rule accepts it, before `distinct` and `cap`. For rules without chance that
+is 1 or 0, and every duplicate counts as accepted by the rule, except with `top_k`, which ranks different texts only.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import duckdb
+import numpy as np
+from scipy.special import betainc
+
+from rsft_pipeline import acceptance, steps
+from rsft_pipeline.calibration import CalibrationError
+from rsft_pipeline.recipe import AnyRule
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.store import Store
+
+CONFIDENCE = 0.95  # of intervals, and of getting enough draws
+WANTED = (0.1, 0.3, 0.5)  # shares of the seen candidates that a number is suggested for
+BEFORE_THE_RULE = "('cannot judge', 'gate', 'pilot')"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A number with which the rule would have accepted a share of the seen candidates."""
+
+    wanted: float
+    name: str  # threshold, k, beta or log_M; rules that rank have none of their own, and get a threshold's
+    value: float | None  # None: no number accepts it
+    share: float | None  # what the value accepts, in expectation
+
+
+@dataclass(frozen=True)
+class Group:
+    """The prompts that have one value in a column."""
+
+    group: str | None  # None: the column is missing
+    prompts: int
+    candidates: int
+    accepted: int
+    rate: float  # accepted / candidates
+    low: float  # Wilson
+    high: float
+    prompts_with_accepted: int
+    draws_needed: int | None  # see `draws_needed`; None: no number of draws, or the rule compares candidates
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A round's decisions in numbers; None where nothing defines one."""
+
+    candidates: int
+    seen: int
+    accepted: int
+    rate: float | None  # accepted / candidates
+    low: float | None  # Wilson: of candidates as if independent; draws of one prompt are not, so take it as a least
+    high: float | None
+    mean_a: float | None  # mean A of the seen: the share expected to pass the rule
+    one_over_m: float | None  # of `rejection`: what mean A is where p ≤ M·q holds for a p and a q that sum to 1
+    effective_samples: float | None  # (Σw)² / Σw² over the weights of the accepted
+    effective_size: float | None  # (ΣA)² / ΣA² over the seen: their worth, weighted by A instead of accepted
+    kl: float | None  # nats, of what is accepted from what was drawn; see `measure`
+    tokens_per_accepted: float | None  # drawn tokens, of all candidates
+    suggestions: list[Suggestion]
+    groups: list[Group]
+
+    def metrics(self) -> dict[str, float | None]:
+        """The single numbers, under names for people."""
+        return {
+            "acceptance_rate_low": self.low,
+            "acceptance_rate_high": self.high,
+            "mean_A": self.mean_a,
+            "one_over_M": self.one_over_m,
+            "effective_samples": self.effective_samples,
+            "effective_size_of_A": self.effective_size,
+            "kl_of_accepted": self.kl,
+            "tokens_per_accepted": self.tokens_per_accepted,
+        }
+
+
+def of_round(store: Store, round_: Round, column: str | None = None) -> Efficiency:
+    """What a round's decisions, as they are stored, brought.
+
+    Args:
+        column: of the prompts' fields; with it, `groups` has one entry for each of its values.
+    """
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    stored = store.query("SELECT parameters FROM decisions WHERE recipe = $recipe AND round = $round LIMIT 1", of)
+    rule = round_.recipe.acceptance
+    parameters = json.loads(stored[0]["parameters"]) if stored else rule.model_dump(mode="json")
+    sql = decided(store, round_, column)
+    values = steps.of_round(round_) | ({"column": _pointer(column)} if column else {})
+
+    def work(connection):  # in one transaction: every number is of the same rows, read once
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {sql}", values)
+        groups = coverage(connection, "decided", rule) if column else []
+        found = measure(connection, "decided", parameters, groups)
+        connection.execute("DROP TABLE decided")
+        return found
+
+    return store.commit(work)
+
+
+def decided(store: Store, round_: Round, column: str | None = None) -> str:
+    """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
+
+    Takes the parameters of steps.ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
+    """
+    grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
+    return f"""
+        SELECT s.* EXCLUDE (text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
+        FROM ({steps.scored(store, round_)}) s
+        JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
+        JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe"""
+
+
+def _pointer(column: str) -> str:
+    """RFC 6901: a column may be called anything, `$` and `/` too."""
+    return "/" + column.replace("~", "~0").replace("/", "~1")
+
+
+# --- the round ------------------------------------------------------------------------------
+
+
+def measure(
+    connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[str, Any], groups: list[Group] = ()
+) -> Efficiency:
+    """The numbers of some decided rows.
+
+    The KL divergence is that of π from q, the distribution that was drawn from, over prompts and completions together:
+    π = q·g / Z with g = A (times the sample's weight), 0 for what no rule saw because of a gate or a missing score.
+    KL = E_π[log g] − log Z, estimated by Σ g·log g / Σ g − log(mean g) over the open candidates; for rules without
+    chance, −log(share that the rule accepts). `distinct` and `cap` come after and are no part of it.
+
+    Args:
+        decided: table or view with the columns that `acceptance.decisions_sql` reads (`text` excepted) and writes.
+        parameters: what the decisions were made with.
+    """
+    sums = _sums(connection, decided, parameters)
+    n, accepted, total_g = sums["candidates"], sums["accepted"], sums["g"] or 0.0
+    low, high = wilson(accepted, n) if n else (None, None)
+    log_M = parameters.get("log_M", -1.0)
+    return Efficiency(
+        candidates=n,
+        seen=sums["seen"],
+        accepted=accepted,
+        rate=accepted / n if n else None,
+        low=low,
+        high=high,
+        mean_a=sums["a"] / sums["seen"] if sums["seen"] else None,
+        one_over_m=math.exp(-log_M) if log_M >= 0 else None,
+        effective_samples=_effective(sums["w"], sums["w2"]),
+        effective_size=_effective(sums["a"], sums["a2"]),
+        kl=max(0.0, sums["g_log_g"] / total_g - math.log(total_g / sums["open"])) if total_g else None,
+        tokens_per_accepted=sums["tokens"] / accepted if accepted else None,
+        suggestions=suggestions(connection, decided, parameters),
+        groups=list(groups),
+    )
+
+
+def _sums(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    by_a = "log_a" if parameters.get("weight") == "A" else "0"
+    return _rows(
+        connection,
+        f"""WITH chances AS (
+                SELECT *, CASE WHEN {_by_chance(parameters)} THEN log_a WHEN {ruled(parameters)} THEN 0 END AS log_c
+                FROM {decided}
+            ), tilted AS (
+                SELECT *, CASE WHEN log_c > '-infinity'::DOUBLE THEN log_c + {by_a} END AS log_g FROM chances
+            )
+            SELECT count(*) AS candidates, count(*) FILTER (accepted) AS accepted, sum(tokens)::BIGINT AS tokens,
+                count(*) FILTER (reason <> 'pilot') AS open, count(*) FILTER (reason NOT IN {BEFORE_THE_RULE}) AS seen,
+                sum(weight) FILTER (accepted) AS w, sum(weight * weight) FILTER (accepted) AS w2,
+                coalesce(sum(exp(log_c)), 0) AS a, sum(exp(2 * log_c)) AS a2,
+                sum(exp(log_g)) AS g, sum(exp(log_g) * log_g) AS g_log_g
+            FROM tilted""",
+    )[0]
+
+
+def _by_chance(parameters: dict[str, Any]) -> str:
+    """Whether chance decides, as SQL: A is then exp(log_a)."""
+    stochastic = parameters["rule"] in {"rejection", "boltzmann", "loss"} and parameters.get("threshold") is None
+    return "true" if stochastic else "false"
+
+
+def ruled(parameters: dict[str, Any]) -> str:
+    """SQL: whether the rule accepted a candidate, whatever `distinct` and `cap` made of it."""
+    accepting = ["accepted", "cap"] if parameters["rule"] == "top_k" else ["accepted", "cap", "duplicate"]
+    return f"reason IN ({', '.join(map(repr, accepting))})"
+
+
+def _effective(total: float | None, squares: float | None) -> float | None:
+    """Kish's effective sample size, (Σw)² / Σw²: how many equal weights tell as much."""
+    return total * total / squares if squares else None
+
+
+def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[str, Any]) -> list[Suggestion]:
+    """For each of the shares WANTED, the number that would have accepted it of the seen candidates."""
+    rule = parameters["rule"]
+    values = np.sort(acceptance.compared(connection, decided, parameters, "reason <> 'pilot'"))
+    if rule == "rejection" and parameters.get("threshold") is not None:
+        rule, values = "threshold", np.exp(np.minimum(0.0, values - parameters["log_M"]))
+    name = {"rejection": "log_M", "boltzmann": "beta", "loss": "k"}.get(rule, "threshold")
+    found = []
+    for wanted in WANTED:
+        try:
+            found.append(Suggestion(wanted, name, *acceptance.pick(rule, values, wanted)))
+        except CalibrationError:
+            found.append(Suggestion(wanted, name, None, None))
+    return found
+
+
+# --- its groups -----------------------------------------------------------------------------
+
+
+def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule, accepted: int = 1) -> list[Group]:
+    """How each group of prompts fared, the one with the lowest rate first, and how much it should be drawn.
+
+    Args:
+        decided: table or view with prompt_id, accepted, reason and `grouped`.
+        rule: the recipe's acceptance section.
+        accepted: how many accepted samples a prompt should get; see `draws_needed`.
+    """
+    parameters = rule.model_dump(mode="json")
+    aside = rule.pilot if parameters.get("M") == "estimate" else 0
+    rows = _rows(
+        connection,
+        f"""SELECT grouped, count(DISTINCT prompt_id) AS prompts, count(*) AS candidates,
+                count(*) FILTER (accepted) AS accepted, count(*) FILTER ({ruled(parameters)}) AS ruled,
+                count(*) FILTER (reason <> 'pilot') AS open,
+                count(DISTINCT prompt_id) FILTER (accepted) AS prompts_with_accepted
+            FROM {decided} GROUP BY grouped ORDER BY avg(accepted::INTEGER), grouped""",
+    )
+    groups = []
+    for row in rows:
+        needed = draws_needed(row["ruled"] / row["open"], accepted) if rule.per_candidate and row["open"] else None
+        groups.append(
+            Group(
+                row["grouped"],
+                row["prompts"],
+                row["candidates"],
+                row["accepted"],
+                row["accepted"] / row["candidates"],
+                *wilson(row["accepted"], row["candidates"]),
+                row["prompts_with_accepted"],
+                None if needed is None else needed + aside,
+            )
+        )
+    return groups
+
+
+def draws_needed(rate: float, accepted: int = 1, confidence: float = CONFIDENCE) -> int | None:
+    """The fewest draws of which at least `accepted` are accepted with this probability, by the binomial distribution.
+
+    Each draw is accepted with chance `rate`; a prompt that is harder than its group needs more, and so does one whose
+    texts repeat. None where the rate is 0.
+    """
+    if rate <= 0:
+        return None
+
+    def enough(draws: int) -> bool:
+        return betainc(accepted, draws - accepted + 1, rate) >= confidence  # P(X ≥ accepted), X binomial
+
+    low, high = accepted - 1, accepted  # low is too few
+    while not enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927): sound for shares near 0 and 1 and few candidates too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, z2 = successes / n, z * z
+    centre = share + z2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # where rounding would miss them
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
+    return connection.execute(sql).to_arrow_table().to_pylist()

@@ -1,0 +1,56 @@
+"""Classifier: the outputs of a sequence-classification model on pairs of texts.
+
+Weights are read as safetensors only, and no code that comes with a model is run.
+"""
+
+from collections.abc import Sequence
+
+from rsft_pipeline.devices import Device
+
+
+class Classifier:
+    """A sequence-classification model on a device.
+
+    Args:
+        model: local folder, or hub id.
+        revision: commit or tag on the hub.
+
+    Raises:
+        OSError: no such model, or none with safetensors.
+    """
+
+    def __init__(self, model: str, revision: str | None, device: Device):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        source = {"revision": revision, "trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(model, **source)
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            model, use_safetensors=True, dtype=device.torch_dtype, **source
+        )
+        self.model.to(device.kind).eval()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # Decoder models find a text's last token, where they classify, by the padding.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.longest = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
+
+    def __call__(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[list[float] | None]:
+        """The logits of each pair of texts; None where they are longer than the model's context."""
+        import torch
+
+        encoded = self.tokenizer([first for first, _ in pairs], [second for _, second in pairs], verbose=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        # By length, so that little is padded; each row goes back to its place.
+        order = sorted((i for i, n in enumerate(lengths) if n <= self.longest), key=lengths.__getitem__)
+        logits: list[list[float] | None] = [None] * len(pairs)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = self.tokenizer.pad(
+                {key: [values[i] for i in rows] for key, values in encoded.items()}, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                given = self.model(**batch.to(self.model.device)).logits.float().tolist()
+            for i, row in zip(rows, given, strict=True):
+                logits[i] = row
+        return logits

@@ -1,0 +1,67 @@
+"""Likelihood: the log-probability of a completion after its prompt, under a model other than the policy.
+
+Belongs here: writing prompt and completion in that model's tokens. Does not: adding up over tokens (tasks).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsft_pipeline import models, prompts
+from rsft_pipeline.devices import Device
+from rsft_pipeline.tasks import causal, seq2seq
+from rsft_pipeline.training import Sample
+
+
+class Likelihood:
+    """A language model on a device.
+
+    Args:
+        folder: the model's; an encoder-decoder where its configuration says so, else a causal model.
+
+    Raises:
+        ModelError: no safetensors weights, or a tokenizer without the tokens that are needed.
+    """
+
+    def __init__(self, folder: Path, device: Device):
+        from transformers import AutoConfig
+
+        self.two_sided = AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder
+        self.name, self.task = ("seq2seq", seq2seq) if self.two_sided else ("causal", causal)
+        self.tokenizer = models.tokenizer(folder)
+        self.model = models.load(folder, device, task=self.name)
+        self.longest = models.context_length(folder)
+
+    def __call__(self, rows: Sequence[tuple[str, list[dict] | None, str, bool]], batch_size: int) -> list[float | None]:
+        """The log-probability of each completion, in nats.
+
+        That of one way to write it in the model's own tokens: the prompt's, the completion's, and where the
+        completion had ended the end of sequence. None where they are longer than the model's context, and for
+        no text cut short before it ended, which is no event.
+
+        Args:
+            rows: (prompt as the policy read it, its messages if it is a chat prompt, completion, whether the
+                completion had ended). Messages go through the model's own chat template.
+        """
+        texts = [completion for _, _, completion, _ in rows]
+        ended = self.task.completion_ids(self.model, self.tokenizer, texts)
+        encoded: dict[int, Sample] = {}
+        for i, (prompt, messages, _, has_ended) in enumerate(rows):
+            sample = Sample("", self._prompt(prompt, messages), ended[i] if has_ended else ended[i][:-1])
+            if sample.completion_ids and self._fits(sample):
+                encoded[i] = sample
+        # By length, so that little is padded; each value goes back to its place.
+        order = sorted(encoded, key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].completion_ids))
+        samples = [encoded[i] for i in order]
+        values = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id, batch_size)
+        found = dict(zip(order, values, strict=True))
+        return [found.get(i) for i in range(len(rows))]
+
+    def _prompt(self, prompt: str, messages: list[dict] | None) -> list[int]:
+        if messages is not None:
+            prompt = prompts.render(self.tokenizer, messages)
+        return prompts.encode(self.tokenizer, prompt, messages is not None, self.name)
+
+    def _fits(self, sample: Sample) -> bool:
+        lengths = len(sample.prompt_ids), len(sample.completion_ids)
+        used = max(lengths) if self.two_sided else sum(lengths)  # encoder and decoder have a context each
+        return self.longest is None or used <= self.longest

@@ -1,0 +1,238 @@
+"""Shared-encoder decoding: a prompt is encoded once, and all its draws attend to that one encoding.
+
+Belongs here: what shared_prefix.py's loop needs for an encoder-decoder. The *prefix* of a prompt is
+then what the decoder's cross-attention reads, its keys and values of the encoder's states; a row's
+*suffix* is the decoder's own, and begins with the start token. Does not: the loop itself and its two
+products of attention (shared_prefix.py), what a draw is and how a token is chosen (decoding.py).
+
+Rows of different age share a batch. Models take a token's position from the length of their cache:
+ours gives each row its own, which T5's relative bias and BART's position embeddings both follow.
+
+Left out: tokens that `generate` would force, such as the language that mBART begins with; what is
+drawn is the model's own distribution after its start token.
+
+This module imports torch and transformers; import it inside functions.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch  # noqa: TID253
+from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache, PreTrainedModel  # noqa: TID253
+from transformers.cache_utils import Cache, DynamicLayer  # noqa: TID253
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput  # noqa: TID253
+
+from rsft_pipeline import models, shared_prefix
+from rsft_pipeline.decoding import Drawn, Row, Shape, right_padded
+from rsft_pipeline.shared_prefix import (
+    SharedPrefixCache,
+    SharedPrefixLayer,
+    Unsupported,
+    over_prefix,
+    over_suffix,
+)
+
+NAME = "rsft_shared_encoder"
+
+# Families whose decoders were compared with a plain forward pass, row by row (tests/test_seq2seq.py).
+FAMILIES = {"t5", "mt5", "umt5", "bart", "mbart", "plbart", "marian", "pegasus", "blenderbot"}
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+
+class SharedEncoderLayer(SharedPrefixLayer):
+    """As in shared_prefix.py. Column 0 of a prefix is no key of the prompt but the decoder's of its start token."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
+        """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
+
+        Returns:
+            The same, seemingly as long as the suffixes: T5 makes its bias as wide as the keys it is given.
+        """
+        super().update(key_states, value_states)
+        columns = self.cache.blocks * self.cache.block
+        return key_states.expand(-1, -1, columns, -1), value_states.expand(-1, -1, columns, -1)
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.cache.newest[:, None]  # each row's own
+
+
+class SharedEncoderCache(SharedPrefixCache):
+    """Encodings and suffixes of all layers of the decoder."""
+
+    first = 1  # after the start token
+    layer_class = SharedEncoderLayer
+
+    def __init__(self, layers: int, places: int, rows: int, longest: int, tokens: int, device: torch.device):
+        super().__init__([None] * layers, places, rows, longest + 1, tokens, device)  # one more for the start token
+        self.cross = Cache(layers=[DynamicLayer() for _ in self.layers])
+
+    def keep_prefix(self, place: int, read: EncoderDecoderCache, row: int, length: int) -> None:
+        """Keep one row of a batch of prompts, padded on the right."""
+        own, cross = read.self_attention_cache.layers, read.cross_attention_cache.layers
+        for layer, start, source in zip(self.layers, own, cross, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+            for kept, beginning, states in (
+                (layer.prefix_keys[place], start.keys[row], source.keys[row]),
+                (layer.prefix_values[place], start.values[row], source.values[row]),
+            ):
+                kept[:, :1] = beginning
+                kept[:, self.sizes[2] - length :] = states[:, :length]
+
+    def begin(self, rows: slice, places: list[int]) -> None:
+        super().begin(rows, places)
+        for layer in self.layers:
+            layer.keys[0, rows, :, 0] = layer.prefix_keys[places, :, 0]
+            layer.values[0, rows, :, 0] = layer.prefix_values[places, :, 0]
+
+    def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
+        super().seat(place_of_row, places, prefix, device)
+        for layer, cross in zip(self.layers, self.cross.layers, strict=True):
+            cross.keys = layer.prefix_keys[:places, :, -self.prefix :]
+            cross.values = layer.prefix_values[:places, :, -self.prefix :]
+            cross.is_initialized = True
+
+    def look(self, rows: int, oldest: int) -> None:
+        super().look(rows, oldest)
+        self.merged: tuple[torch.Tensor | None, torch.Tensor] = (None, self.suffix_bias[None])
+
+    def own_bias(self, position_bias: torch.Tensor | None) -> torch.Tensor:
+        """What is added to the scores over the suffixes: who sees what, and the model's bias by distance.
+
+        Args:
+            position_bias: [1, heads, rows, columns], or None. T5 hands all layers the same, so it is kept.
+
+        Returns:
+            [rows, heads or 1, 1, columns].
+        """
+        if position_bias is not self.merged[0]:
+            merged = position_bias.permute(2, 1, 0, 3) + self.suffix_bias[None]
+            self.merged = (position_bias, merged.contiguous())
+        return self.merged[1]
+
+
+# --- attention --------------------------------------------------------------------------------
+
+
+def shared_encoder_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    shared_prefix: SharedEncoderCache | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token of each row to its prompt's encoding, or to its own suffix.
+
+    Without `shared_prefix` prompts are being read: then it is Transformers' SDPA.
+
+    Args:
+        query: [rows, heads, 1, dimension].
+        key: what the layer of `cross` holds, or what `update` gave back; value likewise.
+        position_bias: of the suffix [1, heads, rows, columns]; a cross-attention's is 0.
+
+    Returns:
+        [rows, 1, heads, dimension], and no weights.
+    """
+    if shared_prefix is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **kwargs
+        )
+    cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = query * scaling
+    query = query.view(query.shape[0], query.shape[1], 1, -1)
+    if key is cache.cross.layers[module.layer_idx].keys:
+        found, _ = over_prefix(query, layer)
+    else:
+        found, _ = over_suffix(query, layer, cache.own_bias(position_bias))
+    return found.view(len(query), 1, query.shape[1], -1), None
+
+
+AttentionInterface.register(NAME, shared_encoder_attention)
+AttentionMaskInterface.register(NAME, shared_prefix._mask)
+
+
+@contextlib.contextmanager
+def _own_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Position embeddings of a single token as [rows, 1, dimension], where the decoder has any.
+
+    Models expect one position for all rows of a batch, and add a dimension for the rows.
+    """
+    embedding = getattr(model.get_decoder(), "embed_positions", None)
+    if embedding is None:
+        yield
+        return
+    hook = embedding.register_forward_hook(lambda module, inputs, output: output.reshape(-1, 1, output.shape[-1]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+def draw(
+    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, rows: int
+) -> Iterator[tuple[int, Drawn]]:
+    """Make the draws, `rows` at once: number and result of each, in the order in which they end.
+
+    Raises:
+        Unsupported: the model is of no family that this module was compared with.
+    """
+    if model.config.model_type not in FAMILIES:
+        raise Unsupported(f"its attention was compared with no {model.config.model_type}'s")
+    loop = Loop(model, draws, shape, pad_id, rows)
+    with shared_prefix._attention_of(model, NAME), _own_positions(model):
+        yield from loop.run()
+
+
+class Loop(shared_prefix.Loop):
+    """The loop of shared_prefix.py over an encoder-decoder."""
+
+    def _cache(self, longest: int) -> SharedEncoderCache:
+        config = self.model.config.get_text_config(decoder=True)
+        layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+        tokens = max(1, self.shape.max_tokens - 1)
+        return SharedEncoderCache(layers, self.places, self.capacity, longest, tokens, self.device)
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        # A mask of four dimensions is passed on as it is, and our attention needs none.
+        no_mask = torch.empty(0, 0, 0, 0, device=self.device)
+        return self.model(
+            encoder_outputs=BaseModelOutput(torch.empty(rows, 0, 0, device=self.device)),  # is in the cache already
+            attention_mask=no_mask,
+            decoder_input_ids=self.token[:rows, None],
+            decoder_attention_mask=no_mask,
+            past_key_values=EncoderDecoderCache(self.cache, self.cache.cross),
+            use_cache=True,
+            shared_prefix=self.cache,
+        ).logits[:, -1]
+
+    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Row]]]]) -> None:
+        """Encode prompts in one forward pass, and keep what the decoder attends to."""
+        out, _ = read(self.model, [ids for ids, _ in prompts], self.pad_id)
+        for row, (prompt, waiting) in enumerate(prompts):
+            self.cache.keep_prefix(len(self.prompts), out.past_key_values, row, len(prompt))
+            self.cache.length[len(self.prompts)] = len(prompt)
+            self.prompts.append((len(prompt), waiting, out.logits[row, -1]))
+
+
+def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Seq2SeqLMOutput, torch.Tensor]:
+    """The model's output for the start token after each prompt, and the prompts' mask, [prompts, longest].
+
+    Padded on the right: an encoder may count its positions from the left.
+    """
+    ids = right_padded(prompts, pad_id).to(model.device)
+    mask = right_padded([[1] * len(prompt) for prompt in prompts], 0).to(model.device)
+    start = torch.full((len(prompts), 1), models.start_id(model), device=model.device)
+    return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=True), mask

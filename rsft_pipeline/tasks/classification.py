@@ -1,0 +1,94 @@
+"""Sequence classification: a completion is one label, its token id the index of the model's output.
+
+Belongs here: the same five functions as for models that write (tasks/__init__.py), on a model that
+chooses. Does not: how the head came to be (models.py, bootstrap.py).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rsft_pipeline.decoding import Shape, choose, uniforms
+from rsft_pipeline.recipe import Sampling
+from rsft_pipeline.sampling import Candidate, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rsft_pipeline.training import Sample
+
+ROWS = 64  # texts read at once
+
+
+def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
+    """One label for each request, in their order; each prompt is read once."""
+    import torch
+
+    shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, 1, frozenset())
+    asked = sorted({request.prompt_ids for request in requests}, key=len)
+    place = {prompt_ids: i for i, prompt_ids in enumerate(asked)}
+    rows = sampling.batch_size or ROWS
+    with torch.inference_mode():
+        read = [
+            _logits(model, _padded(asked[i : i + rows], tokenizer.pad_token_id)) for i in range(0, len(asked), rows)
+        ]
+        logits = torch.cat(read)[[place[request.prompt_ids] for request in requests]]
+        u = torch.from_numpy(uniforms([request.seed for request in requests], 1)[:, 0]).to(model.device)
+        drawn = [each.tolist() for each in choose(logits, u, shape)]
+    return [
+        Candidate(request, model.config.id2label[label], [label], "stop", log_q, log_p)
+        for request, label, log_q, log_p in zip(requests, *drawn, strict=True)
+    ]
+
+
+def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Each label as the index of its output. Raises ValueError for a text that is no label of the model."""
+    ids = model.config.label2id
+    if unknown := sorted(set(texts) - set(ids)):
+        raise ValueError(
+            f"{unknown[0]!r} is no label of this model: `model.labels` are {', '.join(map(repr, ids))}, "
+            "and every reference answer has to be one of them"
+        )
+    return [[ids[text]] for text in texts]
+
+
+def log_probabilities(model, samples: Sequence["Sample"], pad_id: int, batch_size: int = ROWS) -> list[float]:
+    """Log-probability of each sample's label, in nats."""
+    import torch
+
+    found: list[float] = []
+    with torch.inference_mode():
+        for i in range(0, len(samples), batch_size):
+            found += (-token_losses(model, collate(samples[i : i + batch_size], pad_id))).tolist()
+    return found
+
+
+def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
+    """Samples as one batch: `input_ids` and `attention_mask` [rows, longest], padded right, `labels` [rows]."""
+    import torch
+
+    batch = _padded([sample.prompt_ids for sample in samples], pad_id)
+    return {**batch, "labels": torch.tensor([sample.completion_ids[0] for sample in samples])}
+
+
+def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
+    """Cross-entropy of each row's label: float32 [rows], in nats. The softmax is in float32."""
+    import torch
+
+    logits = _logits(model, batch)
+    with torch.autocast(logits.device.type, enabled=False):
+        return torch.nn.functional.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, "Tensor"]:
+    import torch
+
+    shape = (len(prompts), max(map(len, prompts)))
+    ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _logits(model, batch: dict[str, "Tensor"]) -> "Tensor":
+    return model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}).logits

@@ -1,0 +1,92 @@
+"""Writing: what the tasks whose models write text have in common, whichever kind of model writes it.
+
+Belongs here: draws made into candidates, a given text as the tokens that it would have been written in,
+and likelihoods added up. Does not: the decoding loop (decoding.py), which candidates are drawn
+(sampling.py), and how a kind of model is fed (causal.py, seq2seq.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rsft_pipeline import models
+from rsft_pipeline.decoding import Row, Shape, decode
+from rsft_pipeline.recipe import Sampling
+from rsft_pipeline.sampling import Candidate, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rsft_pipeline.training import Sample
+
+IGNORED = -100  # what torch's cross entropy calls a position without a target
+
+
+def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
+    """One completion for each request, in their order."""
+    stop_ids = set(models.stop_ids(model, tokenizer)) | _stop_tokens(tokenizer, sampling.stop)
+    shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, frozenset(stop_ids))
+    rows = [Row(request.prompt_ids, request.seed) for request in requests]
+    drawn = decode(model, rows, shape, tokenizer.pad_token_id, sampling.batch_size)
+    texts = tokenizer.batch_decode(
+        [one.token_ids[:-1] if one.stopped else one.token_ids for one in drawn], skip_special_tokens=True
+    )
+    return [
+        Candidate(request, text, one.token_ids, "stop" if one.stopped else "length", one.log_q, one.log_p)
+        for request, text, one in zip(requests, texts, drawn, strict=True)
+    ]
+
+
+def _stop_tokens(tokenizer, texts: Sequence[str]) -> set[int]:
+    """The ids of extra stop tokens. Raises ValueError for a text that is not one token."""
+    found = set()
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"sampling.stop: {text!r} is {len(ids)} tokens of this tokenizer; expected exactly one")
+        found.add(ids[0])
+    return found
+
+
+def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Each text as the model would have written it: its tokens, and the stop token that ends it."""
+    end = models.end_id(model, tokenizer)
+    return [[*ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def log_probabilities(
+    collate: Callable, token_losses: Callable, model, samples: Sequence["Sample"], pad_id: int, batch_size: int
+) -> list[float]:
+    """Log-probability of each sample's completion, by teacher forcing, in nats.
+
+    Args:
+        collate, token_losses: the task's.
+    """
+    import torch
+
+    found: list[float] = []
+    with torch.inference_mode():
+        for i in range(0, len(samples), batch_size):
+            batch = collate(samples[i : i + batch_size], pad_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            found += (-token_losses(model, batch)).tolist()
+    return found
+
+
+def summed(logits: "Tensor", targets: "Tensor") -> "Tensor":
+    """Negative log-likelihood of each row's targets, summed: float32 [rows], in nats.
+
+    The softmax is in float32, whatever the weights are in.
+
+    Args:
+        logits: [rows, tokens, vocabulary].
+        targets: int64 [rows, tokens], IGNORED where there is none.
+    """
+    import torch
+
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    losses = torch.zeros(targets.shape, device=logits.device)
+    with torch.autocast(logits.device.type, enabled=False):
+        losses[rows, columns] = torch.nn.functional.cross_entropy(
+            logits[rows, columns].float(), targets[rows, columns], reduction="none"
+        )
+    return losses.sum(dim=1)

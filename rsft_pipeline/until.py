@@ -1,0 +1,71 @@
+"""Until: drawing again until enough is accepted, where the recipe says `sampling.until`.
+
+Belongs here: which prompts are drawn for again, and when the round stops drawing. Does not: drawing,
+scoring and deciding themselves (steps.py).
+
+The prompts are gone through in passes. Each wave is scored as it comes, and a pass leaves out the prompts
+that have enough accepted by then. No decision is written here: a candidate's own decision never hangs on
+later draws (recipe.py refuses rules of which that is not true), so the one made at the end is the same. A
+run that was killed goes on with the very waves that it would have drawn.
+"""
+
+import math
+from collections.abc import Sequence
+
+from rsft_pipeline import sampling, scoring, steps
+from rsft_pipeline.devices import Device
+from rsft_pipeline.progress import Show
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.sampling import Asked, Session
+from rsft_pipeline.store import Store
+
+
+def draw(
+    store: Store, round_: Round, session: Session, asked: Sequence[Asked], *, device: Device, run_id: str, show: Show
+) -> tuple[int, int]:
+    """Draw and score candidates of the prompts until enough are accepted, or each prompt has had its most draws.
+
+    Returns:
+        How many candidates were drawn by this call, and how many tokens.
+    """
+    candidates = tokens = 0
+    judges = scoring.judges(round_.recipe, device, steps.accepted_before(store, round_))
+
+    def score() -> None:
+        of = steps.of_round(round_)
+        with_judges = {"judges": judges, "device": device, "run_id": run_id}
+        steps.score(store, round_, steps.ROUND_CANDIDATES, of, **with_judges, show=lambda done: None)
+
+    score()  # what a killed run had drawn last
+    for draws in sampling.passes(round_.recipe.sampling):
+        wanted = _unsatisfied(store, round_, asked, draws)
+        for wave in steps.plan(store, round_, round_.drawn_from, wanted, split="train", draws=draws):
+            if _enough(store, round_, draws):
+                return candidates, tokens
+            tokens += steps.draw(
+                store, round_, round_.drawn_from, session, [wave], split="train", run_id=run_id, show=lambda *_: None
+            )
+            score()
+            candidates += len(wave[1])
+            show(candidates, f"{draws.stop} draws per prompt at most, {len(wanted)} prompts still drawn for")
+    return candidates, tokens
+
+
+def _unsatisfied(store: Store, round_: Round, asked: Sequence[Asked], draws: range) -> list[Asked]:
+    """The prompts that have not enough accepted among their draws before these."""
+    enough = round_.recipe.sampling.until.per_prompt or math.inf
+    if draws.start == 0:
+        return list(asked)
+    accepted = steps.accepted_so_far(store, round_, draws.start)
+    return [prompt for prompt in asked if accepted.get(prompt.prompt_id, 0) < enough]
+
+
+def _enough(store: Store, round_: Round, draws: range) -> bool:
+    """Whether the round has as many accepted as it asks for, in these draws and those before.
+
+    Before the first pass is whole nothing is known where a pilot decides what is accepted.
+    """
+    wanted = round_.recipe.sampling.until.accepted
+    if wanted is None or (draws.start == 0 and round_.recipe.acceptance.pilot_draws):
+        return False
+    return sum(steps.accepted_so_far(store, round_, draws.stop).values()) >= wanted

@@ -1,0 +1,79 @@
+"""Controls: checkpoints trained on candidates that no score has chosen, and what they tell of a round."""
+
+import json
+
+import pytest
+
+from rsft_pipeline import lineage, rounds
+from rsft_pipeline.recipe import load
+from rsft_pipeline.store import Store
+from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
+
+
+def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(home, instance, write_recipe):  # noqa: F811
+    recipe = load(write_recipe(controls=["random", "everything"], evaluation={"draws": 8, "k": 4}))
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        (row,) = rounds.history(store, recipe.name)
+        controls = json.loads(row["controls"])
+        made = {c["trained_on"]: c for c in store.query("SELECT * FROM checkpoints")}
+        assert {name: made[name]["checkpoint"] for name in controls} == controls
+        assert {c["parent"] for c in made.values()} == {row["policy"]}
+        assert made["random"]["samples"] == made["accepted"]["samples"] == row["accepted"]
+        assert row["accepted"] < made["everything"]["samples"] <= row["candidates"]
+
+        # The random ones are those whose hash comes first, one of each text, whatever their score.
+        scored = store.query(
+            """SELECT t.candidate_id, s.value FROM training_samples t
+               JOIN scores s ON s.candidate_id = t.candidate_id AND s.scorer = 'combined' WHERE t.checkpoint = ?""",
+            [controls["random"]],
+        )
+        assert {one["value"] for one in scored} == {0.0, 1.0}
+        texts = store.query(
+            "SELECT candidate_id, prompt_id, text FROM candidates WHERE split = 'train' "
+            f"ORDER BY md5('control:{recipe.seed}:' || candidate_id)"
+        )
+        first = {}
+        for one in texts:
+            first.setdefault((one["prompt_id"], lineage.normalise(one["text"])), one["candidate_id"])
+        assert {one["candidate_id"] for one in scored} == set(list(first.values())[: row["accepted"]])
+
+        measured = store.query("SELECT role, avg(passes / draws) AS value FROM evaluations GROUP BY ALL ORDER BY role")
+        value = {one["role"]: one["value"] for one in measured}
+        assert set(value) == {"policy", "checkpoint", "champion", "random", "everything"}
+        assert value["checkpoint"] > value["random"]  # the scorer beats a coin
+        assert row["checkpoint"] not in controls.values()
+        assert rounds.history(store, recipe.name)[0]["champion"] == row["checkpoint"]
+
+
+def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack_it(home, instance, write_recipe):  # noqa: F811
+    until = {"per_prompt": 1, "draws": 12}
+    recipe = load(write_recipe(sampling={"draws": 2, "max_tokens": 2, "until": until, "wave_size": 60}))
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        rows = store.query(
+            """SELECT c.prompt_id, max(c.draw) AS last, count(*) AS draws, min(c.draw) FILTER (d.accepted) AS first
+               FROM candidates c JOIN decisions d USING (candidate_id) WHERE c.split = 'train' GROUP BY ALL"""
+        )
+        for row in rows:
+            last_pass = 5 if row["first"] is None else row["first"] // 2
+            assert row["last"] == row["draws"] - 1 == 2 * last_pass + 1
+        assert {row["draws"] for row in rows} > {2, 4}
+        before = store.query("SELECT candidate_id FROM candidates ORDER BY 1")
+        decisions = store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1")
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        assert store.query("SELECT candidate_id FROM candidates ORDER BY 1") == before
+        assert store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1") == decisions
+
+
+@pytest.mark.parametrize("wanted", [10, 40])
+def test_a_round_ends_with_the_wave_that_makes_its_accepted_enough(home, instance, write_recipe, wanted):  # noqa: F811
+    until = {"accepted": wanted, "draws": 12}
+    recipe = load(write_recipe(sampling={"draws": 2, "max_tokens": 2, "until": until, "wave_size": 20}))
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        accepted = store.value("SELECT count(*) FROM decisions WHERE accepted")
+        drawn = store.value("SELECT count(*) FROM candidates WHERE split = 'train'")
+        assert wanted <= accepted < wanted + 20
+        assert drawn % 2 == 0 and drawn < 12 * 67

@@ -1,0 +1,106 @@
+"""App: the server of the audit pages, and what keeps it safe.
+
+Belongs here: who may ask and how, what every answer carries, and how an error is said. Not: what is on a page
+(pages.py).
+
+Who may ask: a browser on this machine, through a page of this server. Other sites cannot: their requests name
+another host (a name that was made to point here, too), and what they post comes from another origin and lacks the
+token, which only a page of this server carries. Whoever has an account on this machine can, as with Dagster's and
+MLflow's pages.
+"""
+
+import hmac
+import logging
+import secrets
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from fastapi.staticfiles import StaticFiles
+
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.home import Home
+from rsft_pipeline.store import Store
+from web import pages
+from web.show import render
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",  # with none at all, browsers would send no origin either
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "private, no-cache",
+}
+LARGEST_FORM = 10_000  # bytes
+
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """A request that this server does not serve; the message says why."""
+
+
+def create(store: Store, home: Home, *, allow_revoke: bool = False) -> FastAPI:
+    """The audit pages of a store. Without `allow_revoke` no request changes anything."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.store, app.state.home = store, home
+    app.state.token = secrets.token_urlsafe(32) if allow_revoke else None
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next) -> Response:
+        try:
+            await _check(request)
+            response = await call_next(request)
+        except Refused as refusal:
+            response = _error(request, 403, str(refusal))
+        except Exception:
+            log.exception("%s %s", request.method, request.url.path)
+            response = _error(request, 500, "This page failed. The server's log says why.")
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    @app.exception_handler(AuditError)
+    def unanswerable(request: Request, error: AuditError) -> Response:
+        return _error(request, 404, str(error))
+
+    @app.exception_handler(404)
+    def absent(request: Request, error: Exception) -> Response:
+        return _error(request, 404, "There is no such page.")
+
+    @app.exception_handler(405)
+    def wrong_method(request: Request, error: Exception) -> Response:
+        return _error(request, 405, "These pages are read only: start them with --allow-revoke to revoke.")
+
+    return app
+
+
+async def _check(request: Request) -> None:
+    """Raise Refused for what does not come from this machine, or would change something and may not."""
+    host = request.headers.get("host", "")
+    if urlsplit(f"//{host}").hostname not in LOOPBACK:
+        raise Refused(f"These pages answer to 127.0.0.1 and localhost, not to {host!r}.")
+    if request.method in ("GET", "HEAD"):
+        return
+    if request.app.state.token is None:
+        raise Refused("These pages are read only: start them with --allow-revoke to revoke.")
+    if request.headers.get("origin") != f"http://{host}":
+        raise Refused("This request was not sent by a page of this server.")
+    if int(request.headers.get("content-length") or LARGEST_FORM + 1) > LARGEST_FORM:
+        raise Refused("This form is too large.")
+    form = parse_qs((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
+    request.state.form = {name: values[0] for name, values in form.items()}
+    if not hmac.compare_digest(request.state.form.get("token", "").encode(), request.app.state.token.encode()):
+        raise Refused("This form is of a server that was stopped since: load the page again.")
+
+
+def _error(request: Request, status: int, message: str) -> Response:
+    page = render("error.html", message=message, status=status, **pages.around(request))
+    return HTMLResponse(page, status_code=status)
