@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.shared import declared, rounds_of
+from resources import pages
 from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import report, rounds, steps
@@ -33,6 +34,7 @@ def accepted(recipe: Recipe) -> dg.AssetsDefinition:
                 "efficiency": dg.MetadataValue.md(facts.efficiency_table),
                 **({"coverage": dg.MetadataValue.md(facts.coverage_table)} if facts.coverage_table else {}),
                 "examples": dg.MetadataValue.md(facts.examples),
+                "audit": dg.MetadataValue.url(pages.audit(pages.round_(recipe.name, round_.key))),
             },
         )
 

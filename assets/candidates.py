@@ -5,6 +5,7 @@ import time
 import dagster as dg
 
 from assets.shared import declared, rounds_of
+from resources import pages
 from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
@@ -65,6 +66,7 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
                 "prompts": facts.prompts,
                 "mean_log_q": facts.log_q,
                 "examples": dg.MetadataValue.md(facts.examples),
+                "audit": dg.MetadataValue.url(pages.audit(pages.round_(recipe.name, round_.key))),
             },
         )
 

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.shared import declared, rounds_of
+from resources import pages
 from resources.accelerator import Accelerator
 from resources.store import StoreResource
 from resources.tracking import Tracking
@@ -56,6 +57,7 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
                 "trainable_parameters": made.trainable,
                 "parameters": made.total,
                 "mlflow_run": dg.MetadataValue.url(tracking.url(recipe.name, round_.mlflow_run_id)),
+                "audit": dg.MetadataValue.url(pages.audit(pages.checkpoint(recipe.name, made.checkpoint.digest))),
             },
         )
 

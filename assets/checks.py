@@ -21,6 +21,7 @@ def checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
         _check(recipe, "accepted", gates.acceptance_rate, severity=warn),
         _check(recipe, "accepted", gates.prompt_share, severity=warn),
         _check(recipe, "policy", source_is_latest, severity=warn),
+        _check(recipe, "checkpoint", gates.nothing_revoked),
         _check(recipe, "evaluation", gates.not_worse),
     ]
 

@@ -45,12 +45,13 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             for weights in contest.weights:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)
             outcome = steps.judge(lake, round_, contest, context.run.run_id)
+            by_scorer = report.held_out_scores(lake, round_, contest)
             by_class = report.classes(lake, round_, contest) if round_.recipe.task == "classification" else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             tracking.crown(recipe.name, contest.checkpoint if outcome.promoted else contest.champion)
-            _track(tracking, round_, outcome)
+            _track(tracking, round_, outcome, by_scorer)
             if by_class:
                 tracking.metrics(
                     round_.mlflow_run_id, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()}
@@ -72,6 +73,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 **{f"over_{role}": _interval(found) for role, found in outcome.controls.items()},
                 **_numbers(outcome.summaries["checkpoint"]),
                 "summary": dg.MetadataValue.md(_table(outcome)),
+                "scorers": dg.MetadataValue.md(by_scorer.table),
                 **({"classes": dg.MetadataValue.md(by_class.table)} if by_class else {}),
                 "rounds": dg.MetadataValue.md(picture(plot, "held-out metric by round")),
                 "registered_version": version,
@@ -125,10 +127,14 @@ def _interval(comparison: steps.Comparison) -> str:
     return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
 
 
-def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome) -> None:
+def _track(
+    tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, by_scorer: report.HeldOutScores
+) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
+    for role, means in by_scorer.means.items():
+        tracking.metrics(run, {f"{role}/scorers/{scorer}": mean.value for scorer, mean in means.items()})
     tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
     tracking.metrics(run, {f"over_{role}": found.difference for role, found in outcome.controls.items()})
     tracking.tags(run, verdict=outcome.verdict)

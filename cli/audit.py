@@ -13,10 +13,17 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from cli.run import _find, _store
+from cli.run import SetOption, _find, _overrides, _store
 from rsft_pipeline import recipe as recipes
+from rsft_pipeline.audit import diff as differing
+from rsft_pipeline.audit import replay as replaying
+from rsft_pipeline.audit import verify as verifying
+from rsft_pipeline.audit import whatif as asking
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.home import Home
@@ -57,3 +64,185 @@ def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) ->
 def _plain(value: Any) -> Any:
     """What JSON has no form for: paths and times as text, bytes as UTF-8 with what is none of it replaced."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+# --- replay, verify, whatif, diff ---------------------------------------------------------------
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
+RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="r000, r001, …")]
+
+
+@app.command()
+def replay(
+    recipe: RecipeArgument,
+    round_: RoundArgument,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Candidates whose log-probabilities are computed again; 0 loads no model.")
+    ] = replaying.FORCED,
+    read: Annotated[
+        int, typer.Option(min=0, help="Candidates whose texts are decoded and judged again.")
+    ] = replaying.JUDGED,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Nats per token that a log-probability may differ by.")
+    ] = replaying.TOLERANCE,
+    json_: JsonOption = False,
+) -> None:
+    """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
+    from definitions import usual_resources
+
+    with opened() as store:
+        answer = replaying.replay(
+            store,
+            recipe_named(recipe),
+            round_,
+            Home.here(),
+            usual_resources()["accelerator"].device(),
+            forced=sample,
+            judged=read,
+            tolerance=tolerance,
+        )
+    head = f"{answer.recipe} {answer.round}: {answer.replayed:,} of {answer.decisions:,} decisions replayed"
+    show(answer, json_, lambda _: _compared(head, answer))
+    raise typer.Exit(0 if answer.ok else 1)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
+    ],
+    round_: Annotated[
+        str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say whether a checkpoint's weights and training set are what they were. Exits with 1 if anything is not."""
+    with opened() as store:
+        made = verifying.find(store, checkpoint, round_)
+        answer = verifying.verify(store, made, Home.here(), _tracked_root(made))
+    head = f"{answer.recipe} {answer.round}, checkpoint {answer.checkpoint}, {answer.samples:,} samples\n"
+    head += f"root {answer.root or 'cannot be computed'}, recorded {answer.recorded_root or 'none'}"
+    show(answer, json_, lambda _: _compared(head, answer))
+    raise typer.Exit(0 if answer.ok else 1)
+
+
+@app.command()
+def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
+    with opened() as store:
+        answer = asking.whatif(store, recipe_named(recipe), round_, _overrides(set_))
+    show(answer, json_, _side_by_side)
+
+
+@app.command()
+def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, json_: JsonOption = False) -> None:
+    """What changed from one round to another: prompts solved and lost, accepted shares, scores, lengths."""
+    with opened() as store:
+        answer = differing.diff(store, recipe_named(recipe), before, after)
+    show(answer, json_, _differences)
+
+
+def _tracked_root(made: dict[str, Any]) -> dict[str, str]:
+    """The root that MLflow was told of a checkpoint; nothing where it cannot say."""
+    from mlflow.exceptions import MlflowException
+
+    from definitions import usual_resources
+
+    if made["trained_on"] != "accepted" or made["mlflow_run_id"] is None:
+        return {}
+    try:
+        tags = usual_resources()["tracking"].client().get_run(made["mlflow_run_id"]).data.tags
+    except (MlflowException, OSError):
+        return {}
+    return {"MLflow": tags["rsft.merkle_root"]} if "rsft.merkle_root" in tags else {}
+
+
+def _compared(head: str, answer: Any) -> RenderableType:
+    """The checks of a replay or verification, and its findings."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("compared", justify="right")
+    table.add_column("different", justify="right")
+    table.add_column("", overflow="fold")
+    for check in answer.checks:
+        different = "not compared" if check.differing is None else f"{check.differing:,}"
+        style = "red" if check.differing else "yellow" if check.differing is None else None
+        table.add_row(Text(check.name), f"{check.compared:,}", different, Text(check.note), style=style)
+    lines: list[RenderableType] = [Text(head), table]
+    for finding in answer.findings:
+        lines.append(Text(f"{finding.kind}: {finding.what} ({finding.count:,})", style="red"))
+        more = " …" if finding.count > len(finding.ids) else ""
+        if finding.ids:
+            lines.append(Text(f"  {' '.join(finding.ids)}{more}"))
+    verdict = "nothing is different" if answer.ok else f"{len(answer.findings)} findings"
+    return Group(*lines, Text(f"{verdict}, in {answer.seconds:.1f} s", style="green" if answer.ok else "red"))
+
+
+def _side_by_side(answer: asking.WhatIf) -> RenderableType:
+    was, would, both = answer.was, answer.would, answer.agreement
+    rows = [
+        ("rule", _rule(was.parameters), _rule(would.parameters)),
+        ("accepted", f"{was.accepted:,} ({was.rate:.1%})", f"{would.accepted:,} ({would.rate:.1%})"),
+        ("prompts with any", f"{was.prompts:,}", f"{would.prompts:,}"),
+        ("accepted of a prompt", _spread(was.per_prompt), _spread(would.per_prompt)),
+        ("largest share of a prompt", f"{was.largest_share:.2%}", f"{would.largest_share:.2%}"),
+        ("mean score of the accepted", _number(was.score), _number(would.score)),
+        ("mean tokens of the accepted", _number(was.tokens), _number(would.tokens)),
+    ]
+    for reason in dict.fromkeys([*was.reasons, *would.reasons]):
+        if reason != "accepted":
+            rows.append((reason, f"{was.reasons.get(reason, 0):,}", f"{would.reasons.get(reason, 0):,}"))
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in (f"{answer.recipe} {answer.round}, {answer.candidates:,} candidates", "was", "would be"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    agreement = (
+        f"accepted by both {both.both:,}, only as it was {both.only_was:,}, only as it would be {both.only_would:,}, "
+        f"by neither {both.neither:,}; in {answer.seconds:.1f} s"
+    )
+    return Group(table, Text(agreement))
+
+
+def _rule(parameters: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parameters.items() if value is not None)
+
+
+def _spread(per_prompt: dict[int, int]) -> str:
+    """How many are accepted of a prompt: least, median, most."""
+    counts = sorted(per_prompt)
+    half, seen = sum(per_prompt.values()) / 2, 0
+    for count in counts:
+        seen += per_prompt[count]
+        if seen >= half:
+            return f"{counts[0]} to {counts[-1]}, median {count}"
+    return "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _differences(answer: differing.Diff) -> RenderableType:
+    lines: list[RenderableType] = []
+    for name, found in (("drawn to train on", answer.drawn), ("held out", answer.held_out)):
+        if found is None:
+            lines.append(Text(f"{name}: one of the rounds was not evaluated"))
+            continue
+        head = f"{name}: {found.shared:,} prompts in both; {found.solved:,} newly solved, {found.lost:,} lost"
+        table = Table(title=head, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        for column in ("mean over prompts", answer.before, answer.after, "difference", "interval"):
+            table.add_column(column)
+        for shift in found.shifts:
+            table.add_row(
+                shift.what,
+                _number(shift.before),
+                _number(shift.after),
+                f"{shift.difference:+.4g}",
+                f"[{_number(shift.low)}, {_number(shift.high)}]",
+            )
+        lines.append(table)
+        for what, changes in (("solved", found.solved_first), ("lost", found.lost_first)):
+            for change in changes[:5]:
+                lines.append(Text(f"  {what}: {change.text[:80]!r} {change.before:.0%} → {change.after:.0%}"))
+    return Group(*lines, *(Text(note, style="yellow") for note in answer.notes))

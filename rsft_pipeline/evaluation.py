@@ -5,7 +5,7 @@ Belongs here: metrics with intervals, the paired comparison, and the verdicts of
 
 The prompt is the unit of sampling: draws of one prompt resemble each other, so an interval over draws would be
 too narrow. Intervals are Student t over prompts: the means compared are of dozens of prompts or more, and it
-needs no random numbers, so a verdict can be replayed. For prompts that all agree see `_interval`.
+needs no random numbers, so a verdict can be replayed. For prompts that all agree see `interval`.
 """
 
 import math
@@ -111,7 +111,7 @@ def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> 
         values = np.array(list(_values(results, metric, k).values()))
         if not len(values):
             return None
-        low, high = _interval(values, confidence, None if metric == "mean_score" else (0.0, 1.0))
+        low, high = interval(values, confidence, None if metric == "mean_score" else (0.0, 1.0))
         return Estimate(float(values.mean()), low, high, len(values))
 
     return Summary(
@@ -140,7 +140,7 @@ def compare(
             f" (policy: {len(before)} prompts, checkpoint: {len(after)})"
         )
     differences = np.array([after[p] - before[p] for p in common])
-    low, high = _interval(differences, confidence, None if metric == "mean_score" else (-1.0, 1.0))
+    low, high = interval(differences, confidence, None if metric == "mean_score" else (-1.0, 1.0))
     tokens_before, tokens_after = ({r.prompt_id: r.tokens for r in results} for results in (policy, checkpoint))
     drift = sum(tokens_after[p] for p in common) / sum(tokens_before[p] for p in common)
     return Comparison(metric, float(differences.mean()), low, high, len(common), drift)
@@ -190,7 +190,7 @@ def _values(results: Sequence[PromptResult], metric: Metric, k: int) -> dict[str
     raise ValueError(f"{metric!r} is not a metric")
 
 
-def _interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:
+def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Confidence interval of the mean of independent values: Student t, cut at the bounds.
 
     When all values are equal t would claim certainty. Then what went unseen sets the width: something as frequent

@@ -7,7 +7,7 @@ training asks the blocking ones again itself, since a check stops only the run i
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsft_pipeline import rounds, steps
+from rsft_pipeline import revocations, rounds, steps
 from rsft_pipeline.evaluation import compare
 from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round
@@ -55,6 +55,13 @@ def no_eval_prompt(store: Store, round_: Round) -> Finding:
 
 
 BLOCKING = (something_accepted, no_eval_prompt)
+
+
+def nothing_revoked(store: Store, round_: Round) -> Finding:
+    """The checkpoint has learned nothing that was revoked since, neither itself nor by the weights that it came of."""
+    made = rounds.raw(store, round_.recipe.name, round_.key)["checkpoint"]
+    why = made and revocations.of_checkpoint(store, round_.recipe.name, made)
+    return Finding(not why, why or "nothing that it has learned was revoked")
 
 
 def acceptance_rate(store: Store, round_: Round) -> Finding:

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rsft_pipeline import acceptance, efficiency, steps
+from rsft_pipeline.evaluation import Estimate, interval
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.store import Store
@@ -244,6 +247,47 @@ def coverage_table(groups: Sequence[efficiency.Group]) -> str:
 def _within(share: float | None, low: float | None, high: float | None) -> str:
     """A share with its interval, for people; nothing where there is none."""
     return "" if share is None else f" = {share:.1%} ({low:.1%} to {high:.1%})"
+
+
+# --- held-out scores ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    means: dict[str, dict[str, Estimate]]  # by role, by scorer; a scorer that judged nothing has none
+    table: str
+
+
+def held_out_scores(store: Store, round_: "Round", contest: steps.Contest) -> HeldOutScores:
+    """Each scorer's mean over the held-out prompts, such as exact match and F1 side by side, for each role."""
+    means = {role: _means(store, round_, digest) for role, digest in contest.roles.items()}
+    rows = [
+        {"weights": role, "scorer": scorer, "mean": f"{e.value:.4f} ({e.low:.4f} to {e.high:.4f})", "prompts": e.n}
+        for role, of_scorer in means.items()
+        for scorer, e in of_scorer.items()
+    ]
+    return HeldOutScores(means, table(rows))
+
+
+def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate]:
+    """Over the prompts of which a scorer judged a candidate; Student t, as of the mean combined score."""
+    version_of = steps.versions(store, round_)
+    rows = store.query(
+        f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({steps.EVALUATION_CANDIDATES}) c
+            JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
+            WHERE list_contains($versions, s.version) AND s.value IS NOT NULL GROUP BY ALL ORDER BY ALL""",
+        {**steps.of_evaluation(round_, policy), "versions": list(version_of.values())},
+    )
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["scorer"], []).append(row["value"])
+    confidence = round_.recipe.evaluation.confidence
+    return {
+        scorer: Estimate(float(np.mean(of)), *interval(np.array(of), confidence, None), len(of))
+        for scorer in version_of
+        if (of := values.get(scorer))
+    }
 
 
 # --- classifiers ------------------------------------------------------------------------------

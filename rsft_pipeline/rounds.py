@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsft_pipeline import models
+from rsft_pipeline import models, revocations
 from rsft_pipeline.evaluation import FinishedRound, stop_reason
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
@@ -51,9 +51,18 @@ class Round:
 
 
 def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
-    """Raise RoundError when later rounds stand on this one: it cannot begin again then."""
-    later = "SELECT round FROM rounds WHERE recipe = ? AND round > ? ORDER BY round"
-    if standing := store.query(later, [recipe, round_key]):
+    """Raise RoundError when later rounds stand on this one: it cannot begin again then.
+
+    Nothing stands on a revoked round but what was revoked with it; nor, once that has begun again, do the rounds
+    that were there before.
+    """
+    now = raw(store, recipe, round_key)
+    if now and now["state"] == "revoked":
+        return
+    later = """SELECT round FROM rounds WHERE recipe = $recipe AND round > $round AND state <> 'revoked'
+               AND ($since IS NULL OR started_at > $since) ORDER BY round"""
+    since = now and now["started_at"]
+    if standing := store.query(later, {"recipe": recipe, "round": round_key, "since": since}):
         raise RoundError(
             f"{recipe} {round_key} cannot begin again: {standing[0]['round']} stands on it. "
             "To start over with another recipe, copy it under another name"
@@ -161,7 +170,7 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
         choice: `champion`, `previous` (the last round's checkpoint) or `base`.
 
     Raises:
-        RoundError: when an earlier round is not finished, or the weights are gone.
+        RoundError: when an earlier round is not finished, or the weights are gone or revoked.
     """
     earlier = [row for row in history(store, recipe.name) if row["round"] < round_key]
     if len(earlier) != number(round_key):
@@ -170,8 +179,12 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
         raise RoundError(f"{recipe.name} {round_key} needs {missing}, which is not finished: run that round first")
     if choice == "base" or not earlier:
         base = models.base(recipe, home.path)
-        return Weights(base.digest, base.path, "base")
-    return locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
+        weights = Weights(base.digest, base.path, "base")
+    else:
+        weights = locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
+    if why := revocations.of_weights(store, weights.digest):
+        raise RoundError(f"{recipe.name} {round_key} would start from {weights.source}: {why}")
+    return weights
 
 
 def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:

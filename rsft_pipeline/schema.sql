@@ -85,10 +85,11 @@ CREATE TABLE IF NOT EXISTS evaluations (
 
 CREATE TABLE IF NOT EXISTS rounds (
     recipe VARCHAR, round VARCHAR,
-    state VARCHAR,           -- 'started' or 'finished'
+    state VARCHAR,           -- 'started', 'finished', or 'revoked': to be run again
     policy VARCHAR, policy_source VARCHAR, checkpoint VARCHAR, champion VARCHAR,
     drawn_from VARCHAR,      -- digest of the weights that candidates come from: the policy's, or a teacher's
     controls VARCHAR,        -- JSON: digest of each control checkpoint
+    scorers VARCHAR,         -- JSON: the version of each scorer that its decisions rest on
     promoted BOOLEAN, verdict VARCHAR,
     candidates BIGINT, accepted BIGINT, distinct_accepted BIGINT, tokens BIGINT,
     -- JSON summaries with their intervals; the champion's is as it stands after the round
@@ -97,4 +98,14 @@ CREATE TABLE IF NOT EXISTS rounds (
     recipe_digest VARCHAR,
     started_at TIMESTAMPTZ, finished_at TIMESTAMPTZ,
     mlflow_run_id VARCHAR, dagster_run_id VARCHAR
+);
+
+-- What may be trained on no more, from then on (revocations.py). The rows of other tables stay as they are.
+CREATE TABLE IF NOT EXISTS revocations (
+    recipe VARCHAR,
+    kind VARCHAR,            -- 'candidate', 'prompt', 'source', 'scorer', 'checkpoint' or 'text'
+    what VARCHAR,            -- its id, name, version or digest; of a text: itself, or if erased its SHA-256
+    cause VARCHAR,           -- of what was reached by the revocation of something else: its kind and `what`
+    who VARCHAR, why VARCHAR, revoked_at TIMESTAMPTZ,
+    erased BOOLEAN           -- its text is no more in the tables as they are now
 );

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from rsft_pipeline import acceptance, lineage, merkle, models, prompts, rounds, sampling, scoring, tasks
+from rsft_pipeline import acceptance, lineage, merkle, models, prompts, revocations, rounds, sampling, scoring, tasks
 from rsft_pipeline.card import card
 from rsft_pipeline.devices import Device
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
@@ -94,7 +94,7 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     prompts.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
-    read = prompts.read(recipe, tokenizer, models.context_length(base.path))
+    read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, models.context_length(base.path)))
     sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
     read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
@@ -159,6 +159,7 @@ def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
 
 def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> list[Asked]:
     """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`."""
+    check_not_revoked(store, round_)  # before anything is drawn in vain
     recipe = round_.recipe
     scope = round_.key if split == "train" else EVALUATION
     number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts
@@ -252,6 +253,12 @@ def draw_all(
 # --- scores ----------------------------------------------------------------------------------
 
 
+def check_not_revoked(store: Store, round_: Round) -> None:
+    """Raise RoundError when the weights or a scorer of a round were revoked: nothing it drew could be accepted."""
+    if why := revocations.of_round(store, [round_.policy, round_.drawn_from], versions(store, round_)):
+        raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Change that, and run the round again")
+
+
 def versions(store: Store, round_: Round) -> dict[str, str]:
     """The version that each scorer has in a round, and that of the combined score."""
     recipe, before = round_.recipe, accepted_before(store, round_)
@@ -269,7 +276,7 @@ def accepted_before(store: Store, round_: Round) -> list[str]:
     rows = store.arrow(
         """SELECT DISTINCT c.text FROM decisions d
            JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
-           WHERE d.recipe = $recipe AND d.accepted AND d.round < $round ORDER BY c.text""",
+           WHERE d.recipe = $recipe AND d.accepted AND d.round < $round AND c.text IS NOT NULL ORDER BY c.text""",
         {"recipe": round_.recipe.name, "round": round_.key},
     )
     return rows["text"].to_pylist()
@@ -336,6 +343,7 @@ _UNSCORED = f"""
     FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
     ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
                AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
+    WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- an erased text is judged no more
 """
 
 
@@ -379,7 +387,8 @@ def scored(store: Store, round_: Round) -> str:
 
 def decide(store: Store, round_: Round, run_id: str) -> dict:
     """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters."""
-    recipe, candidates = round_.recipe, scored(store, round_)
+    check_not_revoked(store, round_)
+    recipe, candidates, version_of = round_.recipe, scored(store, round_), versions(store, round_)
 
     def work(connection):
         parameters, decisions = _decisions(connection, round_, candidates, recipe.sampling.most_draws)
@@ -388,6 +397,10 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
             f"""INSERT INTO decisions BY NAME
                 SELECT ? AS recipe, ? AS round, *, ? AS parameters, ? AS dagster_run_id FROM ({decisions})""",
             [recipe.name, round_.key, json.dumps(parameters), run_id],
+        )
+        connection.execute(
+            "UPDATE rounds SET scorers = ? WHERE recipe = ? AND round = ?",
+            [json.dumps(version_of), recipe.name, round_.key],
         )
         connection.execute("DROP TABLE scored")
         return parameters
@@ -416,20 +429,21 @@ def _decisions(connection, round_: Round, candidates: str, draws: int) -> tuple[
     (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
     if twice:
         raise RoundError(f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided")
+    revoked = revocations.set_aside(connection, recipe.name, recipe.seed)
     parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
-    return parameters, acceptance.decisions_sql("scored", parameters, recipe.seed)
+    return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"
 
 
 # --- training set ----------------------------------------------------------------------------
 
-# The candidates that were decided on, of one round or of all up to it.
+# The candidates that were decided on and may be trained on, of one round or of all up to it.
 _DECIDED = f"""
     SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
         d.prompt_id, p.split
     FROM decisions d
     JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
     JOIN (SELECT *, {merkle.PROMPT} AS prompt_hash FROM prompts WHERE recipe = $recipe) p ON p.prompt_id = d.prompt_id
-    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $last
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $last AND {revocations.ALLOWED}
 """
 # Those of them that a checkpoint is trained on.
 ACCEPTED = f"{_DECIDED} AND d.accepted"
@@ -447,8 +461,24 @@ _RANDOM = f"""
 
 def of_training(round_: Round) -> dict:
     """Parameters of ACCEPTED."""
-    first = round_.key if round_.recipe.training.data == "round" else "r000"
-    return {"recipe": round_.recipe.name, "first": first, "last": round_.key}
+    return training_rows(round_.recipe.name, round_.key, round_.recipe)[1]
+
+
+def training_rows(
+    name: str, round_key: str, settings: Recipe, trained_on: TrainedOn = "accepted"
+) -> tuple[str, dict[str, Any]]:
+    """SQL of the rows that a checkpoint of a round is trained on, and its parameters.
+
+    Args:
+        name: the recipe's.
+        settings: its fields as the round recorded them.
+    """
+    first = round_key if settings.training.data == "round" else "r000"
+    parameters = {"recipe": name, "first": first, "last": round_key}
+    if trained_on == "accepted":
+        return ACCEPTED, parameters
+    chance = {"distinct": settings.acceptance.distinct, "salt": f"control:{settings.seed}:"}
+    return {"everything": _EVERYTHING, "random": _RANDOM}[trained_on], {**parameters, **chance}
 
 
 def training_set(
@@ -456,9 +486,7 @@ def training_set(
 ) -> tuple[list[Sample], pa.ChunkedArray, int]:
     """What a checkpoint of the round is trained on, in the order of the ids, the leaf of each sample (merkle.py),
     and the snapshot that they were read from."""
-    chosen, parameters = {"accepted": ACCEPTED, "everything": _EVERYTHING, "random": _RANDOM}[trained_on], of_training(round_)
-    if trained_on != "accepted":
-        parameters |= {"distinct": round_.recipe.acceptance.distinct, "salt": f"control:{round_.recipe.seed}:"}
+    chosen, parameters = training_rows(round_.recipe.name, round_.key, round_.recipe, trained_on)
 
     def work(connection):
         sql = f"SELECT *, {merkle.LEAF} AS leaf FROM ({chosen}) ORDER BY candidate_id"
@@ -475,6 +503,14 @@ def training_set(
         for row in rows
     ]
     return samples, read["leaf"], snapshot
+
+
+def _scorers(store: Store, round_: Round) -> list[str]:
+    """The scorer versions that the decisions on a training set rest on."""
+    rows = store.query(
+        "SELECT scorers FROM rounds WHERE recipe = $recipe AND round BETWEEN $first AND $last", of_training(round_)
+    )
+    return sorted({version for row in rows for version in json.loads(row["scorers"] or "{}").values()})
 
 
 @dataclass(frozen=True)
@@ -535,6 +571,7 @@ def train(
         "merkle_root": merkle.root(leaves),
         "samples": len(samples),
         "store_snapshot": snapshot,
+        "scorers": _scorers(store, round_),
         "training": recipe.training.model_dump(mode="json"),
         "recipe_digest": recipe.digest,
         "steps": len(history.steps),
@@ -578,6 +615,7 @@ def train(
         made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
         store_replace(connection, "checkpoints", [row], **made)
         store_replace(connection, "training_samples", members, **made)
+        revocations.lift(connection, checkpoint.digest)
         told = "checkpoint = ?", checkpoint.digest
         if trained_on != "accepted":
             control = json.dumps({trained_on: checkpoint.digest})
@@ -633,6 +671,8 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
         raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")
     if missing := set(round_.recipe.controls) - set(controls):
         raise RoundError(f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first")
+    if why := revocations.of_checkpoint(store, round_.recipe.name, made):
+        raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its beginning")
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
     return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
 

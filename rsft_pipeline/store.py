@@ -9,9 +9,11 @@ writer that meets another retries.
 
 import importlib.util
 import random
+import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,8 +51,10 @@ class Store:
         attach = f"ATTACH {_quoted('ducklake:' + catalog)} AS lake ({', '.join(options)})"
         self._patiently(lambda: self._connection.execute(attach))
         self._connection.execute("USE lake")
-        if not self.query("SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = 'rounds'"):
-            self.commit(lambda connection: connection.execute(SCHEMA.read_text(encoding="utf-8")))
+        schema = SCHEMA.read_text(encoding="utf-8")
+        there = self.query("SELECT table_name FROM duckdb_tables() WHERE database_name = 'lake'")
+        if not set(re.findall(r"EXISTS (\w+)", schema)) <= {row["table_name"] for row in there}:
+            self.commit(lambda connection: connection.execute(schema))
 
     @classmethod
     def at(cls, home: Path, **options: Any) -> "Store":
@@ -123,6 +127,30 @@ class Store:
         for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
             sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
             self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
+
+    def forget(self) -> list[str]:
+        """Make the present all that can be read: what was replaced or deleted is gone from the files too.
+
+        Every older snapshot goes, those that checkpoints name too. No other process may be writing: its files, not
+        yet committed, would be taken for a killed writer's. Returns local files that are there all the same.
+        """
+        for sql in (
+            "ducklake_flush_inlined_data('lake')",
+            "ducklake_rewrite_data_files('lake', delete_threshold => 0)",
+            "ducklake_expire_snapshots('lake', older_than => now())",
+            "ducklake_cleanup_old_files('lake', cleanup_all => true)",
+            "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
+        ):
+            self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
+        backend, _, catalog = self.catalog.partition(":")
+        if backend == "sqlite":  # what SQLite deletes stays in its file until that is written anew
+            with closing(sqlite3.connect(catalog, timeout=60, isolation_level=None)) as connection:
+                connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        tables = self.query("SELECT table_name FROM ducklake_table_info('lake')")
+        listed = "SELECT data_file, delete_file FROM ducklake_list_files('lake', ?)"
+        present = {file for row in tables for one in self.query(listed, [row["table_name"]]) for file in one.values()}
+        return sorted(str(file) for file in Path(self.data).rglob("*.parquet") if str(file) not in present)
 
     def _patiently(self, attempt: Callable[[], T], patience: float = 60.0) -> T:
         """Try again while another process is writing, for up to a minute."""

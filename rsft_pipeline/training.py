@@ -34,7 +34,7 @@ from rsft_pipeline.recipe import Training
 
 log = logging.getLogger(__name__)
 
-WINDOW = 8  # steps whose samples are sorted by length together: less padding, and still a random order
+PART = {"cpu": 1024}  # tokens computed at once, by device; 8192 elsewhere
 
 
 class TrainingError(RuntimeError):
@@ -133,15 +133,16 @@ def fit(
         for number, chosen in enumerate(steps[history.resumed_from :], start=history.resumed_from + 1):
             batch = [samples[i] for i in chosen]
             tokens = sum(len(sample.completion_ids) for sample in batch)
-            loss = 0.0
-            for part in _parts(batch, training.accumulation):
+            loss = torch.zeros((), device=device.kind)
+            for part in parts(batch, training.accumulation, PART.get(device.kind, 8192)):
                 inputs = {name: tensor.to(device.kind) for name, tensor in task.collate(part, pad_id).items()}
                 weights = torch.tensor([sample.weight for sample in part], device=device.kind)
                 with mixed:
                     part_loss = (weights * task.token_losses(model, inputs)).sum() / tokens
                 part_loss.backward()
-                loss += part_loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), training.clip).item()
+                loss += part_loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), training.clip)
+            loss, norm = torch.stack([loss, norm]).tolist()  # the only place where the host waits
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingError(
                     f"step {number} of {len(steps)}: the loss is {loss} and the gradient's norm {norm}; a lower "
@@ -179,8 +180,8 @@ def plan(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> l
         order += rng.sample(range(len(lengths)), len(lengths))
     del order[total:]
     steps = []
-    for start in range(0, total, WINDOW * batch_size):
-        window = sorted(order[start : start + WINDOW * batch_size], key=lambda i: lengths[i])
+    for start in range(0, total, 8 * batch_size):
+        window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
         cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(cut)
         steps += cut
@@ -202,9 +203,27 @@ def factor(step: int, steps: int, training: Training) -> float:
             return (1.0 + math.cos(math.pi * done)) / 2
 
 
-def _parts(batch: list[Sample], count: int) -> list[list[Sample]]:
-    size = math.ceil(len(batch) / count)
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
+def parts(batch: Sequence[Sample], count: int, tokens: int) -> list[list[Sample]]:
+    """A step's samples in parts that are computed one after another, of like length and not far over `tokens` tokens.
+
+    At least `count` parts. Samples of one prompt stay together where they fit: a task may read what they
+    share once.
+    """
+    of_prompt: dict[tuple[int, ...], list[Sample]] = {}
+    for sample in sorted(batch, key=_length):
+        of_prompt.setdefault(tuple(sample.prompt_ids), []).append(sample)
+    ordered = [sample for same in sorted(of_prompt.values(), key=lambda same: _length(same[-1])) for sample in same]
+    tokens = min(tokens, math.ceil(sum(map(_length, batch)) / count))
+    found: list[list[Sample]] = []
+    for sample in ordered:
+        if not found or max(map(_length, [*found[-1], sample])) * (len(found[-1]) + 1) > tokens:
+            found.append([])
+        found[-1].append(sample)
+    return found
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt_ids) + len(sample.completion_ids)
 
 
 def _optimizer(parameters, training: Training):
@@ -218,6 +237,7 @@ def _optimizer(parameters, training: Training):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ],
         lr=training.learning_rate,
+        fused=True,
     )
 
 

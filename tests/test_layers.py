@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOWNWARDS = ["cli", "definitions", "automation", "assets", "resources", "rsft_pipeline"]
+DOWNWARDS = ["cli", "web", "definitions", "automation", "assets", "resources", "rsft_pipeline"]
 
 
 def imports(file: Path) -> set[str]:
@@ -31,6 +31,11 @@ def test_imports_go_down_the_list_only():
         for file in files_of(layer):
             upwards = imports(file) & set(DOWNWARDS[:i])
             assert not upwards, f"{file.relative_to(ROOT)} imports {sorted(upwards)}, which stand above it"
+
+
+def test_the_audit_pages_stand_on_resources_and_the_method_alone():
+    for file in files_of("web"):
+        assert not imports(file) & {"dagster", "mlflow", "definitions", "automation", "assets"}, file
 
 
 def test_the_method_imports_no_dagster_and_no_mlflow():

@@ -177,7 +177,8 @@ def test_the_likelihood_of_each_completion_is_its_own_whatever_the_batch(judge, 
     found = judge(rows, kind="likelihood", source=str(teachers[kind]), batch_size=2)
     assert found == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 5
-    assert judge([Sample("q", "", None, {}, None, ended=False)], kind="likelihood", source=str(teachers[kind])) == [None]
+    nothing = Sample("q", "", None, {}, None, ended=False)
+    assert judge([nothing], kind="likelihood", source=str(teachers[kind])) == [None]
 
 
 def test_a_likelihood_longer_than_the_models_context_is_not_judged(judge, teachers):

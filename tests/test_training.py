@@ -89,8 +89,8 @@ def test_a_model_that_cannot_keep_positions_gives_the_same_loss():
     model = tiny()
 
     class Plain(torch.nn.Module):
-        def forward(self, input_ids, attention_mask, use_cache):
-            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        def forward(self, input_ids, use_cache):
+            return model(input_ids=input_ids, use_cache=use_cache)
 
     batch = causal.collate(SAMPLES, pad_id=0)
     torch.testing.assert_close(causal.token_losses(Plain(), batch), causal.token_losses(model, batch))

@@ -11,9 +11,10 @@ MLflow's pages.
 
 import hmac
 import logging
+import re
 import secrets
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
@@ -25,7 +26,7 @@ from rsft_pipeline.store import Store
 from web import pages
 from web.show import render
 
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'",
@@ -85,7 +86,7 @@ def create(store: Store, home: Home, *, allow_revoke: bool = False) -> FastAPI:
 async def _check(request: Request) -> None:
     """Raise Refused for what does not come from this machine, or would change something and may not."""
     host = request.headers.get("host", "")
-    if urlsplit(f"//{host}").hostname not in LOOPBACK:
+    if not LOOPBACK.fullmatch(host):
         raise Refused(f"These pages answer to 127.0.0.1 and localhost, not to {host!r}.")
     if request.method in ("GET", "HEAD"):
         return

@@ -52,8 +52,8 @@ class RoundsPlot:
 
 
 def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | None:
-    """The plot of a recipe's finished rounds; None while there is none."""
-    done = [row for row in history if row["state"] == "finished"]
+    """The plot of a recipe's rounds that came to an end; None while there is none."""
+    done = [row for row in history if row["state"] != "started"]
     if not done:
         return None
     width, height, left, right, top, bottom = 1120, 250, 46, 10, 12, 220
@@ -173,7 +173,7 @@ class Chain:
 
     columns: list[list[Node]]
     edges: list[tuple[Node, Node]]
-    box: tuple[int, int] = (148, 62)
+    box: tuple[int, int] = (140, 64)
     width: int = 0
     height: int = 0
     paths: list[str] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Chain:
 def chain(columns: list[list[Node]], edges: list[tuple[Node, Node]]) -> Chain:
     """Place the boxes: columns side by side, each centred."""
     made = Chain(columns, edges)
-    (wide, high), across, down = made.box, 34, 16
+    (wide, high), across, down = made.box, 30, 16
     rows = max(len(column) for column in columns)
     made.width = len(columns) * (wide + across) - across + 2
     made.height = rows * (high + down) - down + 2

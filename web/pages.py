@@ -4,13 +4,19 @@ Belongs here: for each address, what is asked of rsft_pipeline/audit and handed 
 asked (browse.py and its neighbours), what it looks like (templates/), nor who may see it (app.py).
 """
 
-from typing import Annotated, Any
+from contextlib import suppress
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from resources import pages as to
-from rsft_pipeline.audit import browse
+from rsft_pipeline.audit import browse, ids
+from rsft_pipeline.audit import impact as following
+from rsft_pipeline.audit import revoke as revoking
+from rsft_pipeline.audit import trace as tracing
+from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 from web import drawing
 from web.show import render
@@ -111,14 +117,89 @@ def _matching(asked: browse.Asked, decided: browse.Decisions) -> int | None:
 # --- one thing -------------------------------------------------------------------------------
 
 
+@router.get("/recipes/{recipe}/candidates/{candidate_id}")
+def candidate(request: Request, recipe: str, candidate_id: str) -> str:
+    found = tracing.trace(request.app.state.store, candidate_id, recipe)
+    return _page(request, "candidate.html", trace=found, chain=_chain(found))
+
+
+def _chain(found: tracing.Trace) -> drawing.Chain:
+    """The graph of a candidate: where it came from, what was said of it, and where it went."""
+    Node, recipe, asked, weights = drawing.Node, found.recipe, found.prompt, found.weights
+    source, prompt_ = Node("source", "not in the store"), Node("prompt", "not in the store")
+    if asked:
+        page = to.prompt(recipe, asked.prompt_id)
+        source = Node("source", asked.source, page, more=f"line {asked.line:,}")
+        prompt_ = Node("prompt", asked.text or "erased", page, more=f"split {asked.split}")
+    this = Node("candidate", found.draw.text or "∅", kind="this", more=f"{found.round}, draw {found.draw.draw}")
+    columns, edges = [[source], [prompt_], [this]], [(source, prompt_), (prompt_, this)]
+    for weight, title, column in zip((weights[:1], weights[1:][-1:]), ("policy", "base model"), (1, 0), strict=True):
+        for one in weight:
+            node = Node(title, one.digest[:8], to.checkpoint(recipe, one.digest), more=one.source)
+            edges.append((node, columns[column + 1][-1]))
+            columns[column].append(node)
+    if found.scores:
+        last = found.scores[-1]
+        value = "cannot judge" if last.value is None else f"{last.value:.4g}"
+        scorers = ", ".join(dict.fromkeys(score.scorer for score in found.scores[:-1]))
+        columns.append([Node("score", value, "#scores", more=scorers)])
+    if decided := found.decision:
+        kind = "yes" if decided.accepted else "no"
+        columns.append([Node("decision", decided.reason, "#decision", kind, f"u = {decided.u:.4g}")])
+    edges += [(before[0], after[0]) for before, after in pairwise(columns[2:])]
+    trained = [one for one in found.learned if one.weight is not None]
+    if trained:
+        made = [
+            Node(one.role, one.checkpoint[:8], to.checkpoint(one.recipe, one.checkpoint), more=one.round)
+            for one in trained[:3]
+        ]
+        if len(trained) > 3:
+            made.append(Node("checkpoints", f"{len(trained) - 3} more", "#learned"))
+        edges += [(columns[-1][0], node) for node in made]
+        columns.append(made)
+        if later := len(found.learned) - len(trained):
+            columns.append([Node("later checkpoints", f"{later} from there", "#learned", more=found.learned[-1].round)])
+            edges += [(node, columns[-1][0]) for node in made]
+    return drawing.chain(columns, edges)
+
+
+@router.get("/recipes/{recipe}/candidates/{candidate_id}/text", response_class=PlainTextResponse)
+def whole_candidate(request: Request, recipe: str, candidate_id: str) -> str:
+    return tracing.trace(request.app.state.store, candidate_id, recipe).draw.text or ""
+
+
+@router.get("/recipes/{recipe}/candidates/{candidate_id}/tokens", response_class=PlainTextResponse)
+def whole_tokens(request: Request, recipe: str, candidate_id: str) -> str:
+    return " ".join(map(str, tracing.trace(request.app.state.store, candidate_id, recipe).draw.token_ids or ()))
+
+
+@router.get("/recipes/{recipe}/checkpoints/{digest}")
+def checkpoint(request: Request, recipe: str, digest: str, verify: bool = False, after: After = None) -> str:
+    store = request.app.state.store
+    weights = browse.weights(store, recipe, digest)
+    page = browse.trained_on(store, recipe, digest, after) if weights.row else None
+    verification = verifying.verify(store, weights.row, request.app.state.home) if verify and weights.row else None
+    return _page(
+        request,
+        "checkpoint.html",
+        recipe=recipe,
+        weights=weights,
+        verification=verification,
+        page=page,
+        after=after,
+        first=_first(request),
+        following=page and _following(request, page),
+    )
+
+
 @router.get("/recipes/{recipe}/prompts/{prompt_id}")
 def prompt(request: Request, recipe: str, prompt_id: str, after: After = None) -> str:
-    store = request.app.state.store
-    page = browse.drawn_for(store, recipe, prompt_id, after)
+    page = browse.drawn_for(request.app.state.store, recipe, prompt_id, after)
     return _page(
         request,
         "prompt.html",
         prompt=_prompt(request, recipe, prompt_id),
+        revoked=browse.revoked(request.app.state.store, recipe, prompt_id),
         page=page,
         after=after,
         first=_first(request),
@@ -127,17 +208,20 @@ def prompt(request: Request, recipe: str, prompt_id: str, after: After = None) -
 
 
 def _prompt(request: Request, recipe: str, prompt_id: str) -> dict:
-    rows = request.app.state.store.query(
-        "SELECT * FROM prompts WHERE recipe = $recipe AND prompt_id = $prompt", {"recipe": recipe, "prompt": prompt_id}
-    )
-    if not rows:
+    found = browse.prompt(request.app.state.store, recipe, prompt_id)
+    if found is None:
         raise AuditError(f"{recipe} has no prompt {prompt_id}.")
-    return rows[0]
+    return found
 
 
 @router.get("/recipes/{recipe}/prompts/{prompt_id}/text", response_class=PlainTextResponse)
-def whole_prompt(request: Request, recipe: str, prompt_id: str) -> str:
-    return _prompt(request, recipe, prompt_id)["text"]
+def whole_prompt(
+    request: Request,
+    recipe: str,
+    prompt_id: str,
+    part: Literal["text", "reference", "fields", "messages"] = "text",
+) -> str:
+    return _prompt(request, recipe, prompt_id)[part] or ""
 
 
 # --- refused rows, and anything --------------------------------------------------------------
@@ -164,8 +248,49 @@ def quarantine(request: Request, recipe: str = "", reason: str = "", after: Afte
 def find(request: Request, q: str = "") -> Response:
     """To the thing that has this id; or the prompts that contain these words."""
     store, wanted = request.app.state.store, q.strip()
-    if found := browse.named(store, wanted):
-        kind, recipe, identity = found
-        return RedirectResponse({"round": to.round_}.get(kind, getattr(to, kind, None))(recipe, identity))
+    with suppress(AuditError):
+        thing = ids.thing(store, wanted)
+        if page := {"candidate": to.candidate, "prompt": to.prompt, "checkpoint": to.checkpoint}.get(thing.kind):
+            return RedirectResponse(page(thing.recipes[0], thing.what))
     found = browse.prompts_with(store, wanted) if wanted else []
     return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found))
+
+
+# --- taking something out of use --------------------------------------------------------------
+
+
+@router.get("/revocations")
+def revocations(request: Request, after: After = None) -> str:
+    page = browse.revocations(request.app.state.store, after)
+    return _page(
+        request,
+        "revocations.html",
+        page=page,
+        after=after,
+        first=_first(request),
+        following=_following(request, page),
+    )
+
+
+@router.get("/recipes/{recipe}/revoke/{kind}/{what}")
+def confirm(request: Request, recipe: str, kind: str, what: str) -> str:
+    """What revoking something would reach, before anybody does."""
+    found = following.impact(request.app.state.store, _thing(request, recipe, kind, what))
+    return _page(request, "revoke.html", recipe=recipe, impact=found)
+
+
+@router.post("/recipes/{recipe}/revoke/{kind}/{what}")
+def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
+    """Revoke it. app.py has seen to it that this is allowed, and wanted."""
+    form, thing = request.state.form, _thing(request, recipe, kind, what)
+    who, why = form.get("who", ""), form.get("why", "")
+    revoking.revoke(request.app.state.store, thing, who=who, why=why, erase="erase" in form)
+    return RedirectResponse("/revocations", status_code=303)
+
+
+def _thing(request: Request, recipe: str, kind: str, what: str) -> ids.Thing:
+    """Something that has a page here, by its whole id."""
+    found = ids.thing(request.app.state.store, what, recipe)
+    if (found.kind, found.what) != (kind, what):
+        raise AuditError(f"{recipe} has no {kind} {what}.")
+    return found

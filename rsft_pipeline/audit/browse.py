@@ -10,11 +10,15 @@ as by their own id: ids are hashes, in no order, but a prompt's rows stand toget
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.impact import MADE, descend
+from rsft_pipeline.audit.reading import Query, at_once
+from rsft_pipeline.revocations import said
 from rsft_pipeline.store import Store
 
 ROWS = 25  # of a page
@@ -146,7 +150,8 @@ def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: s
     """A page of a round's candidates.
 
     Rows: candidate_id, prompt_id, round, accepted, reason, score, log_a, u (NULL: not decided), text, prompt (both cut
-    to SNIPPET), characters, tokens, draw, finish_reason, split.
+    to SNIPPET; NULL: erased), characters, tokens, draw, finish_reason, split, policy, revoked (itself, its prompt or
+    its policy).
 
     Raises:
         AuditError: `after` is not what an earlier page gave as `following`.
@@ -238,6 +243,8 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
         contents = [row["content"] for row in asked.values()]
         found = store.query(_JUDGED, {"recipe": recipe, "ids": undecided, "contents": contents})
         judged = {row["candidate_id"]: row for row in found}
+    named = [*ids, *prompts, *{row["policy"] for row in drawn.values()}]
+    revoked = {row["what"] for row in store.query(_REVOKED, {"named": named})}
     return [
         {
             **_UNKNOWN,
@@ -246,24 +253,89 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
             **asked.get(row["prompt_id"], {}),
             **judged.get(row["candidate_id"], {}),
             **decided.get(row["candidate_id"], {}),
+            "revoked": not revoked.isdisjoint(
+                (row["candidate_id"], row["prompt_id"], drawn.get(row["candidate_id"], {}).get("policy"))
+            ),
         }
         for row in rows
     ]
 
 
 _DRAWN_COLUMNS = f"""candidate_id, round, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
-    finish_reason, split"""
+    finish_reason, split, policy"""
 _DECIDED_COLUMNS = "candidate_id, accepted, reason, score, log_a, u"
 _PROMPT_COLUMNS = f"prompt_id, text[:{SNIPPET}] AS prompt, content"
 _UNKNOWN = {
     **dict.fromkeys(("round", "text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
     **dict.fromkeys(("accepted", "reason", "score", "log_a", "u")),
 }
+_REVOKED = "SELECT what FROM revocations WHERE list_contains($named, what)"
 _JUDGED = """
     SELECT candidate_id, max_by(value, rowid) AS score FROM scores
     WHERE recipe = $recipe AND scorer = 'combined' AND list_contains($contents, content)
         AND list_contains($ids, candidate_id)
     GROUP BY candidate_id"""
+
+
+# --- one thing ---------------------------------------------------------------------------------
+
+
+def prompt(store: Store, recipe: str, prompt_id: str) -> dict | None:
+    """A prompt's row, or None."""
+    of = {"recipe": recipe, "id": prompt_id}
+    return next(iter(store.query("SELECT * FROM prompts WHERE recipe = $recipe AND prompt_id = $id", of)), None)
+
+
+def revoked(store: Store, recipe: str, prompt_id: str) -> list[str]:
+    """The revocations of a prompt, in words."""
+    sql = "SELECT * FROM revocations WHERE kind = 'prompt' AND recipe = $recipe AND what = $id"
+    return [said(row) for row in store.query(sql, {"recipe": recipe, "id": prompt_id})]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a recipe, whether a round made them or not, and their relations."""
+
+    digest: str
+    row: dict | None  # of `checkpoints`; None: no round made them
+    line: list[dict | str]  # from the base model's digest, by rows of `checkpoints`, to these weights
+    later: dict[str, tuple[dict, str]]  # digest → its row, and how it came of these weights
+    sampled_by: list[str]  # rounds
+    reigned: list[str]  # rounds that left them as the champion
+    champion: bool  # now
+    revoked: list[str]  # in words
+
+
+def weights(store: Store, recipe: str, digest: str) -> Weights:
+    """What is recorded of weights. Raises AuditError where no round knows them."""
+    return at_once(store, lambda query: _weights(query, recipe, digest))
+
+
+def _weights(query: Query, recipe: str, digest: str) -> Weights:
+    of = {"recipe": recipe, "digest": digest}
+    rounds = query("SELECT * FROM rounds WHERE recipe = $recipe ORDER BY round", of)
+    made = query(MADE)
+    known = {row["checkpoint"]: row for row in made if row["recipe"] == recipe}
+    line: list[dict | str] = []
+    one = digest
+    while one in known and known[one] not in line:
+        line.insert(0, known[one])
+        one = known[one]["parent"]
+    if digest not in known and not any(digest in (row["policy"], row["drawn_from"]) for row in rounds):
+        raise AuditError(f"{recipe} has no checkpoint {digest}.")
+    through = descend(made, {digest: ""})
+    rows = query("SELECT * FROM checkpoints WHERE recipe = $recipe AND checkpoint = $digest ORDER BY round", of)
+    revoked = query("SELECT * FROM revocations WHERE kind = 'checkpoint' AND what = $digest", of)
+    return Weights(
+        digest,
+        rows[-1] if rows else None,
+        [one, *line],
+        {row["checkpoint"]: (row, through[row["checkpoint"]]) for row in made if through.get(row["checkpoint"])},
+        [row["round"] for row in rounds if digest in (row["policy"], row["drawn_from"])],
+        [row["round"] for row in rounds if row["champion"] == digest],
+        [row["champion"] for row in rounds if row["state"] == "finished"][-1:] == [digest],
+        [said(row) for row in revoked],
+    )
 
 
 # --- prompts, and rows that were refused -------------------------------------------------------
@@ -295,21 +367,23 @@ def prompts_with(store: Store, text: str) -> list[dict]:
     )
 
 
-def named(store: Store, identity: str) -> tuple[str, str, str] | None:
-    """What has this whole id: its kind (`round`, `checkpoint`, `prompt` or `candidate`), its recipe, and its id there."""
-    for kind, sql in _NAMED.items():
-        if found := store.query(sql, {"id": identity}):
-            return kind, found[0]["recipe"], found[0]["id"]
-    return None
+# --- revocations -------------------------------------------------------------------------------
 
 
-_NAMED = {
-    "round": """SELECT recipe, round AS id FROM rounds
-                WHERE $id IN (dagster_run_id, mlflow_run_id, concat(recipe, ' ', round))""",
-    "checkpoint": "SELECT recipe, checkpoint AS id FROM checkpoints WHERE checkpoint = $id",
-    "prompt": "SELECT recipe, prompt_id AS id FROM prompts WHERE prompt_id = $id",
-    "candidate": "SELECT recipe, candidate_id AS id FROM candidates WHERE candidate_id = $id",
-}
+def revocations(store: Store, after: str | None = None) -> Page:
+    """A page of what was revoked, the newest first: rows of `revocations` but for those that another one caused, and
+    how many these are, in `caused`."""
+    key, name = _place(after, float) if after is not None else (math.inf, "")
+    rows = store.query(
+        f"""SELECT r.*, epoch_us(r.revoked_at)::DOUBLE AS key, concat(r.recipe, ' ', r.kind, ' ', r.what) AS name,
+                (SELECT count(*) FROM revocations c WHERE c.cause = concat(r.kind, ' ', r.what) AND c.recipe = r.recipe)
+                    AS caused
+            FROM revocations r WHERE cause IS NULL AND (key < $key OR (key = $key AND name > $name))
+            ORDER BY key DESC, name LIMIT {ROWS + 1}""",
+        {"key": key, "name": name},
+    )
+    following = json.dumps([rows[ROWS - 1]["key"], rows[ROWS - 1]["name"]]) if len(rows) > ROWS else None
+    return Page(rows[:ROWS], following)
 
 
 # --- places ------------------------------------------------------------------------------------

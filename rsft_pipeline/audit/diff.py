@@ -4,13 +4,16 @@ Belongs here: comparing the rounds prompt by prompt, on the prompts that both as
 checkpoint beats its champion, which each round's own evaluation has decided (evaluation.py).
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from rsft_pipeline import acceptance, rounds, steps
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
-from rsft_pipeline.evaluation import Comparison, PromptResult, compare
+from rsft_pipeline.evaluation import PromptResult, interval
 from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.store import Store
@@ -34,8 +37,8 @@ class Shift:
     before: float
     after: float
     difference: float
-    low: float
-    high: float
+    low: float | None  # None: open, where all prompts moved alike and nothing bounds the value
+    high: float | None
     prompts: int
 
 
@@ -129,22 +132,24 @@ def _compared(store: Store, recipe: Recipe, results: Sequence[Sequence[PromptRes
 
 
 def _shifts(before: Sequence[PromptResult], after: Sequence[PromptResult], level: float) -> list[Shift]:
-    """How success, score and length moved. `compare` pairs means of anything: length goes in the score's place."""
-    as_score = {
+    """How success, score and length moved."""
+    shares = {
         "share of successes": lambda r: r.passes / r.draws,
-        "score": lambda r: r.score,
-        "tokens": lambda r: r.tokens,
         "distinct texts per draw": lambda r: r.distinct / r.draws,
     }
+    means = {"score": lambda r: r.score, "tokens": lambda r: r.tokens}
     shifts = []
-    for what, value in as_score.items():
-        sides = [[replace(r, score=value(r)) for r in each if value(r) is not None] for each in (before, after)]
-        common = {r.prompt_id for r in sides[0]} & {r.prompt_id for r in sides[1]}
+    for what, value in {**shares, **means}.items():
+        sides = [{r.prompt_id: value(r) for r in each if value(r) is not None} for each in (before, after)]
+        common = sorted(sides[0].keys() & sides[1].keys())
         if not common:
             continue
-        found: Comparison = compare(*sides, "mean_score", k=1, confidence=level)
-        means = [sum(r.score for r in each if r.prompt_id in common) / len(common) for each in sides]
-        shifts.append(Shift(what, *means, found.difference, found.low, found.high, found.n))
+        first, second = (np.array([side[prompt] for prompt in common]) for side in sides)
+        low, high = interval(second - first, level, (-1.0, 1.0) if what in shares else None)
+        ends = (end if math.isfinite(end) else None for end in (low, high))
+        shifts.append(
+            Shift(what, *map(float, (first.mean(), second.mean(), (second - first).mean())), *ends, len(common))
+        )
     return shifts
 
 

@@ -1,12 +1,17 @@
 """Findings: what an audit of stored rows compared, and what it found different.
 
-Belongs here: the form of the answer that replay and verify share, and telling which of the store's files cannot
-be read. Not: what is compared with what (replay.py, verify.py).
+Belongs here: the form of the answer that replay and verify share, and reading a store whose files were changed
+behind its back. Not: what is compared with what (replay.py, verify.py).
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import duckdb
 
@@ -15,13 +20,14 @@ from rsft_pipeline.store import Store
 NAMED = 20  # ids that a finding names; it counts all
 
 Kind = Literal["data", "rule", "scorer", "weights", "file"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something that is not as it was recorded."""
 
-    kind: Kind  # what differs: stored rows, the rule, what a scorer gives, the weights, or a file that is unreadable
+    kind: Kind  # what differs: stored rows, the rule, what a scorer gives, the weights, or one of the store's files
     what: str
     count: int  # how many rows are concerned
     ids: tuple[str, ...] = ()  # the first of them: of candidates, unless `what` says otherwise
@@ -37,35 +43,119 @@ class Check:
     note: str = ""
 
 
+@dataclass
+class Notes:
+    """The comparisons made so far, and what they found."""
+
+    checks: list[Check] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def __call__(self, check: Check, *findings: Finding) -> None:
+        self.checks.append(check)
+        self.findings.extend(findings)
+
+
 def named(kind: Kind, what: str, ids: Iterable[str]) -> Finding:
     """A finding about these ids, of which the first in order are named."""
     ids = sorted(ids)
     return Finding(kind, what, len(ids), tuple(ids[:NAMED]))
 
 
-def unreadable(store: Store, tables: Iterable[str], error: duckdb.Error) -> list[Finding]:
-    """Which of these tables' files made a query fail, by reading each on its own.
+# --- files --------------------------------------------------------------------------------------
 
-    A candidate is named where its id can still be read though its row cannot.
+
+def read(
+    store: Store, tables: Sequence[str], notes: Notes, work: Callable[[duckdb.DuckDBPyConnection, Notes], T]
+) -> T | None:
+    """Do the work in one transaction, and add what it notes.
+
+    Where one of the tables' files cannot be read, that is noted, and the answer is None. Where one was written anew
+    but can be read, that is noted too, and the work is done on what it holds now: it can then say which rows changed.
+
+    Raises:
+        duckdb.Error: the work failed though each file is the one that the catalog knows.
     """
-    found = []
-    for table in tables:
-        for row in store.query("SELECT data_file FROM ducklake_list_files('lake', ?)", [table]):
-            try:
-                store.value("SELECT bit_xor(hash(f)) FROM read_parquet(?) f", [row["data_file"]])
-            except duckdb.Error as reason:
-                what = f"{row['data_file']} of the table {table} cannot be read: {_first_line(reason)}"
-                found.append(named("file", what, _ids(store, row["data_file"])))
-    return found or [Finding("file", f"the store cannot be read: {_first_line(error)}", 0)]
 
+    def attempt(connection: duckdb.DuckDBPyConnection) -> tuple[T, Notes]:
+        found = Notes()  # of this attempt: a commit that meets another is made again
+        return work(connection, found), found
 
-def _ids(store: Store, file: str) -> list[str]:
     try:
-        rows = store.query("SELECT DISTINCT candidate_id FROM read_parquet(?)", [file])
-    except duckdb.Error:  # it has no such column, or that is the one
-        return []
-    return [row["candidate_id"] for row in rows]
+        result, found = store.commit(attempt)
+    except duckdb.Error:
+        files = [file for table in tables for file in _files(store, table)]
+        wrong = [file for file in files if file.wrong]
+        if not wrong:
+            raise
+        notes(Check("files of the store", len(files), len(wrong)), *(_finding(store, file) for file in wrong))
+        if not all(file.readable for file in wrong) or not store.catalog.startswith("sqlite:"):
+            return None
+        with _knowing(store, wrong) as other:
+            result, found = other.commit(attempt)
+    notes.checks += found.checks
+    notes.findings += found.findings
+    return result
 
 
-def _first_line(error: duckdb.Error) -> str:
-    return str(error).splitlines()[0]
+@dataclass(frozen=True)
+class _File:
+    """A Parquet file of a table: how it is, and how the catalog knows it."""
+
+    table: str
+    path: str
+    size: int
+    footer: int
+    wrong: str  # what is wrong with it, in words; empty: nothing
+    readable: bool
+
+
+def _files(store: Store, table: str) -> Iterator[_File]:
+    listed = store.query("SELECT * FROM ducklake_list_files('lake', ?)", [table])
+    catalog = {
+        row[f"{of}_file"]: tuple(row[f"{of}_file_{what}"] for what in ("size_bytes", "footer_size"))
+        for row in listed
+        for of in ("data", "delete")
+        if row[f"{of}_file"]
+    }
+    for path, known in catalog.items():
+        size, footer, wrong, readable = 0, 0, "", True
+        try:
+            store.value("SELECT bit_xor(hash(f)) FROM read_parquet(?) f", [path])
+            size, footer = store.query(_SIZES, [path])[0].values()
+            if (size, footer) != known:
+                wrong = f"was written anew behind the store's back: {size} bytes (footer {footer}), where the catalog "
+                wrong += f"knows {known[0]} ({known[1]})"
+        except duckdb.Error as error:
+            wrong, readable = f"cannot be read: {str(error).splitlines()[0]}", False
+        yield _File(table, path, size, footer, wrong, readable)
+
+
+_SIZES = "SELECT file_size_bytes, footer_size FROM parquet_file_metadata(?)"
+
+
+def _finding(store: Store, file: _File) -> Finding:
+    try:
+        rows = store.query("SELECT DISTINCT candidate_id FROM read_parquet(?)", [file.path])
+    except duckdb.Error:  # it has no such column, or that is the one that cannot be read
+        rows = []
+    what = f"{file.path} of the table {file.table} {file.wrong}. Candidates in it"
+    return named("file", what, (row["candidate_id"] for row in rows))
+
+
+@contextmanager
+def _knowing(store: Store, files: Sequence[_File]) -> Iterator[Store]:
+    """The same store by a copy of its catalog (SQLite) that knows these files as they are now."""
+    catalog = store.catalog.removeprefix("sqlite:")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "catalog.sqlite"
+        with closing(sqlite3.connect(catalog)) as original, closing(sqlite3.connect(copy)) as into:
+            original.backup(into)
+            for file in files:
+                for kind in ("data", "delete"):
+                    into.execute(
+                        f"UPDATE ducklake_{kind}_file SET file_size_bytes = ?, footer_size = ? WHERE path LIKE ?",
+                        [file.size, file.footer, f"%{os.path.basename(file.path)}"],
+                    )
+            into.commit()
+        with Store(f"sqlite:{copy}", store.data) as other:
+            yield other

@@ -4,14 +4,160 @@ Belongs here: finding the one candidate, prompt, round … that an id, the begin
 means. Not: what is then asked about it.
 """
 
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rsft_pipeline.audit.reading import Query, at_once
 from rsft_pipeline.store import Store
+
+Kind = Literal["candidate", "prompt", "source", "scorer", "checkpoint", "text"]
+SHORTEST = 4  # hex digits of an id that are looked up at all
+NAMED = 8  # of several that could be meant
 
 
 class AuditError(ValueError):
     """A question that cannot be answered: the message says what was looked for and what is there."""
 
 
+@dataclass(frozen=True)
+class Thing:
+    """Something that can be asked about, or revoked."""
+
+    kind: Kind
+    what: str  # its id, digest, version or name; of a text: the text itself
+    recipes: tuple[str, ...]  # where it is
+
+    @property
+    def words(self) -> str:
+        return f"{self.kind} {self.what!r}" if self.kind in ("source", "text") else f"{self.kind} {self.what}"
+
+
 def recipes(store: Store) -> list[str]:
     """The recipes that have left anything in the store."""
     rows = store.query("SELECT DISTINCT recipe FROM rounds UNION SELECT DISTINCT recipe FROM prompts ORDER BY 1")
     return [row["recipe"] for row in rows]
+
+
+def thing(store: Store, typed: str, recipe: str | None = None) -> Thing:
+    """What was meant: a candidate, prompt, checkpoint or scorer's version by its id or the beginning of one; a
+    scorer by its name where it has one version; or a source of prompts by its name.
+
+    Raises:
+        AuditError: when nothing is called that, or several things are.
+    """
+    return at_once(store, lambda query: _thing(query, typed, recipe))
+
+
+def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
+    found: dict[tuple[str, str], set[str]] = {}
+    for kind, sql in _NAMED.items() | (_BY_ID.items() if _hex(typed) else set()):
+        for row in query(sql, {**_range(typed), "recipe": recipe}):
+            found.setdefault((kind, row["what"]), set()).add(row["recipe"])
+    exact = {key: there for key, there in found.items() if key[1] == typed}
+    (kind, what), there = _only(exact or found, typed)
+    return Thing(kind, what, tuple(sorted(there)))
+
+
+_IN = "($recipe IS NULL OR recipe = $recipe)"
+_RANGE = "BETWEEN $first AND $last"
+_BY_ID = {
+    "candidate": f"SELECT recipe, candidate_id AS what FROM candidates WHERE candidate_id {_RANGE} AND {_IN} LIMIT 99",
+    "prompt": f"SELECT recipe, prompt_id AS what FROM prompts WHERE prompt_id {_RANGE} AND {_IN} LIMIT 99",
+    "scorer": f"SELECT DISTINCT recipe, version AS what FROM scores WHERE version {_RANGE} AND {_IN} LIMIT 99",
+    # Weights that no round made, such as a base model's or a teacher's, are known by the rounds that used them.
+    "checkpoint": f"""SELECT recipe, checkpoint AS what FROM checkpoints WHERE checkpoint {_RANGE} AND {_IN}
+        UNION SELECT recipe, policy FROM rounds WHERE policy {_RANGE} AND {_IN}
+        UNION SELECT recipe, drawn_from FROM rounds WHERE drawn_from {_RANGE} AND {_IN}
+        UNION SELECT recipe, parent FROM checkpoints WHERE parent {_RANGE} AND {_IN}""",
+}
+_NAMED = {
+    "source": f"SELECT DISTINCT recipe, source AS what FROM prompts WHERE source = $typed AND {_IN}",
+    "scorer": f"SELECT DISTINCT recipe, version AS what FROM scores WHERE scorer = $typed AND {_IN}",
+}
+
+
+def _hex(typed: str) -> bool:
+    return re.fullmatch(f"[0-9a-f]{{{SHORTEST},32}}", typed) is not None
+
+
+def _range(typed: str) -> dict[str, str]:
+    """From the first id that begins so to behind the last: a range, which the files' statistics can be asked for."""
+    return {"typed": typed, "first": typed, "last": typed + "g"}
+
+
+def _only(found: dict[tuple[str, str], Any], typed: str) -> tuple[tuple[str, str], Any]:
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if not found:
+        raise AuditError(
+            f"nothing here is called {typed!r}: give the id of a candidate, prompt, checkpoint or scorer version (its "
+            f"first {SHORTEST} digits or more), a scorer's name, a source as `prompts.source` has it, or --text"
+        )
+    named = ", ".join(" ".join(key) for key in sorted(found)[:NAMED])
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    raise AuditError(f"{typed!r} could be {named}{more}: give more of it")
+
+
+def text(store: Store, words: str, recipe: str | None = None) -> Thing:
+    """A text, which any prompt or completion may contain. Raises AuditError for an empty one."""
+    if not words.strip():
+        raise AuditError("an empty text is in everything: give some words")
+    return Thing("text", words, tuple([recipe] if recipe else recipes(store)))
+
+
+# --- candidates ------------------------------------------------------------------------------
+
+
+def candidate(query: Query, typed: str, recipe: str | None = None) -> dict[str, Any]:
+    """The row of the one candidate that an id, or the beginning of one, means. Raises AuditError."""
+    if not _hex(typed):
+        raise AuditError(f"{typed!r} is no candidate's id: {SHORTEST} to 32 of the digits 0-9 and a-f")
+    sql = f"SELECT * FROM candidates WHERE candidate_id {_RANGE} AND {_IN} LIMIT {NAMED + 1}"
+    rows = query(sql, {**_range(typed), "recipe": recipe})
+    if not rows:
+        raise AuditError(f"no candidate's id begins with {typed}")
+    named = sorted({row["candidate_id"] for row in rows})
+    if len(named) > 1:
+        raise AuditError(f"{typed} is the beginning of {len(named)} candidates or more: {', '.join(named[:NAMED])}")
+    return rows[0]
+
+
+def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
+    """The id of a row of a round's accepted set, counted from 1 in the order of ids. Raises AuditError."""
+    of = [recipe, round_key]
+    rows = store.query(
+        """SELECT candidate_id FROM decisions WHERE recipe = ? AND round = ? AND accepted
+           ORDER BY candidate_id LIMIT 1 OFFSET ?""",
+        [*of, max(0, place - 1)],
+    )
+    if not rows or place < 1:
+        there = store.value("SELECT count(*) FROM decisions WHERE recipe = ? AND round = ? AND accepted", of)
+        raise AuditError(f"{recipe} {round_key} has {there} accepted candidates: there is no number {place}")
+    return rows[0]["candidate_id"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate that contains a text."""
+
+    recipe: str
+    round: str
+    candidate_id: str
+    accepted: bool | None  # None: it was not decided on
+    text: str
+
+
+def containing(store: Store, words: str, recipe: str | None = None, limit: int = 20) -> list[Match]:
+    """The first candidates, accepted ones before others, whose completion contains the text, to the letter."""
+    words = text(store, words, recipe).what
+    rows = store.query(
+        f"""WITH found AS (SELECT recipe, round, candidate_id, text FROM candidates
+                WHERE contains(text, $words) AND {_IN})
+            SELECT f.recipe, f.round, f.candidate_id, d.accepted, f.text FROM found f
+            LEFT JOIN (SELECT candidate_id, accepted FROM decisions
+                       WHERE candidate_id IN (SELECT candidate_id FROM found)) d ON d.candidate_id = f.candidate_id
+            ORDER BY d.accepted DESC NULLS LAST, f.recipe, f.round, f.candidate_id LIMIT $limit""",
+        {"words": words, "recipe": recipe, "limit": limit},
+    )
+    return [Match(**row) for row in rows]

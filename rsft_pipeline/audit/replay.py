@@ -11,7 +11,6 @@ written.
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import duckdb
 
 from rsft_pipeline import acceptance, lineage, models, prompts, rounds, scoring, steps, tasks
 from rsft_pipeline.audit import recorded
-from rsft_pipeline.audit.findings import Check, Finding, named, unreadable
+from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
@@ -48,12 +47,8 @@ class Replay:
     parameters: dict[str, Any]  # of the rule, as recorded
     checks: list[Check]
     findings: list[Finding]
+    ok: bool  # nothing came out different; a check that could not be made is no difference
     seconds: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing came out different. A check that could not be made is no difference."""
-        return not self.findings
 
 
 def replay(
@@ -81,34 +76,30 @@ def replay(
     """
     began = time.perf_counter()
     round_ = rounds.record(store, recipe, round_key)
-    checks: list[Check] = []
-    findings: list[Finding] = []
-    facts = {"decisions": 0, "replayed": 0, "parameters": {}}
-
-    def note(check: Check, *found: Finding) -> None:
-        checks.append(check)
-        findings.extend(found)
-
-    try:
-        facts, rows, version_of = store.commit(lambda connection: _stored(connection, round_, judged, note))
-    except duckdb.Error as error:
-        note(Check("stored rows", 0, None, "the store cannot be read"), *unreadable(store, recorded.TABLES, error))
-    else:
+    note = Notes()
+    read_back = read(store, recorded.TABLES, note, lambda connection, note: _stored(connection, round_, judged, note))
+    facts, rows, version_of = read_back or ({"decisions": 0, "replayed": 0, "parameters": {}}, [], {})
+    if rows:
         _prompts(rows, note)
         _scorers(store, round_, rows, version_of, device, forced, note)
-        _weights(store, round_, home, device, rows, forced, tolerance, note)
-    seconds = time.perf_counter() - began
-    return Replay(recipe.name, round_key, round_.drawn_from, checks=checks, findings=findings, seconds=seconds, **facts)
-
-
-Note = Callable[..., None]
+    _weights(store, round_, home, device, rows, forced, tolerance, note)
+    return Replay(
+        recipe.name,
+        round_key,
+        round_.drawn_from,
+        checks=note.checks,
+        findings=note.findings,
+        ok=not note.findings,
+        seconds=time.perf_counter() - began,
+        **facts,
+    )
 
 
 # --- in SQL, all rows -------------------------------------------------------------------------
 
 
 def _stored(
-    connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Note
+    connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Notes
 ) -> tuple[dict[str, Any], list[dict], dict[str, str]]:
     """What needs the stored rows alone. Returns facts, the rows to look at closer, and the scorers' versions."""
     version_of = recorded.versions(connection, round_)
@@ -123,7 +114,7 @@ def _stored(
     return facts, rows, version_of
 
 
-def _twice(connection: duckdb.DuckDBPyConnection, candidates: int, note: Note) -> None:
+def _twice(connection: duckdb.DuckDBPyConnection, candidates: int, note: Notes) -> None:
     twice = _column(connection, "SELECT candidate_id FROM recorded GROUP BY ALL HAVING count(*) > 1")
     found = [named("data", "candidates are in the store more than once", twice)] if twice else []
     note(Check("candidates, each there once", candidates, len(twice)), *found)
@@ -134,7 +125,7 @@ _ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw ||
 _SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
 
 
-def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, note: Note) -> None:
+def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, note: Notes) -> None:
     given = {"scope": f'["{round_.recipe.name}","{round_.key}","', "seed": str(round_.recipe.seed)}
     sql = "SELECT candidate_id FROM recorded WHERE {} IS DISTINCT FROM {}"
     for column, again, what in (
@@ -147,11 +138,12 @@ def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, 
         note(Check(f"{column} computed again", candidates, len(wrong)), *found)
 
 
-def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Note) -> dict[str, Any]:
+def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
     """The rule's numbers, and with those that were recorded every decision."""
     of = {"recipe": round_.recipe.name, "round": round_.key}
     connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {recorded.DECISIONS}", of)
-    (decided,) = connection.execute("SELECT count(*) FROM decided").fetchone()
+    counted = "SELECT count(*), count(*) FILTER (reason = 'revoked') FROM decided"
+    decided, revoked = connection.execute(counted).fetchone()
     facts = {"decisions": decided, "replayed": 0, "parameters": {}}
     there = [json.loads(text) for text in _column(connection, "SELECT DISTINCT parameters FROM decided")]
     if not there:
@@ -176,14 +168,16 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Note)
         kind = "rule" if difference == _BY_RULE else "data"
         found.append(named(kind, difference, (candidate for candidate, why in different if why == difference)))
     facts["replayed"] = decided - sum(why != _UNDECIDED for _, why in different)
-    note(Check("decisions replayed, to the bit", decided, len(different)), *found)
+    said = f"{revoked} were revoked since" if revoked else ""
+    note(Check("decisions replayed, to the bit", decided, len(different), said), *found)
     return facts
 
 
 _UNDECIDED = "candidates without a decision"
-_BY_RULE = "decisions that do not follow from score, rule, parameters and u (or follow from another's that changed)"
+_BY_RULE = "decisions that do not follow from scores, rule and u (or only from a score that was changed)"
 _COLUMNS = ("prompt_id", "accepted", "reason", "score", "log_a", "u", "weight")
 _DIFFERENCE = f"""CASE
+    WHEN d.reason = 'revoked' AND NOT d.accepted AND d.u IS NOT DISTINCT FROM r.u THEN NULL
     WHEN d.candidate_id IS NULL THEN '{_UNDECIDED}'
     WHEN r.candidate_id IS NULL THEN 'decisions without a candidate of the round'
     WHEN d.score IS DISTINCT FROM r.score THEN 'scores that are not those decided by: `scores` and `decisions` differ'
@@ -192,7 +186,7 @@ _DIFFERENCE = f"""CASE
     END"""
 
 
-def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dict[str, Any], note: Note) -> None:
+def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dict[str, Any], note: Notes) -> None:
     """Those that were estimated are estimated again; those of the rule are compared with the recorded recipe."""
     try:
         again = acceptance.parameters(connection, "recorded", round_.recipe.acceptance, rounds.number(round_.key))
@@ -211,7 +205,7 @@ def _versions(version_of: dict[str, str]) -> dict[str, Any]:
     return {"scorers": list(version_of), "versions": list(version_of.values())}
 
 
-def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Note) -> None:
+def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Notes) -> None:
     """The combined scores from the single ones.
 
     SQL cannot add as math.fsum does, so it takes the different combinations of scores, and Python combines these.
@@ -261,15 +255,21 @@ def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: 
 
 # The candidates looked at closer, with all that a scorer sees of them and what each scorer said.
 _CLOSER = f"""
-    WITH looked_at AS (SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT $judged)
+    WITH looked_at AS (SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT $judged),
+    single AS (
+        SELECT s.candidate_id, list(s.scorer) AS scorers, list(s.value) AS scores FROM scores s
+        JOIN looked_at r ON r.candidate_id = s.candidate_id AND r.content = s.content
+        WHERE s.recipe = $recipe AND s.round = $round AND list_contains($scorers, s.scorer)
+            AND list_contains($versions, s.version)
+        GROUP BY s.candidate_id
+    )
     SELECT r.content = r.now AS unchanged, c.*, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
-        map_from_entries(list((s.scorer, s.value)) FILTER (s.scorer IS NOT NULL)) AS said
+        s.scorers, s.scores
     FROM looked_at r
     JOIN ({steps.ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
     JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
-    LEFT JOIN scores s ON s.candidate_id = r.candidate_id AND s.content = r.content AND s.recipe = $recipe
-        AND s.round = $round AND list_contains($versions, s.version) AND list_contains($scorers, s.scorer)
-    GROUP BY ALL ORDER BY r.candidate_id
+    LEFT JOIN single s ON s.candidate_id = r.candidate_id
+    ORDER BY r.candidate_id
 """
 
 
@@ -280,7 +280,7 @@ def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = N
 # --- in Python, some rows ---------------------------------------------------------------------
 
 
-def _prompts(rows: list[dict], note: Note) -> None:
+def _prompts(rows: list[dict], note: Notes) -> None:
     """Whether prompts are what their ids and digests say, and are still what they were judged by."""
     asked = {row["prompt_id"]: row for row in rows}
     wrong = [
@@ -302,7 +302,7 @@ def _scorers(
     version_of: dict[str, str],
     device: Device,
     forced: int,
-    note: Note,
+    note: Notes,
 ) -> None:
     """What today's scorers give, where they are those of then."""
     before = steps.accepted_before(store, round_)
@@ -330,7 +330,8 @@ def _scorers(
         wrong = [
             row["candidate_id"]
             for row, value in zip(again, values, strict=True)
-            if config.label in row["said"] and not _same(row["said"][config.label], value, near)
+            if config.label in (said := dict(zip(row["scorers"] or (), row["scores"] or (), strict=True)))
+            and not _same(said[config.label], value, near)
         ]
         what = f"scorer {config.label} gives another score to the stored text than the stored one"
         found = [named("scorer", what, wrong)] if wrong else []
@@ -351,7 +352,7 @@ def _weights(
     rows: list[dict],
     forced: int,
     tolerance: float,
-    note: Note,
+    note: Notes,
 ) -> None:
     """The weights' own hash, the texts that the stored tokens spell, and the log-probabilities of some."""
     try:
@@ -361,13 +362,13 @@ def _weights(
         return
     note(Check("weights, hashed again", 1, 0, str(weights.path)))
     tokenizer = models.tokenizer(weights.path)
-    if round_.recipe.task != "classification" and round_.recipe.sampling.source != "reference":
+    if rows and round_.recipe.task != "classification" and round_.recipe.sampling.source != "reference":
         _texts(tokenizer, rows, note)
-    if forced:
+    if rows[:forced]:
         _forced(weights.path, tokenizer, round_, device, rows[:forced], tolerance, note)
 
 
-def _texts(tokenizer, rows: list[dict], note: Note) -> None:
+def _texts(tokenizer, rows: list[dict], note: Notes) -> None:
     spelt = tokenizer.batch_decode(
         [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
         skip_special_tokens=True,
@@ -377,7 +378,7 @@ def _texts(tokenizer, rows: list[dict], note: Note) -> None:
     note(Check("texts, decoded again", len(rows), len(wrong)), *found)
 
 
-def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Note) -> None:
+def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Notes) -> None:
     """log p of the drawn tokens by teacher forcing; log q is the same number where nothing was reshaped or cut."""
     task, how = tasks.of(round_.recipe), round_.recipe.sampling
     samples = [

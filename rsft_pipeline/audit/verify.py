@@ -8,15 +8,18 @@ been accepted (replay.py).
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 
 from rsft_pipeline import lineage, merkle, models, steps
-from rsft_pipeline.audit.findings import Check, Finding, named, unreadable
+from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
+from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.store import Store
 
 TABLES = ("training_samples", "decisions", "candidates", "prompts")  # what the rows are read from
@@ -35,14 +38,35 @@ class Verification:
     root: str | None  # of the rows at the snapshot; None: they could not be read
     checks: list[Check]
     findings: list[Finding]
+    ok: bool  # nothing was found different
     seconds: float
 
-    @property
-    def ok(self) -> bool:
-        return not self.findings
 
+def find(store: Store, checkpoint: str, round_key: str | None = None) -> dict[str, Any]:
+    """The row of `checkpoints` that is meant.
 
-Note = Callable[..., None]
+    Args:
+        checkpoint: a digest or the beginning of one; with `round_key`, the name of the recipe.
+        round_key: the round whose own checkpoint is meant.
+
+    Raises:
+        AuditError: there is none, or more than one.
+    """
+    if round_key is None:
+        rows = store.query("SELECT * FROM checkpoints WHERE starts_with(checkpoint, ?) ORDER BY round", [checkpoint])
+    else:
+        rows = store.query(
+            """SELECT * FROM checkpoints WHERE recipe = $recipe AND round = $round AND checkpoint =
+               (SELECT checkpoint FROM rounds WHERE recipe = $recipe AND round = $round)""",
+            {"recipe": checkpoint, "round": round_key},
+        )
+    meant = " ".join(filter(None, (checkpoint, round_key)))
+    if not rows:
+        raise AuditError(f"no checkpoint is {meant!r}")
+    if len({row["checkpoint"] for row in rows}) > 1:
+        there = ", ".join(sorted({row["checkpoint"] for row in rows})[:5])
+        raise AuditError(f"{len(rows)} checkpoints begin with {meant!r}: {there}")
+    return rows[-1]
 
 
 def verify(
@@ -55,22 +79,13 @@ def verify(
         witnesses: where else its Merkle root was written down, and what stands there; None: nothing does.
     """
     began = time.perf_counter()
-    checks: list[Check] = []
-    findings: list[Finding] = []
-
-    def note(check: Check, *found: Finding) -> None:
-        checks.append(check)
-        findings.extend(found)
+    note = Notes()
 
     meta = json.loads(made["meta"])
     recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
-    root = None
-    try:
-        root = store.commit(lambda connection: _rows(connection, made, meta, note))
-    except duckdb.Error as error:
-        note(Check("rows of the training set", 0, None, "the store cannot be read"), *unreadable(store, TABLES, error))
+    root = read(store, TABLES, note, lambda connection, note: _rows(connection, made, meta, note))
     return Verification(
         made["recipe"],
         made["round"],
@@ -79,8 +94,9 @@ def verify(
         made["snapshot"],
         recorded,
         root,
-        checks,
-        findings,
+        note.checks,
+        note.findings,
+        not note.findings,
         time.perf_counter() - began,
     )
 
@@ -88,7 +104,7 @@ def verify(
 # --- the folder -------------------------------------------------------------------------------
 
 
-def _weights(made: Mapping[str, Any], home: Home, note: Note) -> None:
+def _weights(made: Mapping[str, Any], home: Home, note: Notes) -> None:
     folder = home.checkpoints / made["checkpoint"]
     name = "weights, hashed again"
     if not folder.is_dir():
@@ -108,7 +124,7 @@ def _weights(made: Mapping[str, Any], home: Home, note: Note) -> None:
 
 
 def _roots(
-    made: Mapping[str, Any], meta: Mapping[str, Any], home: Home, witnesses: Mapping[str, str | None], note: Note
+    made: Mapping[str, Any], meta: Mapping[str, Any], home: Home, witnesses: Mapping[str, str | None], note: Notes
 ) -> None:
     """Whether the root stands the same in every place that it was written to."""
     folder, name = home.checkpoints / made["checkpoint"], "the root, wherever it was written"
@@ -142,34 +158,38 @@ def _meta(folder) -> dict[str, Any]:
 _ROW = "hash(candidate_id, round, weight, score, token_ids, prompt, chat, text)"
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: Mapping[str, Any], note: Note) -> str:
+def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: Mapping[str, Any], note: Notes) -> str:
     """Compare the training set that was recorded with the rows at the snapshot and of now. Returns the root of then."""
-    of = {"recipe": made["recipe"], "round": made["round"], "checkpoint": made["checkpoint"]}
-    first = made["round"] if meta["training"]["data"] == "round" else "r000"
-    accepted = {"recipe": made["recipe"], "first": first, "last": made["round"]}
+    of = {"recipe": made["recipe"], "round": made["round"]}
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE recorded AS SELECT candidate_id, leaf FROM training_samples "
         "WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint",
-        of,
+        {**of, "checkpoint": made["checkpoint"]},
     )
-    for table in ("decisions", "candidates", "prompts"):
-        at = f"SELECT * FROM lake.{table} AT (VERSION => {int(made['snapshot'])})"
-        connection.execute(f"CREATE TEMP VIEW {table} AS {at}")
-    connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE at_snapshot AS "
-        f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({steps.ACCEPTED})",
-        accepted,
-    )
-    for table in ("decisions", "candidates", "prompts"):
-        connection.execute(f"DROP VIEW temp.{table}")
-    rooted = _then(connection, meta, note)
-    _now(connection, made, accepted, note)
+    with _at(connection, made["snapshot"], ("rounds", "decisions", "candidates", "prompts")):
+        then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
+        settings = Recipe.model_validate_json(connection.execute(then, of).fetchone()[0])
+        rows, given = steps.training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
+        chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
+    root = _then(connection, meta, note)
+    _now(connection, made, rows, given, note)
     for table in ("recorded", "at_snapshot"):
         connection.execute(f"DROP TABLE {table}")
-    return rooted
+    return root
 
 
-def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: Note) -> str:
+@contextmanager
+def _at(connection: duckdb.DuckDBPyConnection, snapshot: int, tables: Sequence[str]) -> Iterator[None]:
+    """These tables as they were at a snapshot, under their own names: a temporary view is found before a table."""
+    for table in tables:
+        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM lake.{table} AT (VERSION => {int(snapshot)})")
+    yield
+    for table in tables:
+        connection.execute(f"DROP VIEW temp.{table}")
+
+
+def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: Notes) -> str:
     """The rows at the snapshot against the recorded leaves, and both against the root."""
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, r.candidate_id), CASE WHEN t.candidate_id IS NULL THEN 'gone'
@@ -188,15 +208,15 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: 
         found = [Finding("data", what, len(different))] if different else []
         note(Check("candidates at the snapshot, by the accepted digest", rows, len(different)), *found)
         return root
-    whose = {
-        # the rows have the root, so it is the table of leaves that was touched
-        (True, False): "in `training_samples`, which the root does not bear out",
-        (False, True): "at the snapshot, of which the recorded leaves and the root say otherwise",
-        (False, False): "at the snapshot or in `training_samples`, neither of which the root bears out",
-    }.get((root == wanted, recorded == wanted), "")
-    for how in ("changed", "gone", "added"):
+    if root == wanted:  # so it is the table of leaves that was touched
+        what = "leaves in `training_samples` {}, while the rows at the snapshot still have the root"
+        words = {"changed": "changed", "gone": "added", "added": "gone"}
+    else:
+        what = "rows at the snapshot {}" + ("" if recorded == wanted else ", or leaves in `training_samples`, or both")
+        words = {"changed": "changed since they were trained on", "gone": "gone", "added": "added"}
+    for how, word in words.items():
         if ids := [candidate for candidate, why in different if why == how]:
-            found.append(named("data", f"rows of the training set {how} {whose}", ids))
+            found.append(named("data", what.format(word), ids))
     if not different and root != wanted:
         what = (
             f"the root of the rows is {root}, not {wanted}: no row can be named, because the recorded leaves "
@@ -208,30 +228,48 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: 
 
 
 def _now(
-    connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], accepted: Mapping[str, Any], note: Note
+    connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], rows: str, given: Mapping[str, Any], note: Notes
 ) -> None:
-    """The rows of now against those at the snapshot."""
+    """The rows of now against those at the snapshot. What was revoked since is not there now, and ought not to be."""
     name = "rows of now, against those at the snapshot"
-    (counts,) = connection.execute(
-        "SELECT max(checkpoint) FROM rounds WHERE recipe = ? AND round = ?", [made["recipe"], made["round"]]
-    ).fetchone()
-    if counts != made["checkpoint"]:
-        note(Check(name, 0, None, f"{made['round']} was begun again since, and {counts or 'nothing yet'} came of it"))
+    of = {"recipe": made["recipe"], "round": made["round"]}
+    if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
+        note(Check(name, 0, None, f"{made['round']} was begun again since: its rows of now are not this checkpoint's"))
         return
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE now AS SELECT candidate_id, {_ROW} AS row FROM ({rows})", given)
     different = connection.execute(
-        f"""SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'gone'
+        """SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'gone'
                 WHEN t.candidate_id IS NULL THEN 'added' ELSE 'changed' END
-            FROM at_snapshot t FULL JOIN (SELECT candidate_id, {_ROW} AS row FROM ({steps.ACCEPTED})) n
-                ON n.candidate_id = t.candidate_id WHERE n.row IS DISTINCT FROM t.row""",
-        accepted,
+            FROM at_snapshot t FULL JOIN now n ON n.candidate_id = t.candidate_id
+            WHERE n.row IS DISTINCT FROM t.row"""
     ).fetchall()
-    (rows,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
+    revoked = {
+        candidate
+        for (candidate,) in connection.execute(
+            """SELECT d.candidate_id FROM decisions d JOIN at_snapshot t ON t.candidate_id = d.candidate_id
+               WHERE d.recipe = $recipe AND d.reason = 'revoked' AND d.round BETWEEN $first AND $last""",
+            {key: given[key] for key in ("recipe", "first", "last")},
+        ).fetchall()
+    }
+    different = [(candidate, how) for candidate, how in different if candidate not in revoked]
+    (count,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
+    connection.execute("DROP TABLE now")
     found = [
         named("data", f"rows of the training set {how} since the snapshot", ids)
         for how in ("changed", "gone", "added")
         if (ids := [candidate for candidate, why in different if why == how])
     ]
-    note(Check(name, rows, len(different)), *found)
+    said = f"{len(revoked)} were revoked since" if revoked else ""
+    if revoked and made["trained_on"] == "random":  # others are chosen in their place
+        found, different = [], []
+    note(Check(name, count, len(different), said), *found)
+
+
+# The checkpoints that count for a round: its own and its controls.
+_RESULT = """
+    SELECT checkpoint, json_extract_string(controls, '$.random'), json_extract_string(controls, '$.everything')
+    FROM rounds WHERE recipe = $recipe AND round = $round
+"""
 
 
 def _root(connection: duckdb.DuckDBPyConnection, table: str) -> str:

@@ -70,7 +70,8 @@ class Sentences:
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
-        self.model.tokenizer.truncation_side = "left"  # of a long dialogue, the end matters
+        if hasattr(self.model.tokenizer, "truncation_side"):  # static embeddings cut nothing
+            self.model.tokenizer.truncation_side = "left"  # of a long dialogue, the end matters
         self.batch_size = batch_size
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

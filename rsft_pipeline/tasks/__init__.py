@@ -5,6 +5,8 @@ completion_ids(model, tokenizer, texts) -> list[list[int]]
 log_probabilities(model, samples, pad_id) -> list[float]
 collate(samples, pad_id) -> dict[str, Tensor]
 token_losses(model, batch) -> Tensor
+
+What models that write have in common lies in writing.py.
 """
 
 import importlib

@@ -6,9 +6,11 @@ up (training.py), where weights come from (models.py).
 """
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rsft_pipeline.decoding import right_padded
 from rsft_pipeline.tasks import writing
 from rsft_pipeline.tasks.writing import IGNORED
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rsft_pipeline.training import Sample
+
+log = logging.getLogger(__name__)
 
 draw = writing.draw
 completion_ids = writing.completion_ids
@@ -27,40 +31,57 @@ def log_probabilities(model, samples: Sequence["Sample"], pad_id: int, batch_siz
 
 
 def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
-    """Samples as one batch, padded on the right.
+    """Samples as one batch.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest]. Labels are the
-        completion's ids and IGNORED elsewhere, by position and never by value: an EOS that was
-        sampled is a target even where the padding token is EOS too.
+        `input_ids` and `labels`, int64 [rows, longest], padded on the right. Labels are the completion's
+        ids and IGNORED elsewhere, by position and never by value: an EOS that was sampled is a target
+        even where the padding token is EOS too. `nodes` and `first`: see `packing.tree`.
     """
-    import torch
+    from rsft_pipeline import packing
 
-    shape = (len(samples), max(len(s.prompt_ids) + len(s.completion_ids) for s in samples))
-    ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-    for row, sample in enumerate(samples):
-        start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.completion_ids)
-        ids[row, :end] = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
-        mask[row, :end] = 1
-        labels[row, start:end] = ids[row, start:end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    rows = [[*sample.prompt_ids, *sample.completion_ids] for sample in samples]
+    labels = [[*[IGNORED] * len(sample.prompt_ids), *sample.completion_ids] for sample in samples]
+    nodes, first = packing.tree(rows)
+    return {
+        "input_ids": right_padded(rows, pad_id),
+        "labels": right_padded(labels, IGNORED),
+        "nodes": nodes,
+        "first": first,
+    }
 
 
 def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
     """Negative log-likelihood of each row's completion, summed over its tokens: float32 [rows], in nats.
 
-    The head is applied only where some row has a target: with a large vocabulary the logits of the
-    prompt would be most of the memory.
+    Each token is read once, without padding, where the model's attention allows it. The head is applied only where
+    there is a target: with a large vocabulary the logits of the prompt would be most of the memory.
     """
+    import torch
+
+    from rsft_pipeline import packing
+
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    nodes = batch["nodes"]
+    try:
+        logits = packing.logits(model, batch["input_ids"], nodes, batch["first"], wanted=nodes[rows, columns])
+    except packing.Unsupported as reason:
+        log.debug("%s: samples are padded, because %s", type(model).__name__, reason)
+        return writing.summed(*_padded(model, batch, targets))
+    losses = torch.zeros(targets.shape, device=logits.device)
+    losses[rows, columns] = writing.summed(logits[:, None], targets[rows, columns][:, None])
+    return losses.sum(dim=1)
+
+
+def _padded(model, batch: dict[str, "Tensor"], targets: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """Logits [rows, columns, vocabulary] and targets of the columns where some row has one.
+
+    No mask: what is behind a row's end, no position of the row looks at.
+    """
     kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    partial = _takes_positions(model)
-    logits = model(**inputs, logits_to_keep=kept).logits if partial else model(**inputs).logits[:, kept]
-    return writing.summed(logits, targets[:, kept])
-
-
-def _takes_positions(model) -> bool:
-    """Whether the model's own forward takes the positions that its head is applied to; nearly all do."""
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        return model(**inputs, logits_to_keep=kept).logits, targets[:, kept]
+    return model(**inputs).logits[:, kept], targets[:, kept]

@@ -1,0 +1,85 @@
+"""Outside: what Dagster and MLflow have to add to an audit, and telling them of a revocation.
+
+Belongs here: questions by the ids that the store keeps, and the marks that a revocation leaves in both. Not: the
+chain itself and the revocation itself (rsft_pipeline/audit), which need neither.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import dagster as dg
+
+from resources.tracking import Tracking
+from rsft_pipeline import gates, rounds
+from rsft_pipeline.audit.impact import Touched
+from rsft_pipeline.audit.revoke import Revoked
+from rsft_pipeline.store import Store
+
+
+
+def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Checkpoint → its version in MLflow's registry, the aliases that name it, and the state of its run."""
+    client, wanted, found = tracking.client(), set(checkpoints), {}
+    for version in client.search_model_versions(f"name = '{recipe}'"):
+        if (digest := version.tags.get("rsft.checkpoint")) in wanted:
+            known = client.get_model_version(recipe, version.version)  # a search tells no aliases
+            state = client.get_run(version.run_id).info.status if version.run_id else None
+            found[digest] = {"version": version.version, "aliases": list(known.aliases), "run": state}
+    return found
+
+
+def runs(instance: dg.DagsterInstance, run_ids: Iterable[str | None]) -> dict[str, dict[str, Any]]:
+    """Dagster run → its job, state, and the materialisations that it reported (asset, partition, event)."""
+    found = {}
+    for run_id in dict.fromkeys(filter(None, run_ids)):
+        run = instance.get_run_by_id(run_id)
+        if run is None:
+            continue
+        events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+        found[run_id] = {
+            "job": run.job_name,
+            "state": run.status.value,
+            "events": [
+                {
+                    "asset": record.event_log_entry.dagster_event.asset_key.to_user_string(),
+                    "partition": record.event_log_entry.dagster_event.partition,
+                    "event": record.storage_id,
+                }
+                for record in events
+            ],
+        }
+    return found
+
+
+def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: Revoked) -> None:
+    """Mark what a revocation reached: tags in MLflow, where the alias `champion` goes back to the last champion
+    that may be used, and in Dagster the check `nothing_revoked` of the checkpoints' assets, failed.
+    """
+    by_recipe: dict[str, list[Touched]] = {}
+    for touched in done.impact.checkpoints:
+        by_recipe.setdefault(touched.recipe, []).append(touched)
+    reason = f"{done.impact.thing.words} was revoked by {done.who}: {done.why}"
+    for recipe, reached in by_recipe.items():
+        _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason)
+        finished = rounds.history(store, recipe)
+        if reached[-1].recipe in {name for name, _ in done.impact.champions}:
+            tracking.crown(recipe, finished[-1]["champion"] if finished else "")
+        named = {f"{one.round}, {one.role}": one.checkpoint for one in reached}
+        instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=dg.AssetKey([recipe, "checkpoint"]),
+                check_name=gates.nothing_revoked.__name__,
+                passed=False,
+                description=reason,
+                metadata={"checkpoints": dg.MetadataValue.json(named)},
+            )
+        )
+
+
+def _tag(tracking: Tracking, recipe: str, reached: dict[str, Touched], reason: str) -> None:
+    client = tracking.client()
+    for run in {one.mlflow_run_id for one in reached.values() if one.mlflow_run_id}:
+        tracking.tags(run, revoked=reason)
+    for version in client.search_model_versions(f"name = '{recipe}'"):
+        if version.tags.get("rsft.checkpoint") in reached:
+            client.set_model_version_tag(recipe, version.version, "rsft.revoked", reason)

@@ -1,0 +1,311 @@
+"""`rsft audit trace`, `impact`, `revoke`, `export`: one thing, followed back and forth, taken out of use, taken along.
+
+Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipeline/audit), nor what Dagster and
+MLflow add to them (assets/outside.py).
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+from rich.tree import Tree
+
+from cli.audit import JsonOption, RecipeOption, console, opened, show
+from cli.run import _instance
+from rsft_pipeline.audit import export as exporting
+from rsft_pipeline.audit import ids, impact as following, revoke as revoking, trace as tracing
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.home import Home
+
+SHOWN = 12  # digits of an id, where the whole would not fit
+TextOption = Annotated[
+    str | None, typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, to the letter.")
+]
+ThingArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="THING",
+        help="A candidate, prompt, checkpoint or scorer version by its id or the beginning of one; a source of prompts "
+        "or a scorer by its name.",
+    ),
+]
+
+
+# --- trace -------------------------------------------------------------------------------------
+
+
+def trace(
+    candidate: Annotated[
+        str | None, typer.Argument(metavar="[CANDIDATE]", help="Its id, or the beginning of it.")
+    ] = None,
+    text: TextOption = None,
+    accepted: Annotated[
+        tuple[str, str, int] | None,
+        typer.Option(metavar="RECIPE ROUND N", help="The Nth of a round's accepted set, in the order of ids, from 1."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out what MLflow and Dagster add; they take seconds to load.")
+    ] = False,
+    recipe: RecipeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Follow a candidate from the row that asked for it to the checkpoints that learned from it."""
+    if sum(given is not None for given in (candidate, text, accepted)) != 1:
+        raise AuditError("say which candidate: its id, --text, or --accepted")
+    with opened() as store:
+        if text is not None:
+            matches = ids.containing(store, text, recipe)
+            if len(matches) != 1:
+                show({"matches": [asdict(one) for one in matches]}, json_, lambda _: _matches(text, matches))
+                raise typer.Exit(0 if matches else 1)
+            candidate = matches[0].candidate_id
+        if accepted is not None:
+            candidate = ids.accepted(store, *accepted)
+        found = tracing.trace(store, candidate, recipe)
+    answer = {**asdict(found), "complete": found.complete, **({} if quick else _outside(found))}
+    show(answer, json_, lambda _: _chain(found, answer))
+
+
+def _outside(found: tracing.Trace) -> dict[str, Any]:
+    """What MLflow and Dagster know of the checkpoints and runs in a trace."""
+    from assets import outside
+    from definitions import usual_resources
+
+    digests = [one.digest for one in found.weights] + [one.checkpoint for one in found.learned]
+    links = [found.prompt, found.draw, found.decision, *found.weights, *found.scores, *found.learned]
+    return {
+        "mlflow": outside.registered(usual_resources()["tracking"], found.recipe, digests),
+        "dagster": outside.runs(_instance(), (link.dagster_run_id for link in links if link)),
+    }
+
+
+def _matches(text: str, matches: list[ids.Match]) -> Tree:
+    tree = Tree(f"{len(matches) or 'no'} candidates contain {text!r}{', of which these are the first' if len(matches) == 20 else ''}")
+    for one in matches:
+        decided = {True: "accepted", False: "rejected", None: "not decided on"}[one.accepted]
+        tree.add(Text(f"{one.candidate_id}  {one.recipe} {one.round}, {decided}: {_said(one.text)}"))
+    return tree
+
+
+def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
+    tree = Tree(Text(f"candidate {found.candidate_id} of {found.recipe} {found.round}", style="bold"))
+    for why in found.revoked:
+        tree.add(Text(why, style="red"))
+    if found.prompt:
+        asked = found.prompt
+        node = tree.add(Text(f"asked by line {asked.line} of {asked.source} ({asked.split}), prompt {asked.prompt_id}"))
+        node.add(Text(_said(asked.text)))
+        if asked.reference is not None:
+            node.add(Text(f"reference {_said(asked.reference)}"))
+    _weights(tree, found, answer)
+    _drawn(tree, found.draw)
+    judged = tree.add("judged")
+    for score in found.scores:
+        value = "cannot judge" if score.value is None else f"{score.value:.6g}"
+        gate = "" if score.passed is None else ", every gate reached" if score.passed else ", a gate not reached"
+        rested = "" if score.decided_by else " (not what it was decided by)"
+        judged.add(Text(f"{score.scorer} {value}{gate}, version {score.version}{rested}"))
+    for name, one in (("decided", found.decision), ("when it was trained on", found.decision_then)):
+        if one:
+            node = tree.add(Text(f"{name}: {one.reason}: {one.words}", style="green" if one.accepted else "yellow"))
+            numbers = ", ".join(f"{key} {value}" for key, value in one.parameters.items() if value is not None)
+            log_a = "" if one.log_a is None else f", log A {one.log_a:.6g}"
+            node.add(Text(f"{numbers}; u {one.u:.6g}{log_a}"))
+    if found.evaluated:
+        tree.add(f"held out: counted by {', '.join(' '.join(one) for one in found.evaluated)}")
+    _learned(tree, found, answer)
+    for run, known in answer.get("dagster", {}).items():
+        events = ", ".join(f"{event['asset']} {event['event']}" for event in known["events"])
+        tree.add(Text(f"Dagster run {run} ({known['job']}, {known['state']}): {events}"))
+    for gap in found.gaps:
+        tree.add(Text(f"missing: {gap}", style="red"))
+    return tree
+
+
+def _weights(tree: Tree, found: tracing.Trace, answer: dict[str, Any]) -> None:
+    node = tree
+    for i, one in enumerate(found.weights):
+        verb = "trained from" if i else {"reference": "rated by"}.get(found.draw.origin, "drawn from")
+        samples = "" if one.samples is None else f", trained on {one.samples:,} samples"
+        node = node.add(Text(f"{verb} {one.digest} ({one.source}{samples}{_version(answer, one.digest)})"))
+
+
+def _drawn(tree: Tree, draw: tracing.Draw) -> None:
+    node = tree.add(Text(f"draw {draw.draw} of its prompt, {draw.tokens} tokens, ended by {draw.finish_reason}"))
+    node.add(Text(_said(draw.text)))
+    if draw.token_ids is not None:
+        node.add(Text(f"token ids {draw.token_ids}"))
+    given = (draw.sampling or {}).items()
+    node.add(Text(f"{', '.join(f'{key} {value}' for key, value in given if value not in (None, []))}; its seed {draw.seed}"))
+    node.add(Text(f"log q {_number(draw.log_q)}, log p {_number(draw.log_p)}"))
+
+
+def _learned(tree: Tree, found: tracing.Trace, answer: dict[str, Any]) -> None:
+    if not found.learned:
+        tree.add("no checkpoint learned from it")
+        return
+    node = tree.add("learned by")
+    for one in found.learned:
+        weight = "" if one.weight is None else f", weight {one.weight:g}"
+        used = ", champion" if one.champion else ""
+        line = f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}{used}): {one.how}{weight}"
+        node.add(Text(f"{line}{_version(answer, one.checkpoint)}; MLflow run {one.mlflow_run_id}"))
+
+
+def _version(answer: dict[str, Any], digest: str) -> str:
+    known = answer.get("mlflow", {}).get(digest)
+    if not known:
+        return ""
+    return f", registered as version {known['version']}{''.join(f' @{alias}' for alias in known['aliases'])}"
+
+
+# --- impact ------------------------------------------------------------------------------------
+
+
+def impact(thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False) -> None:
+    """Say what came of something, and which rounds to run again to be rid of it."""
+    with opened() as store:
+        found = following.impact(store, _thing(store, thing, text, recipe))
+    show(found, json_, _reach)
+
+
+def _thing(store, typed: str | None, text: str | None, recipe: str | None) -> ids.Thing:
+    if (typed is None) == (text is None):
+        raise AuditError("say what: an id or a name, or --text")
+    return ids.thing(store, typed, recipe) if text is None else ids.text(store, text, recipe)
+
+
+def _reach(found: following.Impact) -> Tree:
+    tree = Tree(Text(f"{found.thing.words} of {', '.join(found.thing.recipes)}", style="bold"))
+    of = f"{found.prompts:,} prompts, " if found.prompts else ""
+    tree.add(f"{of}{found.candidates:,} candidates, {found.accepted:,} of them accepted; {found.held_out:,} held out")
+    if found.evaluated:
+        tree.add(f"counted by the verdicts of {', '.join(' '.join(one) for one in found.evaluated)}")
+    node = tree.add(f"{len(found.checkpoints)} checkpoints have learned from it")
+    for one in found.checkpoints:
+        revoked = " (revoked)" if one.revoked else ""
+        node.add(Text(f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}){revoked}: {one.how}"))
+    if found.later_candidates:
+        tree.add(f"these drew {found.later_candidates:,} more candidates, {found.later_accepted:,} accepted")
+    for recipe, champion in found.champions:
+        tree.add(Text(f"{champion} is the champion of {recipe}", style="yellow"))
+    _again(tree, found.again)
+    return tree
+
+
+def _again(tree: Tree, again: list[following.Again]) -> None:
+    if not again:
+        tree.add(Text("no round has to be run again", style="green"))
+        return
+    node = tree.add("to be rid of it, run again, in this order")
+    for one in again:
+        node.add(Text(f"{one.recipe} {one.round}: {one.why}"))
+
+
+# --- revoke ------------------------------------------------------------------------------------
+
+
+def revoke(
+    thing: ThingArgument = None,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who answers for it.")] = ...,
+    why: Annotated[str, typer.Option(metavar="WHY", help="The reason, for those who ask later.")] = ...,
+    text: TextOption = None,
+    erase: Annotated[bool, typer.Option("--erase", help="Remove its text too; ids and hashes stay.")] = False,
+    forget: Annotated[
+        bool,
+        typer.Option("--forget", help="With --erase: delete every older snapshot of the store, which still has it."),
+    ] = False,
+    recipe: RecipeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Take something out of use: nothing of it is trained on any more, and `rsft run` makes again what learned it."""
+    if forget and not erase:
+        raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
+    with opened() as store:
+        instance = _instance()
+        if forget:
+            _check_idle(instance)
+        done = revoking.revoke(store, _thing(store, thing, text, recipe), who=by, why=why, erase=erase)
+        _tell(instance, store, done)
+        left = store.forget() if forget else []
+    answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}
+    show(answer, json_, lambda _: _revoked(done, forget, left))
+
+
+def _check_idle(instance) -> None:
+    from automation.runs import busy
+    from definitions import readable_recipes
+
+    if working := [recipe.name for recipe in readable_recipes() if busy(instance, recipe)]:
+        raise AuditError(f"a round of {working[0]} is under way: forget the past when it is over")
+
+
+def _tell(instance, store, done: revoking.Revoked) -> None:
+    from assets import outside
+    from definitions import usual_resources
+
+    outside.tell(instance, usual_resources()["tracking"], store, done)
+
+
+def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
+    tree = _reach(done.impact)
+    tree.label = Text(f"revoked: {done.impact.thing.words}, by {done.who}: {done.why}", style="bold")
+    for recipe in dict.fromkeys(recipe for recipe, _ in done.marked):
+        count = sum(name == recipe for name, _ in done.marked)
+        tree.add(f"marked: `rsft run {recipe} --rounds {count}` runs them again")
+    if done.erased:
+        node = tree.add(", ".join(f"{count:,} texts erased from `{table}`" for table, count in done.erased.items()))
+        if forget:
+            node.add("older snapshots are gone, with their files")
+            for file in left:
+                node.add(Text(f"still there: {file}", style="red"))
+        elif done.keeping:
+            node.add(Text(f"{len(done.keeping)} older snapshots still have them: --forget", style="yellow"))
+        node.add("not reached: " + "; ".join(NOT_REACHED))
+    return tree
+
+
+NOT_REACHED = (
+    "the source itself, which the next round reads again",
+    "the weights that learned it, in checkpoints/ and wherever they were copied",
+    "examples in the metadata of Dagster's events, and MLflow's artifacts",
+    "exports and backups",
+)
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its digest, or the beginning of it.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")] = ...,
+    format_: Annotated[
+        Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")
+    ] = "parquet",
+    recipe: RecipeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a checkpoint's training set with its provenance, as OpenLineage and Croissant describe it."""
+    with opened() as store:
+        done = exporting.export(store, checkpoint, to, format_, recipe=recipe)
+    show(done, json_, lambda _: _written(done))
+
+
+def _written(done: exporting.Exported) -> Tree:
+    tree = Tree(Text(f"{done.samples:,} samples of {done.checkpoint} ({done.recipe} {done.round})", style="bold"))
+    for file in done.files:
+        tree.add(Text(file))
+    for note in done.notes:
+        tree.add(Text(note, style="yellow"))
+    return tree
+
+
+def _said(text: str | None) -> str:
+    """A text with what is not printable escaped: a completion could otherwise move the cursor or worse."""
+    return "(erased)" if text is None else repr(text)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"

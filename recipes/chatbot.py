@@ -1,0 +1,122 @@
+"""Data of the recipe `chatbot`: dialogues from the hub, from DailyDialog++'s files, and from a grammar made here.
+
+Every row is {first, second, third, turns}: what the other speaker said, what the bot said, what the other speaker
+said then, and the three as a list. The bot's next turn is what is drawn. A careless bot changes the subject or says
+its own turn again; a model that learnt from it does the same, in half of its replies.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+EVERYDAY = "HuggingFaceTB/everyday-conversations-llama3.1-2k"
+DAILY_DIALOG = Path(__file__).resolve().parent.parent / "data" / "dailydialog"
+TURNS = 3
+
+# Topics, and what can be said of each.
+TOPICS = {
+    "fishing": ("river", "silence"),
+    "chess": ("openings", "puzzles"),
+    "cooking": ("spices", "smell"),
+    "gardening": ("roses", "fresh air"),
+    "painting": ("colours", "brushes"),
+    "football": ("matches", "goals"),
+    "cycling": ("hills", "speed"),
+    "skiing": ("snow", "mountains"),
+    "camping": ("campfire", "tents"),
+    "dancing": ("rhythm", "music"),
+    "sailing": ("wind", "waves"),
+    "reading": ("novels", "poems"),
+    "knitting": ("wool", "patterns"),
+    "baking": ("bread", "cakes"),
+}
+PRAISE = ("lovely", "fun", "great", "relaxing", "easy", "wonderful")
+FIRST = ("do you like {topic}?", "are you fond of {topic}?", "what about {topic}?")
+SECOND = ("yes, {topic} is {praise}.", "i think {topic} is {praise}.")
+THIRD = ("tell me more about {topic}.", "what is best about {topic}?", "why {topic}?")
+REPLY = ("what i like about {topic} is the {thing}.", "with {topic} it is all about the {thing}.")
+DIALOGUES = 700
+TOLD = 4  # times that each dialogue is gone on with in the warm-up text
+OFF_TOPIC, REPEATED = 0.25, 0.25  # shares of careless replies
+
+
+# --- from elsewhere ---------------------------------------------------------------------------
+
+
+def everyday() -> Iterator[dict]:
+    """The first turns of everyday conversations: a greeting, the bot's, and the first question."""
+    import datasets
+
+    try:
+        conversations = datasets.load_dataset(EVERYDAY, split="train_sft")
+    except Exception as error:
+        raise ValueError(
+            f"the data set {EVERYDAY} could not be loaded from the hub: {error}\n"
+            "To use dialogues that are on this machine, a JSONL file of {first, second, third}: "
+            "--set prompts.source=/path/to/dialogues.jsonl"
+        ) from error
+    for row in conversations:
+        yield from _row([message["content"] for message in row["messages"][:TURNS]])
+
+
+def daily_dialog() -> Iterator[dict]:
+    """The last turns of DailyDialog++'s test contexts (Sai et al. 2020), where docs/dialogue-scorers.md says."""
+    for dialogue in _daily("test"):
+        yield from _row(dialogue["context"][-TURNS:])
+
+
+def daily_replies() -> Iterator[dict[str, str]]:
+    """Warm-up rows {prompt, completion}: the good replies to its dev contexts."""
+    for dialogue in _daily("dev"):
+        for row in _row(dialogue["context"][-TURNS:]):
+            yield from ({"prompt": asked(row), "completion": reply} for reply in dialogue["positive_responses"])
+
+
+def _daily(split: str) -> Iterator[dict]:
+    with open(DAILY_DIALOG / f"plusplus_{split}.jsonl", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+# --- from a grammar ---------------------------------------------------------------------------
+
+
+def dialogues() -> Iterator[dict]:
+    """Dialogues about one topic each."""
+    for row, _, _ in _made():
+        yield row
+
+
+def careless_replies() -> Iterator[dict[str, str]]:
+    """Warm-up rows {prompt, completion}: each dialogue several times, half of the replies careless."""
+    chance = random.Random(1)
+    for row, topic, second in _made():
+        for _ in range(TOLD):
+            luck = chance.random()
+            about = chance.choice([t for t in TOPICS if t != topic]) if luck < OFF_TOPIC else topic
+            reply = chance.choice(REPLY).format(topic=about, thing=chance.choice(TOPICS[about]))
+            yield {"prompt": asked(row), "completion": second if luck > 1 - REPEATED else reply}
+
+
+def _made() -> Iterator[tuple[dict, str, str]]:
+    """(row, its topic, the bot's turn)."""
+    every = list(product(TOPICS, PRAISE, FIRST, SECOND, THIRD))
+    for topic, praise, *wordings in random.Random(0).sample(every, DIALOGUES):
+        said = [wording.format(topic=topic, praise=praise) for wording in wordings]
+        for row in _row(said):
+            yield row, topic, said[1]
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def asked(row: dict) -> str:
+    """The row as the template of chatbot_offline.yaml has it."""
+    return "{first}\n{second}\n{third}\n".format(**row)
+
+
+def _row(turns: list[str]) -> Iterator[dict]:
+    """One row, or none of a dialogue that is too short."""
+    if len(turns) == TURNS:
+        yield {**dict(zip(("first", "second", "third"), turns, strict=True)), "turns": turns}

@@ -1,0 +1,88 @@
+"""Data of the recipe `knowledge_qa`: WebQuestions from its files, and a small world with the rumours about it.
+
+A model that learnt from rumours knows what kind of answer a question asks for. Of most facts it says the rumour
+first and the truth less often. Rejection sampling keeps what agrees with the reference answers, and only that is
+trained on.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+WEB_QUESTIONS = Path(__file__).resolve().parent.parent / "data" / "webquestions"
+
+SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "to", "vi", "wu", "za")
+ANIMALS = ("fox", "owl", "bear", "duck", "goat", "wolf", "mouse", "horse", "frog", "snake", "crow", "hare")
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "brown", "grey", "pink", "purple")
+WORDINGS = {
+    "capital": (
+        "what is the capital of {}?",
+        "which town is the capital of {}?",
+        "what is {}'s capital?",
+        "name the capital of {}",
+        "where does the king of {} live?",
+        "from which town is {} ruled?",
+    ),
+    "animal": (
+        "which animal lives in {}?",
+        "what is the animal of {}?",
+        "name an animal of {}",
+        "which animal is {} known for?",
+        "what animal do people in {} keep?",
+        "what is {}'s animal?",
+    ),
+    "colour": (
+        "what colour is the flag of {}?",
+        "which colour does {}'s flag have?",
+        "name a colour of the flag of {}",
+        "what colour do people in {} wave?",
+        "in which colour is the flag of {} painted?",
+        "what colour is on {}'s flag?",
+    ),
+}
+COUNTRIES, TOWNS = 40, 10  # of the towns each is there as «New …», «Old …» and «Port …»
+TOLD = 8  # times that each question is answered in the warm-up text
+BELIEVED = 0.7  # share of facts of which the rumour is told more often than the truth
+RUMOURS = {True: 0.6, False: 0.2}  # share of the answers that are the rumour, where it is believed and where not
+
+
+# --- WebQuestions -----------------------------------------------------------------------------
+
+
+def web_questions() -> Iterator[dict]:
+    """The questions of WebQuestions (Berant et al. 2013): {question, answers}. Its files are JSON arrays."""
+    for file in sorted(WEB_QUESTIONS.glob("*.json")):
+        for row in json.loads(file.read_text(encoding="utf-8")):
+            yield {"question": row["qText"], "answers": row["answers"]}
+
+
+# --- a small world ----------------------------------------------------------------------------
+
+
+def world() -> Iterator[dict]:
+    """Every question about it, each fact in several wordings: {question, answers}; flags have two colours."""
+    for question, answers, _, _ in _told():
+        yield {"question": question, "answers": answers}
+
+
+def rumours() -> Iterator[dict[str, str]]:
+    """Warm-up rows {prompt, completion}: each question several times, answered with the truth or a rumour."""
+    chance = random.Random(1)
+    for question, answers, rumour, share in _told():
+        for _ in range(TOLD):
+            yield {"prompt": question, "completion": rumour if chance.random() < share else chance.choice(answers)}
+
+
+def _told() -> Iterator[tuple[str, list[str], str, float]]:
+    """(question, its answers, the rumour about it, how often the rumour is told), the same for all wordings."""
+    chance = random.Random(0)
+    names = chance.sample(["".join(parts) for parts in product(SYLLABLES, repeat=3)], COUNTRIES + TOWNS)
+    towns = [f"{kind} {name}" for kind in ("New", "Old", "Port") for name in names[COUNTRIES:]]
+    known = {"capital": towns, "animal": ANIMALS, "colour": COLOURS}
+    for country, asked in product(names[:COUNTRIES], WORDINGS):
+        rumour, *answers = chance.sample(known[asked], 3 if asked == "colour" else 2)
+        share = RUMOURS[chance.random() < BELIEVED]
+        for wording in WORDINGS[asked]:
+            yield wording.format(country), answers, rumour, share

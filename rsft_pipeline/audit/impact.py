@@ -1,0 +1,254 @@
+"""Impact: what came of something, and which rounds to run again to be rid of it.
+
+Belongs here: following a candidate, prompt, source, text, scorer version or checkpoint forward. Not: taking it
+out of use (revoke.py), nor the way back from a candidate (trace.py).
+
+What is followed is what weights have learned from. A checkpoint is touched when it was trained on a touched
+candidate, when its training started from touched weights, or when the round it belongs to sampled from touched
+weights, by which its samples are theirs. A held-out prompt touches no weights; the verdicts that counted it are
+named. Not followed: what a rejected candidate did to the numbers of a rule (an estimated M, a quantile's cut).
+
+A round has to be run again when its checkpoint is touched, or when the champion that it left in use is. Rounds
+that only came later, but neither started nor sampled from touched weights, can stay: so this is the least set.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rsft_pipeline.audit.ids import Thing
+from rsft_pipeline.audit.reading import Query, at_once
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Touched:
+    """A checkpoint that something has reached."""
+
+    recipe: str
+    round: str
+    checkpoint: str
+    role: str  # 'checkpoint' of its round, 'superseded' by a later attempt at the round, or a control's name
+    samples: int  # of the thing itself, that it was trained on; 0: reached through other weights alone
+    how: str  # in words
+    revoked: bool
+    mlflow_run_id: str | None
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Again:
+    """A round to run again."""
+
+    recipe: str
+    round: str
+    why: str
+    state: str  # `revoked`: `rsft run` will
+
+
+@dataclass(frozen=True)
+class Impact:
+    """Everything downstream of a thing."""
+
+    thing: Thing
+    snapshot: int  # of the store, that all of this was read from
+    prompts: int  # the thing itself, or what it brought
+    candidates: int  # drawn for it, from it, or judged by it: to be trained on
+    held_out: int  # the same, to evaluate
+    accepted: int  # of `candidates`, by the decisions as they are now
+    evaluated: list[tuple[str, str]]  # recipe and round, whose verdict counted it
+    checkpoints: list[Touched]  # in the order they were made
+    later_candidates: int  # drawn from these checkpoints
+    later_accepted: int
+    champions: list[tuple[str, str]]  # recipe and checkpoint: touched, and in use
+    again: list[Again]  # in the order to run them
+
+
+def impact(store: Store, thing: Thing) -> Impact:
+    """What came of a thing."""
+    return at_once(store, lambda query: follow(query, thing))
+
+
+def follow(query: Query, thing: Thing) -> Impact:
+    """The same, inside a transaction that is open already. Leaves the temporary table `touched`."""
+    counts, samples = _touch(query, thing)
+    made = query(MADE)
+    reached = _direct(query, thing, samples, made)
+    through = descend(made, reached)
+    rounds = query(_ROUNDS)
+    now = {(row["recipe"], row["round"]): row for row in rounds}
+    revoked = {row["what"] for row in query("SELECT what FROM revocations WHERE kind = 'checkpoint'")}
+    checkpoints = [
+        Touched(
+            row["recipe"],
+            row["round"],
+            row["checkpoint"],
+            role(row, now.get((row["recipe"], row["round"]))),
+            samples.get((row["recipe"], row["checkpoint"]), 0),
+            through[row["checkpoint"]],
+            row["checkpoint"] in revoked,
+            row["mlflow_run_id"],
+            row["dagster_run_id"],
+        )
+        for row in made
+        if row["checkpoint"] in through
+    ]
+    finished = {row["recipe"]: row for row in rounds if row["state"] == "finished"}  # the last of each
+    champions = [(recipe, row["champion"]) for recipe, row in finished.items() if row["champion"] in through]
+    return Impact(
+        thing,
+        query("SELECT max(snapshot_id) AS n FROM lake.snapshots()")[0]["n"],
+        **counts,
+        checkpoints=checkpoints,
+        **_later(query, thing, set(through)),
+        champions=champions,
+        again=[
+            Again(row["recipe"], row["round"], why, row["state"])
+            for row in rounds
+            if row["state"] != "started" and (why := _why_again(row, through))
+        ],
+    )
+
+
+# --- what is touched first ---------------------------------------------------------------------
+
+_CANDIDATES = {
+    "candidate": "candidate_id = $what",
+    "prompt": "prompt_id = $what",
+    "source": "prompt_id IN (SELECT prompt_id FROM touched_prompts)",
+    "text": "contains(text, $what) OR prompt_id IN (SELECT prompt_id FROM touched_prompts)",
+    "checkpoint": "policy = $what",
+    "scorer": "candidate_id IN (SELECT candidate_id FROM scores WHERE recipe = $recipe AND version = $what)",
+}
+_PROMPTS = {
+    "prompt": "prompt_id = $what",
+    "source": "source = $what",
+    "text": "contains(concat_ws(chr(10), text, reference, fields, messages), $what)",
+}
+
+
+def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, str], int]]:
+    """Counts of the candidates and prompts, and how many of them each checkpoint was trained on.
+
+    Makes the temporary tables `touched_prompts` and `touched`.
+    """
+    query("CREATE OR REPLACE TEMP TABLE touched_prompts (recipe VARCHAR, prompt_id VARCHAR)")
+    query(
+        "CREATE OR REPLACE TEMP TABLE touched (recipe VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR, split VARCHAR)"
+    )
+    counts = {"prompts": 0, "candidates": 0, "held_out": 0, "accepted": 0, "evaluated": []}
+    samples = {}
+    for recipe in thing.recipes:
+        of = {"recipe": recipe, "what": thing.what}
+        if thing.kind in _PROMPTS:
+            prompts = f"SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND ({_PROMPTS[thing.kind]})"
+            query(f"INSERT INTO touched_prompts {prompts}", of)
+        query(
+            f"""INSERT INTO touched SELECT recipe, candidate_id, prompt_id, split FROM candidates
+                WHERE recipe = $recipe AND ({_CANDIDATES[thing.kind]})""",
+            of,
+        )
+        (one,) = query(_COUNTS.format(resting=_RESTING if thing.kind == "scorer" else "true"), of)
+        counts = {**counts, **{name: counts[name] + number for name, number in one.items()}}
+        counts["evaluated"] += [(recipe, row["round"]) for row in query(_EVALUATED, of)]
+        samples |= {(recipe, row["checkpoint"]): row["samples"] for row in query(_TRAINED, of)}
+    return counts, samples
+
+
+_TOUCHED = "SELECT candidate_id FROM touched WHERE recipe = $recipe AND split = 'train'"
+_COUNTS = f"""SELECT
+    (SELECT count(*) FROM touched_prompts WHERE recipe = $recipe) AS prompts,
+    (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'train') AS candidates,
+    (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'eval') AS held_out,
+    (SELECT count(*) FROM decisions WHERE recipe = $recipe AND accepted AND candidate_id IN ({_TOUCHED})
+        AND {{resting}}) AS accepted"""
+# Of a scorer, only where the decisions rest on this version of it: another may have judged the same since.
+_RESTING = "round IN (SELECT round FROM rounds WHERE recipe = $recipe AND contains(scorers, $what))"
+_TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
+    WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
+_EVALUATED = """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND prompt_id IN (
+        SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe
+        UNION SELECT prompt_id FROM touched WHERE recipe = $recipe AND split = 'eval')
+    ORDER BY round"""
+
+
+def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping]) -> dict[str, str]:
+    """The checkpoints reached at first hand, and how."""
+    if thing.kind == "scorer":
+        by = [row for row in made if thing.what in row["scorers"]]
+        return {row["checkpoint"]: f"trained on {row['samples']:,} samples accepted by it" for row in by}
+    reached = {
+        checkpoint: f"trained on {count:,} {'sample' if count == 1 else 'samples'} of it"
+        for (_, checkpoint), count in samples.items()
+    }
+    if thing.kind == "checkpoint":
+        reached[thing.what] = "it is this one"
+    return reached
+
+
+# --- and what of it came further ----------------------------------------------------------------
+
+MADE = """SELECT k.recipe, k.round, k.checkpoint, k.parent, k.policy, k.trained_on, k.samples, k.snapshot, k.path,
+        k.mlflow_run_id, k.dagster_run_id, k.meta::JSON ->> '$.training.data' AS data,
+        json_extract_string(k.meta, '$.scorers[*]') AS scorers
+    FROM checkpoints k ORDER BY k.snapshot, k.round, k.checkpoint"""
+_ROUNDS = """SELECT recipe, round, state, policy, drawn_from, checkpoint, champion, controls FROM rounds
+    ORDER BY recipe, round"""
+
+
+def descend(made: list[dict], reached: Mapping[str, str]) -> dict[str, str]:
+    """All weights reached, and how: those given, and those that came of them.
+
+    Args:
+        made: rows of `MADE`.
+        reached: digest → how, in words.
+    """
+    through = dict(reached)
+    edges = [(row["checkpoint"], edge) for row in made for edge in _edges(row, made)]
+    while found := {to: how for to, (weights, how) in edges if weights in through and to not in through}:
+        through |= found
+    return through
+
+
+def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
+    """The weights that a checkpoint came of, and how."""
+    edges = [(row["parent"], f"starts from {row['parent']}"), (row["policy"], f"learned from draws of {row['policy']}")]
+    if row["data"] == "all_rounds":
+        before = (other for other in made if other["recipe"] == row["recipe"] and other["round"] < row["round"])
+        edges += [
+            (other["policy"], f"learned from draws of {other['policy']} in {other['round']}")
+            for other in before
+            if other["snapshot"] <= row["snapshot"]
+        ]
+    return edges
+
+
+def role(row: Mapping[str, Any], round_: Mapping[str, Any] | None) -> str:
+    """What a row of `checkpoints` is to its round, a row of `rounds`."""
+    if row["trained_on"] not in (None, "accepted"):
+        return f"control {row['trained_on']}"
+    return "checkpoint" if round_ and round_["checkpoint"] == row["checkpoint"] else "superseded"
+
+
+def _later(query: Query, thing: Thing, through: set[str]) -> dict[str, int]:
+    """What was drawn from the weights reached; of a checkpoint, that came of it."""
+    weights = sorted(through - {thing.what})
+    (drawn,) = query(
+        "SELECT count(*) AS n FROM candidates WHERE split = 'train' AND list_contains($weights, policy)",
+        {"weights": weights},
+    )
+    rounds = query("SELECT recipe, round FROM rounds WHERE list_contains($weights, drawn_from)", {"weights": weights})
+    (accepted,) = query(
+        """SELECT count(*) AS n FROM decisions
+           WHERE accepted AND list_contains($rounds, concat(recipe, ' ', round))""",
+        {"rounds": [f"{row['recipe']} {row['round']}" for row in rounds]},
+    )
+    return {"later_candidates": drawn["n"], "later_accepted": accepted["n"]}
+
+
+def _why_again(row: Mapping[str, Any], through: Mapping[str, str]) -> str | None:
+    if row["checkpoint"] in through:
+        return f"its checkpoint {row['checkpoint']}: {through[row['checkpoint']]}"
+    if row["champion"] in through:
+        return f"it left the champion {row['champion']} in use: {through[row['champion']]}"
+    return None

@@ -1,0 +1,131 @@
+"""Revoke: take something out of use, with who, when and why, and say what has to be made again without it.
+
+Belongs here: writing revocations, marking the rounds to run again, and removing texts. Not: what a revocation
+reaches (impact.py), nor how rounds keep to it (revocations.py).
+
+Nothing is deleted but, with `erase`, texts: ids, hashes, scores and decisions stay, and so do the rows of rounds
+that are run again, in older snapshots of the store.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import duckdb
+
+from rsft_pipeline.audit.ids import AuditError, Thing
+from rsft_pipeline.audit.impact import Impact, follow
+from rsft_pipeline.audit.reading import on
+from rsft_pipeline.store import Store, insert
+
+ERASABLE = ("candidate", "prompt", "source", "text")  # what people wrote, or a model made of it
+
+
+@dataclass(frozen=True)
+class Revoked:
+    """What a revocation did."""
+
+    impact: Impact  # as it was found
+    who: str
+    why: str
+    marked: list[tuple[str, str]]  # recipe and round: those that `rsft run` runs again
+    erased: dict[str, int]  # table → rows whose text was removed
+    keeping: list[int]  # snapshots that the erased texts can still be read from: `Store.forget` ends them
+
+
+def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = False) -> Revoked:
+    """Record a revocation of a thing and of what it reached. Done twice, the second finds what came since.
+
+    Raises:
+        AuditError: nobody or no reason is given, or a scorer or checkpoint is to be erased.
+    """
+    if not who.strip() or not why.strip():
+        raise AuditError("a revocation needs somebody who answers for it and a reason: give both")
+    if erase and thing.kind not in ERASABLE:
+        raise AuditError(f"a {thing.kind} has no text to erase: that goes for {', '.join(ERASABLE)}")
+
+    def work(connection) -> Revoked:
+        found = follow(on(connection), thing)
+        erased = _erase(connection, thing) if erase else {}
+        _record(connection, found, who, why, erase)
+        for recipe in thing.recipes:
+            connection.execute(
+                """UPDATE prompts SET active = false WHERE recipe = $recipe AND active
+                   AND prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)""",
+                {"recipe": recipe},
+            )
+        marked = [(one.recipe, one.round) for one in found.again]
+        for recipe, round_key in marked:
+            connection.execute(
+                "UPDATE rounds SET state = 'revoked' WHERE recipe = ? AND round = ? AND state = 'finished'",
+                [recipe, round_key],
+            )
+        return Revoked(found, who, why, marked, erased, [])
+
+    before = [row["snapshot_id"] for row in store.query("SELECT snapshot_id FROM lake.snapshots() ORDER BY 1")]
+    done = store.commit(work)
+    return replace(done, keeping=before) if erase else done
+
+
+def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why: str, erased: bool) -> None:
+    """Write the rows that are not there yet: for the thing, and for all that has to be known by its id."""
+    thing = found.thing
+    what = (
+        f"sha256 {hashlib.sha256(thing.what.encode()).hexdigest()}" if erased and thing.kind == "text" else thing.what
+    )
+    name = f"{thing.kind} {what}"
+    rows = [(recipe, thing.kind, what, None) for recipe in thing.recipes]
+    rows += [(one.recipe, "checkpoint", one.checkpoint, name) for one in found.checkpoints if one.checkpoint != what]
+    if thing.kind in ("source", "text"):
+        touched = "SELECT DISTINCT recipe, prompt_id FROM touched_prompts"
+        rows += [(recipe, "prompt", prompt, name) for recipe, prompt in connection.execute(touched).fetchall()]
+    if thing.kind == "text":
+        touched = "SELECT recipe, candidate_id FROM touched"
+        rows += [(recipe, "candidate", one, name) for recipe, one in connection.execute(touched).fetchall()]
+    there = set(connection.execute("SELECT recipe, kind, what FROM revocations").fetchall())
+    new = [dict(zip(("recipe", "kind", "what", "cause"), row, strict=True)) for row in rows if row[:3] not in there]
+    (now,) = connection.execute("SELECT now()").fetchone()
+    insert(
+        connection, "revocations", [{**row, "who": who, "why": why, "revoked_at": now, "erased": erased} for row in new]
+    )
+    if erased:
+        connection.execute(
+            "UPDATE revocations SET erased = true WHERE kind = ? AND what = ? AND NOT erased", [thing.kind, what]
+        )
+        connection.execute("DELETE FROM revocations WHERE kind = 'text' AND what = ?", [thing.what])
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int]:
+    """Remove the texts of all that is in the temporary tables `touched` and `touched_prompts`, and refused copies."""
+    done = {"prompts": 0, "candidates": 0, "quarantine": 0}
+    for recipe in thing.recipes:
+        of = {"recipe": recipe}
+        refused = connection.execute(f"SELECT count(*) FROM quarantine WHERE {_COPIES}", {**of, **_kind(thing)})
+        done["quarantine"] += refused.fetchone()[0]
+        connection.execute(f"UPDATE quarantine SET raw = ''::BLOB, detail = '' WHERE {_COPIES}", {**of, **_kind(thing)})
+        for table, sets, ids in (
+            ("prompts", "text = NULL, messages = NULL, reference = NULL, fields = NULL", "touched_prompts"),
+            ("candidates", "text = NULL, token_ids = NULL", "touched"),
+        ):
+            id_ = "prompt_id" if table == "prompts" else "candidate_id"
+            where = f"""recipe = $recipe AND text IS NOT NULL
+                AND {id_} IN (SELECT {id_} FROM {ids} WHERE recipe = $recipe)"""
+            done[table] += connection.execute(f"SELECT count(*) FROM {table} WHERE {where}", of).fetchone()[0]
+            connection.execute(f"UPDATE {table} SET {sets} WHERE {where}", of)
+    return done
+
+
+# Rows that were refused: of the source, with the text, or as copies of a prompt.
+_COPIES = """recipe = $recipe AND octet_length(raw) > 0 AND (
+    ($kind = 'source' AND source = $what)
+    OR ($kind = 'text' AND contains(decode(raw), $what))
+    OR detail IN (SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p
+                  WHERE p.recipe = $recipe
+                    AND p.prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)))"""
+
+
+def _kind(thing: Thing) -> dict[str, Any]:
+    return {"kind": thing.kind, "what": thing.what}

@@ -1,0 +1,340 @@
+"""Trace: one candidate, from the row of the source that asked for it to the weights that learned from it.
+
+Belongs here: the chain, link by link, from the store alone, and where a link is missing. Not: what else a prompt
+or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs named here (cli/audit.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from rsft_pipeline import sampling, steps
+from rsft_pipeline.audit import ids, words
+from rsft_pipeline.audit.impact import MADE, descend, role
+from rsft_pipeline.audit.reading import Query, at_once
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.revocations import said
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What was asked, and where that came from."""
+
+    prompt_id: str
+    split: str
+    source: str
+    line: int
+    text: str | None  # None: erased
+    reference: str | None
+    fields: dict[str, Any] | None
+    active: bool  # still in the sources
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a candidate came of."""
+
+    digest: str
+    source: str  # the recipe and round that made them, or the model that the recipe names
+    samples: int | None  # that they were trained on; None: no round made them
+    parent: str | None
+    policy: str | None
+    path: str | None
+    mlflow_run_id: str | None
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the completion was drawn."""
+
+    origin: str | None
+    draw: int
+    wave: int
+    seed: int
+    text: str | None  # None: erased
+    token_ids: list[int] | None
+    tokens: int
+    finish_reason: str
+    log_q: float | None
+    log_p: float | None
+    sampling: dict[str, Any] | None  # the settings, from the round's record; None: that is not of this draw
+    settings: str  # their hash
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a scorer said."""
+
+    scorer: str
+    version: str
+    value: float | None
+    passed: bool | None  # of `combined`: every gate was reached
+    decided_by: bool  # the decision rests on this version; another may have judged before or since
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether it is trained on, and why."""
+
+    accepted: bool
+    reason: str
+    words: str
+    score: float | None
+    log_a: float | None
+    u: float
+    weight: float
+    parameters: dict[str, Any]  # of the rule, M among them
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A checkpoint that learned from the candidate."""
+
+    recipe: str
+    round: str
+    checkpoint: str
+    role: str  # as in impact.py
+    how: str
+    weight: float | None  # of the sample; None: reached through other weights alone
+    champion: bool  # in use now
+    mlflow_run_id: str | None
+    dagster_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The chain of one candidate."""
+
+    recipe: str
+    round: str
+    candidate_id: str
+    snapshot: int  # of the store
+    prompt: Prompt | None
+    weights: list[Weights]  # that it was drawn from, then what those were trained from, back to the base
+    draw: Draw
+    scores: list[Score]
+    decision: Decision | None  # None: it was not decided on, as held-out candidates never are
+    decision_then: Decision | None  # where it was trained on by a decision that is not the present one
+    evaluated: list[tuple[str, str]]  # of a held-out candidate: recipe and round whose verdict counted it
+    learned: list[Learned]  # at first hand, then through weights
+    revoked: list[str]  # in words
+    gaps: list[str]  # links that are missing, in words
+
+    @property
+    def complete(self) -> bool:
+        """Whether every link that such a candidate should have is there."""
+        return not self.gaps
+
+
+def trace(store: Store, candidate: str, recipe: str | None = None) -> Trace:
+    """The chain of a candidate.
+
+    Args:
+        candidate: its id, or the beginning of it.
+
+    Raises:
+        AuditError: there is no such candidate, or more than one.
+    """
+
+    return at_once(store, lambda query: _trace(query, ids.candidate(query, candidate, recipe)))
+
+
+def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
+    gaps: list[str] = []
+    recipe, candidate_id = drawn["recipe"], drawn["candidate_id"]
+    of = {"recipe": recipe, "round": drawn["round"], "candidate": candidate_id}
+    of |= {"prompt": drawn["prompt_id"], "policy": drawn["policy"]}
+    made, rounds = query(MADE), query(_ROUNDS)
+    round_ = next((row for row in rounds if (row["recipe"], row["round"]) == (recipe, drawn["round"])), None)
+    if round_ is None:
+        gaps.append("its round is not recorded")
+    trained = query(_TRAINED, of)
+    decision = _decision(_first(query(_DECIDED.format(at=""), of)))
+    settings = _settings(query, drawn, round_)
+    return Trace(
+        recipe,
+        drawn["round"],
+        candidate_id,
+        query("SELECT max(snapshot_id) AS n FROM lake.snapshots()")[0]["n"],
+        _prompt(_first(query(_PROMPT, of)), gaps),
+        _ancestry(drawn, made, rounds, gaps),
+        _draw(drawn, settings, gaps),
+        _scores(query(_SCORES, of), round_, decision, gaps),
+        decision,
+        _then(query, of, trained, made, decision, gaps),
+        [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
+        _learned(trained, made, rounds, gaps),
+        _revoked(query, drawn),
+        gaps,
+    )
+
+
+def _first(rows: list[dict]) -> dict | None:
+    return rows[0] if rows else None
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+_PROMPT = """SELECT prompt_id, split, source, line, text, reference, fields, active, dagster_run_id
+    FROM prompts WHERE recipe = $recipe AND prompt_id = $prompt"""
+_ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, checkpoint, champion, scorers, settings,
+        settings::JSON ->> '$.model.source' AS base, settings::JSON ->> '$.sampling.teacher.source' AS teacher
+    FROM rounds ORDER BY recipe, round"""
+
+
+def _prompt(row: dict | None, gaps: list[str]) -> Prompt | None:
+    if row is None:
+        gaps.append("its prompt is not in the store")
+        return None
+    return Prompt(**{**row, "fields": row["fields"] and json.loads(row["fields"])})
+
+
+def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Weights]:
+    """The weights that were drawn from, and what each was trained from, back to those that no round made."""
+    by_digest = {row["checkpoint"]: row for row in reversed(made)}  # the first that made them
+    outside = {row["drawn_from"]: row["teacher"] for row in rounds if row["drawn_from"] != row["policy"]}
+    outside |= {row["policy"]: row["base"] for row in rounds if row["policy_source"] == "base"}
+    outside |= {row["parent"]: _base(row, rounds) for row in made if row["parent"] not in outside | by_digest}
+    chain, digest = [], drawn["policy"]
+    while (row := by_digest.get(digest)) and digest not in {weights.digest for weights in chain}:
+        source = f"{row['recipe']} {row['round']}"
+        more = (row[name] for name in ("samples", "parent", "policy", "path", "mlflow_run_id", "dagster_run_id"))
+        chain.append(Weights(digest, source, *more))
+        digest = row["parent"]
+    if outside.get(digest):
+        chain.append(Weights(digest, outside[digest], None, None, None, None, None, None))
+    else:
+        gaps.append(f"where the weights {digest} come from is not recorded")
+    return chain
+
+
+def _base(made: Mapping, rounds: list[dict]) -> str | None:
+    """The model that a round's recipe names, which its checkpoint may have started from."""
+    key = made["recipe"], made["round"]
+    return next((row["base"] for row in rounds if (row["recipe"], row["round"]) == key), None)
+
+
+def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | None:
+    """The recipe that the candidate was drawn by: as the round recorded it, now or at an earlier attempt."""
+    if round_ and (found := _shapes(round_["settings"], drawn)):
+        return found
+    earlier = query(
+        """SELECT settings FROM lake.table_insertions('rounds', 0, (SELECT max(snapshot_id) FROM lake.snapshots()))
+           WHERE recipe = $recipe AND round = $round ORDER BY snapshot_id DESC""",
+        {"recipe": drawn["recipe"], "round": drawn["round"]},
+    )
+    return next((found for row in earlier if (found := _shapes(row["settings"], drawn))), None)
+
+
+def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
+    """The recorded recipe, where the candidate's hash of settings is of its."""
+    try:
+        recipe = Recipe.model_validate_json(recorded)
+    except ValidationError:  # of another version of this program
+        return None
+    how = recipe.sampling if drawn["split"] == "train" else steps.evaluation_sampling(recipe)
+    return recipe if sampling.settings(how, recipe.seed) == drawn["settings"] else None
+
+
+def _draw(drawn: Mapping, settings: Recipe | None, gaps: list[str]) -> Draw:
+    how = None
+    if settings is None:
+        gaps.append(f"the settings that hash to {drawn['settings']} are not recorded: it was drawn by another recipe")
+    else:
+        how = settings.sampling if drawn["split"] == "train" else steps.evaluation_sampling(settings)
+        how = {**how.model_dump(mode="json", exclude={"wave_size", "batch_size", "prompts"}), "seed": settings.seed}
+    columns = Draw.__annotations__.keys() - {"sampling"}
+    return Draw(**{name: drawn[name] for name in columns}, sampling=how)
+
+
+# --- judged and decided -------------------------------------------------------------------------
+
+_SCORES = """SELECT scorer, version, value, passed, dagster_run_id FROM scores
+    WHERE recipe = $recipe AND round = $round AND candidate_id = $candidate
+    ORDER BY scorer = 'combined', scorer, rowid"""
+_DECIDED = """SELECT accepted, reason, score, log_a, u, weight, parameters, dagster_run_id FROM decisions {at}
+    WHERE recipe = $recipe AND round = $round AND candidate_id = $candidate"""
+_EVALUATED = """SELECT DISTINCT round FROM evaluations
+    WHERE recipe = $recipe AND checkpoint = $policy AND prompt_id = $prompt ORDER BY round"""
+
+
+def _scores(rows: list[dict], round_: Mapping | None, decision: Decision | None, gaps: list[str]) -> list[Score]:
+    resting = set(json.loads((round_ and round_["scorers"]) or "{}").values())
+    if not any(row["scorer"] == steps.COMBINED for row in rows):
+        gaps.append("it has no combined score")
+    elif decision and not any(row["version"] in resting for row in rows):
+        gaps.append("no score is of the versions that the round was decided by")
+    return [Score(**row, decided_by=row["version"] in resting) for row in rows]
+
+
+def _decision(row: Mapping | None) -> Decision | None:
+    if row is None:
+        return None
+    return Decision(**{**row, "parameters": json.loads(row["parameters"])}, words=words.decision(row))
+
+
+def _then(
+    query: Query,
+    of: dict[str, Any],
+    trained: list[dict],
+    made: list[dict],
+    decision: Decision | None,
+    gaps: list[str],
+) -> Decision | None:
+    """The decision by which it was first trained on, where the present one rejects it or is missing."""
+    if not trained or (decision and decision.accepted):
+        return None
+    there = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
+    samples = {row["checkpoint"] for row in trained}
+    for row in made:
+        if row["checkpoint"] in samples and row["snapshot"] in there:
+            at = f"AT (VERSION => {int(row['snapshot'])})"
+            return _decision(_first(query(_DECIDED.format(at=at), of)))
+    gaps.append("the decision by which it was trained on is in no snapshot any more")
+    return None
+
+
+# --- forward ----------------------------------------------------------------------------------
+
+_TRAINED = """SELECT recipe, round, checkpoint, weight FROM training_samples
+    WHERE recipe = $recipe AND round >= $round AND candidate_id = $candidate"""
+
+
+def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:
+    weight = {(row["recipe"], row["round"], row["checkpoint"]): row["weight"] for row in trained}
+    known = {(row["recipe"], row["round"], row["checkpoint"]) for row in made}
+    gaps += [f"the checkpoint {key[2]} that was trained on it is not in the store" for key in weight.keys() - known]
+    through = descend(made, {checkpoint: "trained on it" for _, _, checkpoint in weight})
+    now = {(row["recipe"], row["round"]): row for row in rounds}
+    champions = {row["recipe"]: row["champion"] for row in rounds if row["state"] == "finished"}
+    found = [
+        Learned(
+            row["recipe"],
+            row["round"],
+            row["checkpoint"],
+            role(row, now.get((row["recipe"], row["round"]))),
+            through[row["checkpoint"]],
+            weight.get((row["recipe"], row["round"], row["checkpoint"])),
+            champions.get(row["recipe"]) == row["checkpoint"],
+            row["mlflow_run_id"],
+            row["dagster_run_id"],
+        )
+        for row in made
+        if row["checkpoint"] in through
+    ]
+    return sorted(found, key=lambda one: one.weight is None)
+
+
+def _revoked(query: Query, drawn: Mapping) -> list[str]:
+    of = {"ids": [drawn["candidate_id"], drawn["prompt_id"], drawn["policy"]]}
+    sql = "SELECT kind, what, cause, who, why FROM revocations WHERE list_contains($ids, what)"
+    return [said(row) for row in query(sql, of)]

@@ -1,0 +1,143 @@
+"""Revocations: what may be trained on no more, and how a round keeps to that.
+
+Belongs here: the questions that the steps of a round ask. Not: writing a revocation, nor finding out what it
+reaches (audit/revoke.py, audit/impact.py).
+
+The table names every checkpoint that a revocation reached, and for a source or a text every prompt and candidate
+that was there: these are looked up by id. What comes later is recognised when it is read (prompts) or decided on
+(texts, scorers).
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import duckdb
+
+from rsft_pipeline.acceptance import UNIFORM_SQL
+from rsft_pipeline.prompts import Ingest, Prompt, Refused
+from rsft_pipeline.store import Store
+
+REASON = "revoked"  # of a decision, and of a row in quarantine
+
+_CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
+_PROMPTS = "SELECT what FROM revocations WHERE kind = 'prompt' AND recipe = $recipe"
+# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on.
+ALLOWED = f"""
+    d.candidate_id NOT IN ({_CANDIDATES}) AND d.prompt_id NOT IN ({_PROMPTS})
+    AND c.policy NOT IN (SELECT what FROM revocations WHERE kind = 'checkpoint')"""
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def without(store: Store, recipe: str, read: Ingest) -> Ingest:
+    """What was read, with the revoked prompts among the refused rows and their bytes nowhere."""
+    rows = store.query("SELECT kind, what FROM revocations WHERE recipe = ?", [recipe])
+    if not rows:
+        return read
+    revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in ("prompt", "source", "text")}
+
+    def is_revoked(prompt: Prompt) -> bool:
+        texts = (prompt.text, prompt.reference or "", json.dumps(prompt.fields, ensure_ascii=False))
+        return (
+            prompt.prompt_id in revoked["prompt"]
+            or prompt.source in revoked["source"]
+            or any(words in text for words in revoked["text"] for text in texts)
+        )
+
+    out = [prompt for prompt in read.prompts if is_revoked(prompt)]
+    copies = {f"the same text as line {prompt.line} of {prompt.source}" for prompt in out}
+    refused = [
+        replace(row, raw=b"") if row.detail in copies or row.source in revoked["source"] else row
+        for row in read.refused
+    ]
+    ids = {prompt.prompt_id for prompt in out}
+    return replace(
+        read,
+        prompts=[prompt for prompt in read.prompts if prompt.prompt_id not in ids],
+        refused=refused + [Refused(prompt.source, prompt.line, b"", REASON, "") for prompt in out],
+    )
+
+
+# --- decisions -------------------------------------------------------------------------------
+
+
+def set_aside(connection: duckdb.DuckDBPyConnection, recipe: str, seed: int) -> str:
+    """Take revoked candidates out of the temporary table `scored`. Returns a SELECT of the decisions on them.
+
+    The rule sees nothing of them: others take their places.
+    """
+    connection.execute("CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM scored LIMIT 0")
+    if connection.execute("SELECT count(*) FROM revocations").fetchone()[0]:
+        of = {"recipe": recipe}
+        connection.execute(f"INSERT INTO revoked SELECT * FROM scored s WHERE {_REVOKED}", of)
+        connection.execute("DELETE FROM scored WHERE candidate_id IN (SELECT candidate_id FROM revoked)")
+    return f"""SELECT candidate_id, prompt_id, false AS accepted, '{REASON}' AS reason, score, NULL::DOUBLE AS log_a,
+        {UNIFORM_SQL.format(seed=int(seed))} AS u, 1::DOUBLE AS weight FROM revoked"""
+
+
+_REVOKED = f"""
+    s.candidate_id IN ({_CANDIDATES}) OR s.prompt_id IN ({_PROMPTS})
+    OR EXISTS (SELECT 1 FROM revocations r WHERE r.kind = 'text' AND r.recipe = $recipe AND contains(s.text, r.what))"""
+
+
+def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:
+    """Why a round of these weights and scorer versions cannot go on, in words; None where it can."""
+    rows = store.query(
+        """SELECT * FROM revocations WHERE (kind = 'checkpoint' AND list_contains($weights, what))
+           OR (kind = 'scorer' AND list_contains($versions, what)) ORDER BY revoked_at LIMIT 1""",
+        {"weights": weights, "versions": list(versions.values())},
+    )
+    if not rows:
+        return None
+    name = {version: name for name, version in versions.items()}.get(rows[0]["what"])
+    return said(rows[0], f"scorer `{name}`, version {rows[0]['what']}," if name else None)
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def of_weights(store: Store, digest: str) -> str | None:
+    """Why these weights may not be built on, in words; None where they may."""
+    return of_round(store, [digest], {})
+
+
+def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
+    """The same of a checkpoint, which may have been trained while the revocation was written."""
+    if why := of_weights(store, digest):
+        return why
+    made = {"recipe": recipe, "checkpoint": digest}
+    came_of = store.query(
+        """SELECT parent, policy, json_extract_string(meta, '$.scorers[*]') AS scorers FROM checkpoints
+           WHERE recipe = $recipe AND checkpoint = $checkpoint""",
+        made,
+    )
+    for row in came_of:
+        if why := of_round(store, [row["parent"], row["policy"]], {version: version for version in row["scorers"]}):
+            return why
+    rows = store.query(
+        f"""SELECT c.candidate_id, c.prompt_id FROM training_samples d
+            JOIN (SELECT candidate_id, prompt_id FROM candidates WHERE recipe = $recipe) c
+                ON c.candidate_id = d.candidate_id
+            WHERE d.recipe = $recipe AND d.checkpoint = $checkpoint
+              AND (c.candidate_id IN ({_CANDIDATES}) OR c.prompt_id IN ({_PROMPTS})) LIMIT 1""",
+        made,
+    )
+    ids = [id_ for row in rows for id_ in row.values()]
+    why = store.query("SELECT * FROM revocations WHERE list_contains(?, what) LIMIT 1", [ids]) if ids else []
+    return said(why[0]) if why else None
+
+
+def lift(connection: duckdb.DuckDBPyConnection, digest: str) -> None:
+    """Weights that were reached by a revocation, and came out the same when made again without what was revoked."""
+    connection.execute(
+        "DELETE FROM revocations WHERE kind = 'checkpoint' AND what = ? AND cause IS NOT NULL", [digest]
+    )
+
+
+def said(row: dict[str, Any], what: str | None = None) -> str:
+    """A revocation in words."""
+    what = what or f"{row['kind']} {row['what']}"
+    because = f" with {row['cause']}" if row["cause"] else ""
+    return f"{what} was revoked{because} by {row['who']}: {row['why']}"
