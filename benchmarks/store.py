@@ -1,0 +1,187 @@
+"""Store benchmark: a round of millions of candidates in the lake, and the same SQL in a bare DuckDB file.
+
+    python -m benchmarks.store                               # 1, 5 and 20 million candidates of 256 characters
+    python -m benchmarks.store --candidates 1000000
+
+Each size and way runs in a process of its own with DuckDB's memory limited, so that its peak is known: all of the
+process's memory, not DuckDB's alone. Bare is one DuckDB file with the tables of schema.sql and the very statements
+that the steps run: what the lake costs beside it is snapshots, Parquet and its catalog. Results go to
+docs/benchmarks: JSON and a Markdown table. With `--rounds 100` it counts the files of a store that is compacted at
+the end of each round, as rounds do.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from pydantic import TypeAdapter
+
+from rsft_pipeline import acceptance, lineage, sampling, steps
+from rsft_pipeline.recipe import AnyRule, load
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.store import SCHEMA, Store
+
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+RECIPE = """
+description: Made for the store benchmark.
+model: {source: /nowhere}
+prompts: {source: questions.jsonl, template: "{question}"}
+scoring: {scorers: [{kind: regex, pattern: "x"}]}
+acceptance: {rule: threshold, threshold: 0.7}
+"""
+RULES = {
+    "threshold": {"rule": "threshold", "threshold": 0.7, "cap": 2},
+    "top_k": {"rule": "top_k", "k": 2},
+    "quantile": {"rule": "quantile", "share": 0.3},
+    "rejection": {"rule": "rejection", "M": "estimate"},
+    "boltzmann": {"rule": "boltzmann", "beta": 0.2},
+    "loss": {"rule": "loss", "k": 2.0},
+}
+DRAWS, WAVE = 8, 1_000_000  # a wave is as many rows as one commit of the benchmark writes
+
+_PROMPTS = """INSERT INTO prompts BY NAME
+    SELECT $recipe AS recipe, md5('p' || n) AS prompt_id, 'question ' || n AS text, false AS chat, '{}' AS fields,
+        'train' AS split, md5(n::VARCHAR) AS content, true AS active FROM range($prompts) t(n)"""
+_ROUND_PROMPTS = """INSERT INTO round_prompts BY NAME
+    SELECT recipe, 'r000' AS round, prompt_id, 'train' AS split FROM prompts WHERE recipe = $recipe"""
+_CANDIDATES = f"""INSERT INTO candidates BY NAME
+    SELECT $recipe AS recipe, 'r000' AS round, md5('c' || n) AS candidate_id, md5('p' || n // {DRAWS}) AS prompt_id,
+        'train' AS split, 'policy' AS origin, $policy AS policy, (n % {DRAWS})::INTEGER AS draw, 0 AS wave,
+        repeat(sha256(n::VARCHAR), 4) AS text, 16 AS tokens, 'stop' AS finish_reason,
+        list_transform(range(16), lambda i: (hash(n, i) % 32000)::INTEGER) AS token_ids,
+        -20.0 * (hash(n) % 1000) / 1000 AS log_q, log_q - (hash(n, 1) % 1000) / 1000 AS log_p,
+        n AS seed, $settings AS settings FROM range($first, $last) t(n)"""
+_SCORES = f"""INSERT INTO scores BY NAME
+    SELECT $recipe AS recipe, 'r000' AS round, md5('c' || n) AS candidate_id, 'combined' AS scorer,
+        $version AS version, md5((n // {DRAWS})::VARCHAR) AS content, (hash(n, 2) % 1000) / 1000 AS value,
+        true AS passed FROM range($first, $last) t(n)"""
+
+
+def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, float]:
+    """Seconds of each step, and the process's peak memory in GiB."""
+    file = folder / "benchmark.yaml"
+    file.write_text(RECIPE)
+    recipe, policy = load(file), lineage.digest("policy")
+    round_ = Round(recipe, "r000", policy, "base", policy, "none")
+    lake = Store.at(folder / "home", memory=memory)  # the bare way asks it for the SQL alone
+    if way == "lake":
+        commit = lake.commit
+    else:
+        bare = duckdb.connect(folder / "bare.duckdb", config={"memory_limit": memory})
+        bare.execute(SCHEMA.read_text("utf-8"))
+        commit = _transactions(bare)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[duckdb.DuckDBPyConnection], Any]) -> None:
+        began = time.perf_counter()
+        commit(work)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+    told = {"recipe": recipe.name}
+    commit(lambda connection: connection.execute(_PROMPTS, {**told, "prompts": candidates // DRAWS}))
+    commit(lambda connection: connection.execute(_ROUND_PROMPTS, told))
+    drawn = {"policy": policy, "settings": sampling.settings(recipe.sampling, recipe.seed)}
+    version = steps.versions(lake, round_)[steps.COMBINED]
+    for first in range(0, candidates, WAVE):
+        part = {**told, "first": first, "last": min(first + WAVE, candidates)}
+        timed("write candidates", lambda connection, part=part: connection.execute(_CANDIDATES, {**part, **drawn}))
+        timed("write scores", lambda connection, part=part: connection.execute(_SCORES, {**part, "version": version}))
+    joined = f"CREATE OR REPLACE TEMP TABLE scored AS {steps.scored(lake, round_)}"
+    timed("join candidates and scores", lambda connection: connection.execute(joined, steps.of_round(round_)))
+    for name, fields in RULES.items():
+        rule = TypeAdapter(AnyRule).validate_python(fields)
+        timed(f"join and decide: {name}", lambda connection, rule=rule: _decide(connection, rule, round_, joined))
+    accepted = f"CREATE OR REPLACE TEMP TABLE chosen AS {steps.ACCEPTED}"
+    timed("accepted set", lambda connection: connection.execute(accepted, steps.of_training(round_)))
+    if way == "lake":
+        began = time.perf_counter()
+        lake.compact()
+        seconds["compact"] = time.perf_counter() - began
+    return {**seconds, "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def _transactions(connection: duckdb.DuckDBPyConnection) -> Callable:
+    def commit(work):
+        connection.execute("BEGIN")
+        work(connection)
+        connection.execute("COMMIT")
+
+    return commit
+
+
+def _decide(connection: duckdb.DuckDBPyConnection, rule: AnyRule, round_: Round, joined: str) -> None:
+    """As steps.decide does it."""
+    recipe = round_.recipe
+    connection.execute(joined, steps.of_round(round_))
+    parameters = acceptance.parameters(connection, "scored", rule, 0)
+    connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
+    connection.execute(
+        f"""INSERT INTO decisions BY NAME SELECT ? AS recipe, ? AS round, *, ? AS parameters
+            FROM ({acceptance.decisions_sql("scored", parameters, recipe.seed)})""",
+        [recipe.name, round_.key, json.dumps(parameters)],
+    )
+
+
+def files(rounds: int) -> list[int]:
+    """How many Parquet files a store has after each round of ten waves, compacted at its end."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, Store.at(Path(folder)) as lake:
+        for number in range(rounds):
+            for wave in range(10):
+                rows = [{"recipe": "one", "round": f"r{number:03d}", "candidate_id": f"{wave} {i}"} for i in range(50)]
+                lake.append("candidates", rows)
+            lake.compact()
+            listed = "SELECT count(*) FROM ducklake_list_files('lake', 'candidates')"
+            found.append(lake.value(listed))
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--candidates", type=int, nargs="+", default=[1_000_000, 5_000_000, 20_000_000])
+    options.add_argument("--memory", default="2500MB", help="DuckDB's limit; the process takes about 1 GiB more")
+    options.add_argument("--rounds", type=int, help="count the files over so many rounds instead")
+    options.add_argument("--out", type=Path, default=RESULTS / "store_cpu")
+    options.add_argument("--way", choices=["lake", "bare"], help=argparse.SUPPRESS)
+    arguments = options.parse_args()
+    if arguments.rounds:
+        print(f"files after each round: {files(arguments.rounds)}")
+        return
+    if arguments.way:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(Path(folder), arguments.way, arguments.candidates[0], arguments.memory)))
+        return
+    results = []
+    for candidates in arguments.candidates:
+        for way in ("lake", "bare"):
+            told = ["--way", way, "--candidates", str(candidates), "--memory", arguments.memory]
+            made = subprocess.run(
+                [sys.executable, "-m", "benchmarks.store", *told], stdout=subprocess.PIPE, text=True, check=True
+            )
+            results.append({"candidates": candidates, "way": way, **json.loads(made.stdout.splitlines()[-1])})
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    lines = [
+        "| candidates | step | lake, s | bare, s | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for lake, bare in zip(results[::2], results[1::2], strict=True):
+        for name in lake:
+            if name in bare and name not in ("candidates", "way"):
+                ratio = lake[name] / bare[name]
+                lines.append(f"| {lake['candidates']:,} | {name} | {lake[name]:.2f} | {bare[name]:.2f} | {ratio:.2f} |")
+        if "compact" in lake:
+            lines.append(f"| {lake['candidates']:,} | compact | {lake['compact']:.2f} | | |")
+    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
