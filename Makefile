@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "rsft-pipeline needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lora,math,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit,embeddings,lora,math,test]'
 	@touch $@
 
 demo: setup

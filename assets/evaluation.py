@@ -134,7 +134,7 @@ def _track(
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
     for role, means in by_scorer.means.items():
-        tracking.metrics(run, {f"{role}/scorers/{scorer}": mean.value for scorer, mean in means.items()})
+        tracking.metrics(run, {f"{role}/scorers/{name}": mean.value for name, mean in means.items() if mean})
     tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
     tracking.metrics(run, {f"over_{role}": found.difference for role, found in outcome.controls.items()})
     tracking.tags(run, verdict=outcome.verdict)

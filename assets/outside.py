@@ -16,7 +16,6 @@ from rsft_pipeline.audit.revoke import Revoked
 from rsft_pipeline.store import Store
 
 
-
 def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Checkpoint → its version in MLflow's registry, the aliases that name it, and the state of its run."""
     client, wanted, found = tracking.client(), set(checkpoints), {}
@@ -35,19 +34,19 @@ def runs(instance: dg.DagsterInstance, run_ids: Iterable[str | None]) -> dict[st
         run = instance.get_run_by_id(run_id)
         if run is None:
             continue
-        events = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
-        found[run_id] = {
-            "job": run.job_name,
-            "state": run.status.value,
-            "events": [
-                {
-                    "asset": record.event_log_entry.dagster_event.asset_key.to_user_string(),
-                    "partition": record.event_log_entry.dagster_event.partition,
-                    "event": record.storage_id,
-                }
-                for record in events
-            ],
-        }
+        found[run_id] = {"job": run.job_name, "state": run.status.value, "events": _events(instance, run)}
+    return found
+
+
+def _events(instance: dg.DagsterInstance, run: dg.DagsterRun) -> list[dict[str, Any]]:
+    """The materialisations of a run, by the number that `policy` records of the one that made its weights."""
+    made = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    found = []
+    for event in (record.event_log_entry.dagster_event for record in made):
+        of = dg.AssetRecordsFilter(event.asset_key, asset_partitions=event.partition and [event.partition])
+        records = instance.fetch_materializations(of, limit=100).records
+        number = next((record.storage_id for record in records if record.run_id == run.run_id), None)
+        found.append({"asset": event.asset_key.to_user_string(), "partition": event.partition, "event": number})
     return found
 
 

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from cli.run import SetOption, _find, _overrides, _store
 from rsft_pipeline import recipe as recipes
@@ -58,7 +59,9 @@ def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) ->
     if as_json:
         print(json.dumps(asdict(answer) if hasattr(answer, "__dataclass_fields__") else answer, default=_plain))
     else:
-        console.print(render(answer), highlight=False, soft_wrap=True)
+        drawn = render(answer)
+        # A tree would be cut at the terminal's width where it may not wrap.
+        console.print(drawn, highlight=False, soft_wrap=not isinstance(drawn, Tree))
 
 
 def _plain(value: Any) -> Any:

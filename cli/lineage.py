@@ -12,16 +12,19 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.audit import JsonOption, RecipeOption, console, opened, show
+from cli.audit import JsonOption, RecipeOption, opened, show
 from cli.run import _instance
 from rsft_pipeline.audit import export as exporting
-from rsft_pipeline.audit import ids, impact as following, revoke as revoking, trace as tracing
+from rsft_pipeline.audit import ids
+from rsft_pipeline.audit import impact as following
+from rsft_pipeline.audit import revoke as revoking
+from rsft_pipeline.audit import trace as tracing
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.home import Home
 
 SHOWN = 12  # digits of an id, where the whole would not fit
 TextOption = Annotated[
-    str | None, typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, to the letter.")
+    str | None,
+    typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, to the letter."),
 ]
 ThingArgument = Annotated[
     str | None,
@@ -82,7 +85,8 @@ def _outside(found: tracing.Trace) -> dict[str, Any]:
 
 
 def _matches(text: str, matches: list[ids.Match]) -> Tree:
-    tree = Tree(f"{len(matches) or 'no'} candidates contain {text!r}{', of which these are the first' if len(matches) == 20 else ''}")
+    more = " or more" if len(matches) == ids.MATCHES else ""
+    tree = Tree(Text(f"{len(matches) or 'no'}{more} candidates contain {text!r}"))
     for one in matches:
         decided = {True: "accepted", False: "rejected", None: "not decided on"}[one.accepted]
         tree.add(Text(f"{one.candidate_id}  {one.recipe} {one.round}, {decided}: {_said(one.text)}"))
@@ -138,7 +142,9 @@ def _drawn(tree: Tree, draw: tracing.Draw) -> None:
     if draw.token_ids is not None:
         node.add(Text(f"token ids {draw.token_ids}"))
     given = (draw.sampling or {}).items()
-    node.add(Text(f"{', '.join(f'{key} {value}' for key, value in given if value not in (None, []))}; its seed {draw.seed}"))
+    node.add(
+        Text(f"{', '.join(f'{key} {value}' for key, value in given if value not in (None, []))}; its seed {draw.seed}")
+    )
     node.add(Text(f"log q {_number(draw.log_q)}, log p {_number(draw.log_p)}"))
 
 
@@ -164,7 +170,9 @@ def _version(answer: dict[str, Any], digest: str) -> str:
 # --- impact ------------------------------------------------------------------------------------
 
 
-def impact(thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False) -> None:
+def impact(
+    thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False
+) -> None:
     """Say what came of something, and which rounds to run again to be rid of it."""
     with opened() as store:
         found = following.impact(store, _thing(store, thing, text, recipe))
@@ -179,11 +187,12 @@ def _thing(store, typed: str | None, text: str | None, recipe: str | None) -> id
 
 def _reach(found: following.Impact) -> Tree:
     tree = Tree(Text(f"{found.thing.words} of {', '.join(found.thing.recipes)}", style="bold"))
-    of = f"{found.prompts:,} prompts, " if found.prompts else ""
-    tree.add(f"{of}{found.candidates:,} candidates, {found.accepted:,} of them accepted; {found.held_out:,} held out")
+    of = f"{_count(found.prompts, 'prompt')}, " if found.prompts else ""
+    drawn = f"{_count(found.candidates, 'candidate')}, {found.accepted:,} accepted"
+    tree.add(f"{of}{drawn}; {found.held_out:,} more held out")
     if found.evaluated:
         tree.add(f"counted by the verdicts of {', '.join(' '.join(one) for one in found.evaluated)}")
-    node = tree.add(f"{len(found.checkpoints)} checkpoints have learned from it")
+    node = tree.add(f"learned by {_count(len(found.checkpoints), 'checkpoint')}")
     for one in found.checkpoints:
         revoked = " (revoked)" if one.revoked else ""
         node.add(Text(f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}){revoked}: {one.how}"))
@@ -281,9 +290,7 @@ NOT_REACHED = (
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its digest, or the beginning of it.")],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")] = ...,
-    format_: Annotated[
-        Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")
-    ] = "parquet",
+    format_: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")] = "parquet",
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -305,6 +312,10 @@ def _written(done: exporting.Exported) -> Tree:
 def _said(text: str | None) -> str:
     """A text with what is not printable escaped: a completion could otherwise move the cursor or worse."""
     return "(erased)" if text is None else repr(text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None) -> str:

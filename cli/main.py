@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from cli import audit, audit_ui, run, ui
+from cli import audit, audit_ui, lineage, run, ui
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import settle_environment
 from rsft_pipeline.recipe import RecipeError
@@ -21,7 +21,8 @@ app.command("status")(run.status)
 app.command("check")(run.check)
 app.command("schema")(run.schema)
 app.command("ui")(ui.ui)
-audit.app.command("ui")(audit_ui.ui)
+for command in (lineage.trace, lineage.impact, lineage.revoke, lineage.export, audit_ui.ui):
+    audit.app.command()(command)
 app.add_typer(audit.app, name="audit")
 
 

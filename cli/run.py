@@ -53,7 +53,8 @@ def run(
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)
         if reason:
-            console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
+            if not finished:  # else it is told below what they gave
+                console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
             break
         with Home.here().lock(loaded.name, wait=False) as alone:
             if not alone:
@@ -131,9 +132,8 @@ def _fail(dg, result, recipe: Recipe, round_key: str) -> None:
     for event in result.all_events:
         if event.event_type == dg.DagsterEventType.STEP_FAILURE:
             error = event.step_failure_data.error
-            while error.cause:
-                error = error.cause
-            console.print(f"  {event.step_key}: {error.message.strip()}", style="red", markup=False)
+            raised = error.cause or error  # what the step raised says more to people than what that came of
+            console.print(f"  {event.step_key}: {raised.message.strip()}", style="red", markup=False, soft_wrap=True)
         if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             checked = event.asset_check_evaluation_data
             if not checked.passed:
@@ -248,6 +248,7 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
             for row in _rows(store, recipe, only)
         ],
         "champion": every[-1]["champion"] if every else None,
+        "stopped": rounds.why_stopped(store, recipe),
     }
 
 
@@ -276,6 +277,8 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
             "promoted" if row["promoted"] else "kept",
         )
     console.print(table)
+    if reason := rounds.why_stopped(store, recipe):
+        console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
     console.print("  Dagster  http://127.0.0.1:3000\n  MLflow   http://127.0.0.1:5000", highlight=False)

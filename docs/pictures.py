@@ -1,7 +1,7 @@
 """Make the README's pictures from a home that ran the demo: the rounds plot, the asset graph, an accepted set.
 
 make demo && make ui                       # in one terminal
-.venv/bin/pip install -c constraints.txt -e '.[pictures]'
+.venv/bin/pip install -c constraints.txt -e '.[test]'
 .venv/bin/python docs/pictures.py          # in another; needs Chromium (Debian: apt-get install chromium)
 """
 

@@ -1,8 +1,8 @@
 """Data of the recipe `sentiment`: film reviews made here from a small grammar, and those of rt_polarity.
 
-Most of the made ones can be told by their words. Some say what the film is not, or what was expected of it,
-and are told only by the order of the words; and a reviewer mentions this and that in passing, whatever is thought of
-the film. A model that has just begun has learnt the words.
+What a made review thinks of the film is in its words, a few of them common and most of them rare; and a reviewer
+mentions this and that in passing, whatever is thought of the film. A model that has just begun knows the common
+words: the examples that it finds hard are those with words that it has yet to learn.
 """
 
 import random
@@ -12,21 +12,23 @@ from pathlib import Path
 RT_POLARITY = Path(__file__).resolve().parent.parent / "data" / "rt_polarity"
 LABELS = ("negative", "positive")
 
+# The commonest first: a word is as frequent as one over its place in the list.
 WORDS = {
-    "positive": ("great", "moving", "funny", "clever", "tender", "gripping", "fresh", "lovely", "bright", "warm"),
-    "negative": ("awful", "boring", "flat", "clumsy", "dull", "stale", "silly", "weak", "lifeless", "cold"),
+    "negative": (
+        "awful boring flat clumsy dull stale silly weak lifeless cold tired hollow shallow messy loud empty bland "
+        "crude forced lazy muddled thin sour grim pointless tedious murky wooden creaky drab limp vapid trite sloppy "
+        "dismal shoddy stilted leaden turgid inane"
+    ).split(),
+    "positive": (
+        "great moving funny clever tender gripping fresh lovely bright warm witty honest lively sharp rich elegant "
+        "bold charming graceful subtle vivid daring thrilling radiant superb touching playful stirring wise crisp "
+        "sublime dazzling poignant deft lush nimble sincere soulful sly buoyant"
+    ).split(),
 }
 PARTS = ("plot", "acting", "script", "music", "ending", "camera work", "dialogue", "pace", "story", "cast")
+PATTERNS = ("the {part} is {word}", "a film with a {word} {part}", "{word} is what i call this {part}")
 IN_PASSING = ("seen on a {} monday", "after a {} trailer", "next to a {} crowd", "before a {} dinner")
-PLAIN = ("the {part} is {word} and the {other} is {more}", "a {word} film with a {more} {part}")
-TURNED = (
-    "the {part} is not {opposite} at all",
-    "i expected a {opposite} {part} but got a {word} one",
-    "they say the {part} is {opposite} , i found it {word}",
-    "never {opposite} , the {part} is anything but {opposed}",
-)
-TURNED_SHARE = 0.3  # of the reviews
-REVIEWS, WARM_UP = 2600, 400
+REVIEWS, WARM_UP = 2600, 150
 
 
 def reviews() -> Iterator[dict[str, str]]:
@@ -35,8 +37,8 @@ def reviews() -> Iterator[dict[str, str]]:
 
 
 def first_reviews() -> Iterator[dict[str, str]]:
-    """Warm-up rows {prompt, completion}: others of the kind, and all of them told by their words."""
-    for row in _made(random.Random(2), WARM_UP, turned_share=0.0):
+    """Warm-up rows {prompt, completion}: some others of the kind."""
+    for row in _made(random.Random(2), WARM_UP):
         yield {"prompt": row["text"], "completion": row["label"]}
 
 
@@ -47,12 +49,14 @@ def rt_polarity() -> Iterator[dict[str, str]]:
         yield from ({"text": line, "label": label} for line in lines if line)
 
 
-def _made(chance: random.Random, number: int, turned_share: float = TURNED_SHARE) -> Iterator[dict[str, str]]:
+def _made(chance: random.Random, number: int) -> Iterator[dict[str, str]]:
     for i in range(number):
         label = LABELS[i % 2]
-        words = dict(zip(("word", "more"), chance.sample(WORDS[label], 2), strict=True))
-        words |= dict(zip(("opposite", "opposed"), chance.sample(WORDS[LABELS[1 - i % 2]], 2), strict=True))
-        words |= dict(zip(("part", "other"), chance.sample(PARTS, 2), strict=True))
-        pattern = chance.choice(TURNED if chance.random() < turned_share else PLAIN)
-        passing = chance.choice(IN_PASSING).format(chance.choice(WORDS[chance.choice(LABELS)]))
-        yield {"text": f"{passing} , {pattern.format(**words)}", "label": label}
+        review = chance.choice(PATTERNS).format(part=chance.choice(PARTS), word=_word(label, chance))
+        passing = chance.choice(IN_PASSING).format(_word(chance.choice(LABELS), chance))
+        yield {"text": f"{passing} , {review}", "label": label}
+
+
+def _word(label: str, chance: random.Random) -> str:
+    words = WORDS[label]
+    return chance.choices(words, [1 / place for place in range(1, len(words) + 1)])[0]

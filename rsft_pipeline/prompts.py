@@ -564,7 +564,8 @@ def _from_hub(recipe: Recipe) -> Iterator[_Row]:
     except Exception as error:
         raise PromptError(
             f"prompts.source: there is no file {recipe.path(section.source)}, and no data set {section.source!r} "
-            f"(split {section.hub_split!r}) could be loaded from the hub: {error}"
+            f"(split {section.hub_split!r}) could be loaded from the hub: {error}\n"
+            "To use data that is on this machine: --set prompts.source=/path/to/file (or module:function)"
         ) from None
     yield from (_Row(section.source, number, None, fields) for number, fields in enumerate(loaded, 1))
 

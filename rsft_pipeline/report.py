@@ -249,28 +249,28 @@ def _within(share: float | None, low: float | None, high: float | None) -> str:
     return "" if share is None else f" = {share:.1%} ({low:.1%} to {high:.1%})"
 
 
-# --- held-out scores ----------------------------------------------------------------------------
+# --- held-out scores --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    means: dict[str, dict[str, Estimate]]  # by role, by scorer; a scorer that judged nothing has none
+    means: dict[str, dict[str, Estimate | None]]  # by role, by scorer; None: it could judge nothing
     table: str
 
 
 def held_out_scores(store: Store, round_: "Round", contest: steps.Contest) -> HeldOutScores:
     """Each scorer's mean over the held-out prompts, such as exact match and F1 side by side, for each role."""
     means = {role: _means(store, round_, digest) for role, digest in contest.roles.items()}
-    rows = [
-        {"weights": role, "scorer": scorer, "mean": f"{e.value:.4f} ({e.low:.4f} to {e.high:.4f})", "prompts": e.n}
-        for role, of_scorer in means.items()
-        for scorer, e in of_scorer.items()
-    ]
+
+    def shown(mean: Estimate | None) -> str:
+        return "" if mean is None else f"{mean.value:.4f} ({mean.low:.4f} to {mean.high:.4f})"
+
+    rows = [{"weights": role, **{name: shown(mean) for name, mean in of.items()}} for role, of in means.items()]
     return HeldOutScores(means, table(rows))
 
 
-def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate]:
-    """Over the prompts of which a scorer judged a candidate; Student t, as of the mean combined score."""
+def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate | None]:
+    """Over the prompts of which a scorer could judge a candidate; intervals as of the mean score (evaluation.py)."""
     version_of = steps.versions(store, round_)
     rows = store.query(
         f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({steps.EVALUATION_CANDIDATES}) c
@@ -279,15 +279,12 @@ def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate]:
             WHERE list_contains($versions, s.version) AND s.value IS NOT NULL GROUP BY ALL ORDER BY ALL""",
         {**steps.of_evaluation(round_, policy), "versions": list(version_of.values())},
     )
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["scorer"], []).append(row["value"])
-    confidence = round_.recipe.evaluation.confidence
-    return {
-        scorer: Estimate(float(np.mean(of)), *interval(np.array(of), confidence, None), len(of))
-        for scorer in version_of
-        if (of := values.get(scorer))
-    }
+    means: dict[str, Estimate | None] = {}
+    for scorer in version_of:
+        values = np.array([row["value"] for row in rows if row["scorer"] == scorer])
+        low_high = interval(values, round_.recipe.evaluation.confidence, None) if len(values) else None
+        means[scorer] = low_high and Estimate(float(values.mean()), *low_high, len(values))
+    return means
 
 
 # --- classifiers ------------------------------------------------------------------------------

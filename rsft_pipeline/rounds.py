@@ -139,12 +139,22 @@ def following(store: Store, recipe: str) -> str:
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:
     """Why no further round is due, in words; None while one is."""
+    return _stop_reason(recipe, history(store, recipe.name))
+
+
+def why_stopped(store: Store, recipe: str) -> str | None:
+    """The same for a recipe's name, by the stop rules that its last finished round was run with."""
+    finished = history(store, recipe)
+    return _stop_reason(Recipe.model_validate_json(finished[-1]["settings"]), finished) if finished else None
+
+
+def _stop_reason(recipe: Recipe, finished: list[dict]) -> str | None:
     metric = recipe.promotion.metric
-    finished = [
+    rounds = [
         FinishedRound(row["promoted"], _value(json.loads(row["champion_eval"]), metric), row["tokens"])
-        for row in history(store, recipe.name)
+        for row in finished
     ]
-    return stop_reason(recipe.stop, finished, metric)
+    return stop_reason(recipe.stop, rounds, metric)
 
 
 def _value(summary: dict, metric: str) -> float | None:

@@ -204,20 +204,26 @@ def factor(step: int, steps: int, training: Training) -> float:
 
 
 def parts(batch: Sequence[Sample], count: int, tokens: int) -> list[list[Sample]]:
-    """A step's samples in parts that are computed one after another, of like length and not far over `tokens` tokens.
+    """A step's samples in parts that are computed one after another.
 
-    At least `count` parts. Samples of one prompt stay together where they fit: a task may read what they
-    share once.
+    Samples of one prompt are neighbours (a task may read what they share once), and so are those of like length.
+
+    Args:
+        count: a part has one `count`th of the samples at most, rounded up.
+        tokens: it has so many at most, padding included; a longer sample is a part of its own.
     """
     of_prompt: dict[tuple[int, ...], list[Sample]] = {}
     for sample in sorted(batch, key=_length):
         of_prompt.setdefault(tuple(sample.prompt_ids), []).append(sample)
     ordered = [sample for same in sorted(of_prompt.values(), key=lambda same: _length(same[-1])) for sample in same]
-    tokens = min(tokens, math.ceil(sum(map(_length, batch)) / count))
+    most = math.ceil(len(batch) / count)  # samples
     found: list[list[Sample]] = []
+    longest = 0
     for sample in ordered:
-        if not found or max(map(_length, [*found[-1], sample])) * (len(found[-1]) + 1) > tokens:
+        longest = max(longest, _length(sample))
+        if not found or len(found[-1]) == most or longest * (len(found[-1]) + 1) > tokens:
             found.append([])
+            longest = _length(sample)
         found[-1].append(sample)
     return found
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import letters_store as letters
 import pytest
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 
 from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
@@ -55,10 +56,14 @@ def page(browser):
     context.close()
 
 
-@contextmanager
 def served(store, home, **how):
     """The address of the audit pages, served as `rsft audit ui` does."""
-    app = create(store, Home(home), **how)
+    return serving(create(store, Home(home), **how))
+
+
+@contextmanager
+def serving(app):
+    """The address of an app, for as long as the `with`."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -143,10 +148,10 @@ def test_filters_and_pages_by_clicking(pages, page):
 def test_from_a_candidate_to_its_checkpoint_by_the_graph(pages, page):
     page.goto(f"{pages}/find?q={letters.candidate_id('r000', 9, 0)[:10]}")
     graph = page.locator("svg.chain")
-    assert graph.locator("text.title").all_inner_texts() == [
+    assert graph.locator("text.title").all_text_contents() == [
         "source", "prompt", "policy", "candidate", "score", "decision", "checkpoint", "later checkpoints",
     ]  # fmt: skip
-    assert graph.locator("path.edge").count() == 8
+    assert graph.locator("path.edge").count() == 7
     graph.get_by_text("checkpoint", exact=True).click()
     page.wait_for_url(f"**/checkpoints/{letters.CHECKPOINTS['r000']}")
     page.get_by_role("button", name="Verify now").click()
@@ -177,8 +182,8 @@ def test_revoking_asks_first_and_needs_to_be_allowed(page, tmp_path):
             )
 
             # Another site's form that is posted here, token and all, comes to nothing.
-            token = create_token(page, address, one)
-            with served_text(
+            token = token_of(page, address, one)
+            with another_site(
                 FORGED.format(action=f"{address}/recipes/letters/revoke/candidate/{one}", token=token)
             ) as evil:
                 page.goto(evil)
@@ -191,27 +196,16 @@ FORGED = """<form method="post" action="{action}"><input name="token" value="{to
 <input name="who" value="nobody"><input name="why" value="mischief"><button>Win a prize</button></form>"""
 
 
-def create_token(page, address, one):
+def token_of(page, address, one):
     page.goto(f"{address}/recipes/letters/revoke/candidate/{one}")
     return page.locator("input[name=token]").get_attribute("value")
 
 
-@contextmanager
-def served_text(html):
+def another_site(html):
     """The address of a page on another port, which makes it another origin."""
-    from fastapi import FastAPI
-    from fastapi.responses import HTMLResponse
-
     app = FastAPI()
     app.get("/", response_class=HTMLResponse)(lambda: html)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    return serving(app)
 
 
 # --- Dagster ---------------------------------------------------------------------------------
@@ -289,10 +283,11 @@ def test_a_round_launched_by_clicking_in_dagster(dagster, page, home):
         page.locator("span").filter(has_text="r000").first.click()
         page.keyboard.press("Escape")
     page.get_by_role("button", name="Launch 1 run").click()
+    page.get_by_role("button", name="Cancel").wait_for(state="hidden")  # the dialog stays until the run is launched
 
     page.goto(f"{dagster}/runs")
     page.get_by_text("rsft/loop: letters_loop").wait_for()
-    page.get_by_text("Success", exact=True).wait_for()
+    page.get_by_text("Success", exact=True).wait_for(timeout=3 * PATIENCE)
     with Store.at(home) as store:
         (done,) = rounds.history(store, "letters_loop")
     assert done["round"] == "r000" and done["accepted"] > 0

@@ -125,6 +125,17 @@ def test_a_draw_does_not_depend_on_its_batch_mates(family):
         assert alone.log_p == pytest.approx(together[i].log_p, abs=5e-5)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_steps_taken_before_the_host_looks_again_change_nothing(family, monkeypatch):
+    """As on a GPU: rows that have ended go on unnoticed for some steps."""
+    model, rows, settings = tiny(family), mixed_rows(), shape()
+    expected = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    monkeypatch.setitem(shared_prefix.STRIDE, "cpu", 8)
+    made = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
+    assert [d.log_p for d in made] == pytest.approx([d.log_p for d in expected], abs=5e-5)
+
+
 def test_one_prompt_with_more_draws_than_rows_is_encoded_once():
     model, rows = tiny(), [Row((9, 8, 7), seed) for seed in range(40)]
     encoded = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
 
 from rsft_pipeline.audit.ids import AuditError
@@ -37,6 +37,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "private, no-cache",
 }
+STATIC = Path(__file__).parent / "static"
 LARGEST_FORM = 10_000  # bytes
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def create(store: Store, home: Home, *, allow_revoke: bool = False) -> FastAPI:
     app.state.store, app.state.home = store, home
     app.state.token = secrets.token_urlsafe(32) if allow_revoke else None
     app.include_router(pages.router)
-    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.get("/favicon.ico")(lambda: FileResponse(STATIC / "icon.svg"))  # asked for by pages of plain text
 
     @app.middleware("http")
     async def guard(request: Request, call_next) -> Response:

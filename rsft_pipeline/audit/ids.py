@@ -14,6 +14,7 @@ from rsft_pipeline.store import Store
 Kind = Literal["candidate", "prompt", "source", "scorer", "checkpoint", "text"]
 SHORTEST = 4  # hex digits of an id that are looked up at all
 NAMED = 8  # of several that could be meant
+MATCHES = 20  # candidates that contain a text: the first
 
 
 class AuditError(ValueError):
@@ -148,7 +149,7 @@ class Match:
     text: str
 
 
-def containing(store: Store, words: str, recipe: str | None = None, limit: int = 20) -> list[Match]:
+def containing(store: Store, words: str, recipe: str | None = None) -> list[Match]:
     """The first candidates, accepted ones before others, whose completion contains the text, to the letter."""
     words = text(store, words, recipe).what
     rows = store.query(
@@ -158,6 +159,6 @@ def containing(store: Store, words: str, recipe: str | None = None, limit: int =
             LEFT JOIN (SELECT candidate_id, accepted FROM decisions
                        WHERE candidate_id IN (SELECT candidate_id FROM found)) d ON d.candidate_id = f.candidate_id
             ORDER BY d.accepted DESC NULLS LAST, f.recipe, f.round, f.candidate_id LIMIT $limit""",
-        {"words": words, "recipe": recipe, "limit": limit},
+        {"words": words, "recipe": recipe, "limit": MATCHES},
     )
     return [Match(**row) for row in rows]

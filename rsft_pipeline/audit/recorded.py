@@ -40,37 +40,29 @@ def versions(connection: duckdb.DuckDBPyConnection, round_: Round) -> dict[str, 
     return dict(ranked)  # the last of each scorer
 
 
-def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> int:
-    """Make the temporary table `recorded`, one row for each of the round's candidates. Returns how many.
+def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> list[str]:
+    """Make the temporary table `recorded`, one row for each of the round's candidates.
 
     Columns: those that acceptance.decisions_sql reads, and policy, settings, seed, content (of the prompt as it was
     judged; NULL where nothing was) and now (its content now; NULL where there is no such prompt).
+
+    Returns:
+        The ids that are in the store more than once, which they ought not to be.
     """
     rule = round_.recipe.acceptance
     target, joined = "c.log_p", ""
     if isinstance(rule, RejectionRule) and rule.target != "policy":
         target = "t.value"
         joined = """LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = $recipe
-            AND t.scorer = $target AND t.version = $target_version AND t.content = j.content"""
+            AND t.scorer = $target AND t.version = $target_version AND t.content = s.content"""
     sql = f"""
         CREATE OR REPLACE TEMP TABLE recorded AS
-        WITH drawn AS MATERIALIZED ({steps.ROUND_CANDIDATES}),
-        combined AS (
-            SELECT candidate_id, content, value, passed FROM scores
-            WHERE recipe = $recipe AND round = $round AND scorer = $combined AND version = $version
-        ),
-        asked AS (SELECT prompt_id, content FROM prompts WHERE recipe = $recipe),
-        judged AS (  -- a prompt whose reference has changed since was judged by the one that it had
-            SELECT c.prompt_id, coalesce(max(s.content) FILTER (s.content = p.content), max(s.content)) AS content
-            FROM drawn c JOIN combined s ON s.candidate_id = c.candidate_id
-            LEFT JOIN asked p ON p.prompt_id = c.prompt_id GROUP BY c.prompt_id
-        )
         SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p, s.value AS score, s.passed,
-            {target} AS target, c.policy, c.settings, c.seed, j.content, p.content AS now
-        FROM drawn c
-        LEFT JOIN judged j ON j.prompt_id = c.prompt_id
-        LEFT JOIN combined s ON s.candidate_id = c.candidate_id AND s.content = j.content
-        LEFT JOIN asked p ON p.prompt_id = c.prompt_id
+            {target} AS target, c.policy, c.settings, c.seed, s.content, p.content AS now
+        FROM ({steps.ROUND_CANDIDATES}) c
+        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.round = $round
+            AND s.scorer = $combined AND s.version = $version
+        LEFT JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
         {joined}"""
     given: dict[str, Any] = {
         **steps.of_round(round_),
@@ -80,4 +72,13 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
     if joined:
         given |= {"target": rule.target, "target_version": version_of.get(rule.target)}
     connection.execute(sql, given)
-    return connection.execute("SELECT count(*) FROM recorded").fetchone()[0]
+    repeated = "SELECT candidate_id FROM recorded GROUP BY candidate_id HAVING count(*) > 1"
+    twice = connection.execute(repeated).fetchall()
+    if twice:
+        # Judged twice, by a reference that was changed before the round ended: the later one decided.
+        connection.execute(
+            """DELETE FROM recorded WHERE content <> now AND candidate_id IN (
+                SELECT candidate_id FROM recorded GROUP BY ALL HAVING bool_or(content = now))"""
+        )
+        twice = connection.execute(repeated).fetchall()
+    return [candidate for (candidate,) in twice]

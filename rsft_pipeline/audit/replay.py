@@ -28,7 +28,7 @@ from rsft_pipeline.store import Store
 from rsft_pipeline.training import Sample
 
 FORCED = 64  # candidates whose log-probabilities are computed again
-JUDGED = 100_000  # candidates whose texts are read and judged again
+JUDGED = 20_000  # candidates whose texts are read and judged again
 TOLERANCE = 1e-3  # nats per token: float32 in batches of other shapes differs by 1e-5; see docs/audit.md
 
 # Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
@@ -103,8 +103,10 @@ def _stored(
 ) -> tuple[dict[str, Any], list[dict], dict[str, str]]:
     """What needs the stored rows alone. Returns facts, the rows to look at closer, and the scorers' versions."""
     version_of = recorded.versions(connection, round_)
-    candidates = recorded.load(connection, round_, version_of)
-    _twice(connection, candidates, note)
+    twice = recorded.load(connection, round_, version_of)
+    (candidates,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
+    found = [named("data", "candidates are in the store more than once", twice)] if twice else []
+    note(Check("candidates, each there once", candidates, len(twice)), *found)
     _ids(connection, round_, candidates, note)
     facts = _decisions(connection, round_, note)
     _combined(connection, round_, version_of, note)
@@ -114,12 +116,6 @@ def _stored(
     return facts, rows, version_of
 
 
-def _twice(connection: duckdb.DuckDBPyConnection, candidates: int, note: Notes) -> None:
-    twice = _column(connection, "SELECT candidate_id FROM recorded GROUP BY ALL HAVING count(*) > 1")
-    found = [named("data", "candidates are in the store more than once", twice)] if twice else []
-    note(Check("candidates, each there once", candidates, len(twice)), *found)
-
-
 # lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
 _ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw || ',"' || settings || '"]'), 1, 32)"""
 _SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
@@ -127,42 +123,47 @@ _SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed |
 
 def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, note: Notes) -> None:
     given = {"scope": f'["{round_.recipe.name}","{round_.key}","', "seed": str(round_.recipe.seed)}
-    sql = "SELECT candidate_id FROM recorded WHERE {} IS DISTINCT FROM {}"
-    for column, again, what in (
-        ("candidate_id", _ID, "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
-        ("seed", _SEED, "seeds that do not follow from the candidate's id"),
-    ):
-        used = {name: value for name, value in given.items() if f"${name}" in again}
-        wrong = _column(connection, sql.format(column, again), used)
-        found = [named("data", what, wrong)] if wrong else []
-        note(Check(f"{column} computed again", candidates, len(wrong)), *found)
+    wrong = connection.execute(
+        f"""SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
+            FROM recorded WHERE id OR seed""",
+        given,
+    ).fetchall()
+    named_so = (
+        ("ids", "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
+        ("seeds", "seeds that do not follow from the candidate's id"),
+    )
+    for i, (name, what) in enumerate(named_so, start=1):
+        ids = [row[0] for row in wrong if row[i]]
+        note(Check(f"{name}, computed again", candidates, len(ids)), *([named("data", what, ids)] if ids else []))
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
     """The rule's numbers, and with those that were recorded every decision."""
     of = {"recipe": round_.recipe.name, "round": round_.key}
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {recorded.DECISIONS}", of)
-    counted = "SELECT count(*), count(*) FILTER (reason = 'revoked') FROM decided"
-    decided, revoked = connection.execute(counted).fetchone()
+    counted = f"SELECT count(*), count(*) FILTER (reason = 'revoked') FROM ({recorded.DECISIONS})"
+    decided, revoked = connection.execute(counted, of).fetchone()
     facts = {"decisions": decided, "replayed": 0, "parameters": {}}
-    there = [json.loads(text) for text in _column(connection, "SELECT DISTINCT parameters FROM decided")]
+    there = [
+        json.loads(text) for text in _column(connection, f"SELECT DISTINCT parameters FROM ({recorded.DECISIONS})", of)
+    ]
     if not there:
         note(Check("decisions replayed", 0, None, "nothing was decided in this round"))
         return facts
     if len(there) > 1:
         what = f"the decisions were made by {len(there)} different rules, of which the most frequent is replayed"
         note(Check("one rule for the round", len(there), len(there) - 1), Finding("rule", what, len(there)))
-        often = "SELECT parameters FROM decided GROUP BY ALL ORDER BY count(*) DESC, parameters LIMIT 1"
-        there = [json.loads(connection.execute(often).fetchone()[0])]
+        often = f"SELECT parameters FROM ({recorded.DECISIONS}) GROUP BY ALL ORDER BY count(*) DESC, parameters LIMIT 1"
+        there = [json.loads(connection.execute(often, of).fetchone()[0])]
     facts["parameters"] = there[0]
     _parameters(connection, round_, there[0], note)
 
     again = acceptance.decisions_sql("recorded", there[0], round_.recipe.seed)
     different = connection.execute(
         f"""SELECT coalesce(d.candidate_id, r.candidate_id) AS candidate_id, {_DIFFERENCE} AS difference
-            FROM ({again}) r FULL JOIN decided d ON d.candidate_id = r.candidate_id WHERE difference IS NOT NULL"""
+            FROM ({again}) r FULL JOIN ({recorded.DECISIONS}) d ON d.candidate_id = r.candidate_id
+            WHERE difference IS NOT NULL""",
+        of,
     ).fetchall()
-    connection.execute("DROP TABLE decided")
     found = []
     for difference in sorted({why for _, why in different}):
         kind = "rule" if difference == _BY_RULE else "data"

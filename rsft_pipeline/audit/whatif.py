@@ -81,7 +81,7 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
     def work(connection: duckdb.DuckDBPyConnection) -> tuple:
         version_of = recorded.versions(connection, round_)
         asked = rounds.Round(**{**vars(round_), "recipe": changed(round_.recipe, changes)})
-        candidates = recorded.load(connection, asked, version_of)
+        recorded.load(connection, asked, version_of)
         of = {"recipe": recipe.name, "round": round_key}
         connection.execute(f"CREATE OR REPLACE TEMP TABLE was AS {recorded.DECISIONS}", of)
         found = connection.execute("SELECT DISTINCT parameters FROM was LIMIT 1").fetchone()
@@ -93,12 +93,12 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
             raise AuditError(str(error)) from None
         decided = acceptance.decisions_sql("recorded", parameters, recipe.seed)
         connection.execute(f"CREATE OR REPLACE TEMP TABLE would AS {decided}")
-        (prompts,) = connection.execute("SELECT count(DISTINCT prompt_id) FROM recorded").fetchone()
+        counted = connection.execute("SELECT count(*), count(DISTINCT prompt_id) FROM recorded").fetchone()
         sides = _side(connection, "was", json.loads(found[0])), _side(connection, "would", parameters)
         agreement = _agreement(connection)
         for table in ("recorded", "was", "would"):
             connection.execute(f"DROP TABLE {table}")
-        return candidates, prompts, *sides, agreement
+        return *counted, *sides, agreement
 
     found = store.commit(work)
     return WhatIf(recipe.name, round_key, *found, time.perf_counter() - began)

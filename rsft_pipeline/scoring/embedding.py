@@ -63,13 +63,19 @@ class Sentences:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # of loading; progress is ours to show
-        self.model = SentenceTransformer(
-            model,
-            revision=revision,
-            device=device.kind,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
+        try:
+            self.model = SentenceTransformer(
+                model,
+                revision=revision,
+                device=device.kind,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+        except OSError as error:
+            raise OSError(
+                f"the model {model} could not be loaded: {error}\n"
+                f"`model: /path/to/folder` uses one that is on this machine, `model: {HASHING}` does without"
+            ) from error
         if hasattr(self.model.tokenizer, "truncation_side"):  # static embeddings cut nothing
             self.model.tokenizer.truncation_side = "left"  # of a long dialogue, the end matters
         self.batch_size = batch_size

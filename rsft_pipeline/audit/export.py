@@ -1,0 +1,364 @@
+"""Export: a checkpoint's training set, row by row with where each came from, in forms that others read.
+
+Belongs here: the rows (Parquet or JSON lines), how Croissant describes them (https://mlcommons.org/croissant, 1.0),
+and the runs that led to them as OpenLineage events (https://openlineage.io). Not: publishing any of it; events are
+written to a file, not sent.
+
+What was erased is not brought back: prompts are read as of the checkpoint's snapshot, since references may have
+changed since, but without the texts that are gone now.
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rsft_pipeline import lineage
+from rsft_pipeline.audit.ids import AuditError, Thing, thing
+from rsft_pipeline.audit.reading import Query, on
+from rsft_pipeline.revocations import of_checkpoint
+from rsft_pipeline.store import Store
+
+PRODUCER = "urn:rsft-pipeline"
+NAMESPACE = "rsft"
+EXTRA = "pip install 'rsft-pipeline[audit]'"
+
+# Column → what it is, in the order of the file.
+COLUMNS = {
+    "prompt": "The prompt, as the tokenizer got it.",
+    "completion": "What the policy answered.",
+    "token_ids": "The completion's tokens, as they were sampled and trained on.",
+    "weight": "The sample's weight in the training loss.",
+    "reference": "The reference answer, where the source has one.",
+    "source": "Where the prompt comes from: a file, data set or function.",
+    "line": "The line or row of the source, counted from 1.",
+    "score": "The combined score.",
+    "scores": "JSON: what each scorer said, with its version.",
+    "reason": "Of the decision.",
+    "u": "The decision's uniform draw; it follows from the candidate's id and the recipe's seed.",
+    "log_a": "The logarithm of the acceptance probability, where the rule has one.",
+    "parameters": "JSON: the acceptance rule, its settings, and what it estimated.",
+    "round": "The round that drew and accepted it.",
+    "draw": "The index of the draw for its prompt.",
+    "origin": "What drew it: the policy, a teacher, or nothing (a reference).",
+    "policy": "Digest of the weights that it was drawn from.",
+    "settings": "Hash of the sampling settings and the seed.",
+    "seed": "Of the draw's own random stream.",
+    "log_q": "Log-probability under the distribution that was sampled from.",
+    "log_p": "Log-probability under those weights as they are.",
+    "finish_reason": "`stop` or `length`.",
+    "recipe": "The recipe.",
+    "checkpoint": "Digest of the weights that were trained on it.",
+    "prompt_id": "Hash of the normalised prompt.",
+    "candidate_id": "Hash of recipe, round, policy, prompt, draw and settings.",
+    "leaf": "The row's hash, of which the checkpoint's Merkle root is made.",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    recipe: str
+    round: str
+    checkpoint: str
+    samples: int
+    files: list[str]
+    notes: list[str]  # what a reader should know: revoked, erased, or not written
+
+
+def export(
+    store: Store, checkpoint: str, to: Path, form: Literal["parquet", "jsonl"] = "parquet", recipe: str | None = None
+) -> Exported:
+    """Write the training set of a checkpoint to a folder: rows, `croissant.json` and `openlineage.jsonl`.
+
+    Args:
+        checkpoint: its digest, or the beginning of it.
+        to: is made, and must be empty.
+
+    Raises:
+        AuditError: no round made such weights, or the folder holds something.
+    """
+    named = _checkpoint(thing(store, checkpoint, recipe))
+    to = Path(to).expanduser().resolve()
+    to.mkdir(parents=True, exist_ok=True)
+    if any(to.iterdir()):
+        raise AuditError(f"{to} is not empty: give a new folder")
+    rows = to / f"training_set.{form}"
+
+    def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+        query = on(connection)
+        made = _made(query, named)
+        sql, notes = _rows(query, made)
+        how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
+        parameters = {key: made[key] for key in ("recipe", "round", "checkpoint", "scorers")}
+        connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
+        return made, query(_CHECKPOINTS), _history(query), notes
+
+    made, checkpoints, history, notes = store.commit(work)
+    if why := of_checkpoint(store, made["recipe"], made["checkpoint"]):
+        notes.append(why)
+    files = [str(rows)]
+    for name, write in (
+        ("croissant.json", lambda path: _croissant(path, rows, form, made)),
+        ("openlineage.jsonl", lambda path: _openlineage(path, rows, made, checkpoints, history)),
+    ):
+        try:
+            write(to / name)
+            files.append(str(to / name))
+        except ImportError as error:
+            notes.append(f"{name} was not written, for want of {error.name}: {EXTRA}")
+    return Exported(made["recipe"], made["round"], made["checkpoint"], made["samples"], files, notes)
+
+
+def _checkpoint(named: Thing) -> Thing:
+    if named.kind != "checkpoint":
+        raise AuditError(f"{named.what} is a {named.kind}, not a checkpoint")
+    return named
+
+
+def _made(query: Query, named: Thing) -> dict[str, Any]:
+    rows = query(
+        """SELECT * EXCLUDE (meta), json_extract_string(meta, '$.scorers[*]') AS scorers, meta FROM checkpoints
+           WHERE checkpoint = $checkpoint ORDER BY snapshot LIMIT 1""",
+        {"checkpoint": named.what},
+    )
+    if not rows:
+        raise AuditError(f"no round made the weights {named.what}: they have no training set here")
+    return rows[0]
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def _rows(query: Query, made: dict[str, Any]) -> tuple[str, list[str]]:
+    """SQL of the rows in the order of their ids, and what to note."""
+    there = query("SELECT 1 FROM lake.snapshots() WHERE snapshot_id = $snapshot", {"snapshot": made["snapshot"]})
+    at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
+    notes = [] if there else [f"the snapshot {made['snapshot']} is gone: decisions and prompts are as they are now"]
+    (erased,) = query(
+        """SELECT count(*) AS n FROM training_samples t JOIN candidates c ON c.candidate_id = t.candidate_id
+           WHERE t.recipe = $recipe AND t.round = $round AND t.checkpoint = $checkpoint AND c.recipe = $recipe
+             AND c.text IS NULL""",
+        made,
+    )
+    if erased["n"]:
+        notes.append(f"the texts of {erased['n']} samples were erased")
+    return _ROWS.format(at=at, columns=", ".join(COLUMNS)), notes
+
+
+_ROWS = """
+    WITH chosen AS (
+        SELECT candidate_id, weight, leaf FROM training_samples
+        WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint
+    ), drawn AS (
+        SELECT c.* FROM candidates c SEMI JOIN chosen t ON t.candidate_id = c.candidate_id WHERE c.recipe = $recipe
+    ), asked AS (
+        SELECT n.prompt_id, n.source, n.line, t.content, CASE WHEN n.text IS NOT NULL THEN t.text END AS prompt,
+            CASE WHEN n.text IS NOT NULL THEN t.reference END AS reference
+        FROM prompts n JOIN (SELECT * FROM prompts {at}) t ON t.prompt_id = n.prompt_id
+        WHERE n.recipe = $recipe AND t.recipe = $recipe
+    ), judged AS (
+        SELECT s.candidate_id,
+            json_group_object(s.scorer, json_object('version', s.version, 'value', s.value))::VARCHAR AS scores
+        FROM scores s JOIN drawn c ON c.candidate_id = s.candidate_id JOIN asked p ON p.prompt_id = c.prompt_id
+        WHERE s.recipe = $recipe AND list_contains($scorers, s.version) AND s.content = p.content
+        GROUP BY s.candidate_id
+    ), ready AS (
+        SELECT p.prompt, c.text AS completion, c.token_ids, t.weight, p.reference, p.source, p.line, d.score, j.scores,
+            d.reason, d.u, d.log_a, d.parameters, c.round, c.draw, c.origin, c.policy, c.settings, c.seed, c.log_q,
+            c.log_p, c.finish_reason, c.recipe, $checkpoint AS checkpoint, c.prompt_id, c.candidate_id, t.leaf
+        FROM chosen t JOIN drawn c ON c.candidate_id = t.candidate_id
+        LEFT JOIN asked p ON p.prompt_id = c.prompt_id
+        LEFT JOIN (SELECT * FROM decisions {at} WHERE recipe = $recipe) d ON d.candidate_id = c.candidate_id
+        LEFT JOIN judged j ON j.candidate_id = c.candidate_id
+    )
+    SELECT {columns} FROM ready ORDER BY candidate_id"""
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+# --- Croissant --------------------------------------------------------------------------------
+
+
+def _croissant(path: Path, rows: Path, form: str, made: dict[str, Any]) -> None:
+    """Describe the rows, and read the description and the first row back with Croissant's own reader."""
+    import mlcroissant as mlc
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a licence and a citation, which are not ours to give
+    context = mlc.Context()
+    kinds = {
+        "line": mlc.DataType.INT64,
+        "draw": mlc.DataType.INT32,
+        "seed": mlc.DataType.INT64,
+        "token_ids": mlc.DataType.INT32,
+        **dict.fromkeys(("weight", "score", "u", "log_a", "log_q", "log_p"), mlc.DataType.FLOAT64),
+    }
+
+    fields = [
+        mlc.Field(
+            ctx=context,
+            id=f"samples/{column}",
+            name=column,
+            description=description,
+            data_types=[kinds.get(column, mlc.DataType.TEXT)],
+            source=mlc.Source(file_object="rows", extract=mlc.Extract(column=column)),
+            **({"is_array": True, "array_shape": "-1"} if column == "token_ids" else {}),
+        )
+        for column, description in COLUMNS.items()
+    ]
+    file = mlc.FileObject(
+        ctx=context,
+        id="rows",
+        name=rows.name,
+        content_url=rows.name,
+        content_size=f"{rows.stat().st_size} B",
+        encoding_formats=[mlc.EncodingFormat.PARQUET if form == "parquet" else mlc.EncodingFormat.JSON_LINES],
+        sha256=lineage.file_digest(rows),
+    )
+    metadata = mlc.Metadata(
+        ctx=context,
+        name=f"{made['recipe']}_{made['round']}_training_set",
+        description=f"What the checkpoint {made['checkpoint']} of {made['recipe']} {made['round']} was trained on: "
+        f"{made['samples']} accepted candidates with their provenance.",
+        version=f"1.0.0+{made['checkpoint']}",
+        date_published=datetime.now(UTC).replace(tzinfo=None),
+        distribution=[file],
+        record_sets=[
+            mlc.RecordSet(ctx=context, id="samples", name="samples", key=["samples/candidate_id"], fields=fields)
+        ],
+    )
+    path.write_text(json.dumps(metadata.to_json(), indent=2, default=str, ensure_ascii=False), "utf-8")
+    written = mlc.Dataset(jsonld=path)
+    if errors := written.metadata.ctx.issues.errors:
+        raise AuditError(f"{path} is not valid: {'; '.join(sorted(map(str, errors)))}")
+    next(iter(written.records("samples")))
+
+
+# --- OpenLineage --------------------------------------------------------------------------------
+
+
+_CHECKPOINTS = """SELECT recipe, round, checkpoint, parent, policy, accepted_digest, samples, dagster_run_id
+    FROM checkpoints ORDER BY snapshot, round, checkpoint"""
+
+
+def _history(query: Query) -> list[dict[str, Any]]:
+    """When rounds ran, and on what prompts."""
+    return query(
+        """SELECT r.recipe, r.round, r.checkpoint, r.candidates, r.drawn_from, s.sources,
+                epoch_ms(r.started_at) AS started, epoch_ms(r.finished_at) AS finished
+           FROM rounds r LEFT JOIN (SELECT recipe, list(DISTINCT source ORDER BY source) AS sources
+                                    FROM prompts GROUP BY recipe) s ON s.recipe = r.recipe"""
+    )
+
+
+def _openlineage(path: Path, rows: Path, made: dict[str, Any], checkpoints: list[dict], history: list[dict]) -> None:
+    """Events of every round that the checkpoint came of, oldest first, and of this export."""
+    from openlineage.client.serde import Serde
+
+    known = {(row["recipe"], row["round"]): row for row in history}
+    with open(path, "w", encoding="utf-8") as file:
+        for one in _ancestors(made["checkpoint"], checkpoints):
+            for event in _events(one, known.get((one["recipe"], one["round"]), {})):
+                file.write(Serde.to_json(event) + "\n")
+        file.write(Serde.to_json(_exported(rows, made)) + "\n")
+
+
+def _ancestors(checkpoint: str, checkpoints: list[dict]) -> list[dict]:
+    """The rows of a checkpoint and of all that it started or learned from, oldest first."""
+    by_digest = {row["checkpoint"]: row for row in reversed(checkpoints)}
+    found, open_ = {}, [checkpoint]
+    while open_:
+        digest = open_.pop()
+        if digest in by_digest and digest not in found:
+            found[digest] = by_digest[digest]
+            open_ += [by_digest[digest]["parent"], by_digest[digest]["policy"]]
+    return [row for row in checkpoints if found.get(row["checkpoint"]) is row]
+
+
+def _events(made: dict[str, Any], round_: dict[str, Any]) -> Iterator[Any]:
+    """A start and an end for each step of a round."""
+    from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
+    from openlineage.client.facet_v2 import dataset_version_dataset, output_statistics_output_dataset, parent_run
+
+    recipe, round_key = made["recipe"], made["round"]
+    version = dataset_version_dataset.DatasetVersionDatasetFacet
+    statistics = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet
+    weights = lambda digest: InputDataset(NAMESPACE, f"weights/{digest}", facets={"version": version(digest)})  # noqa: E731
+    table = lambda name: f"{recipe}/{round_key}/{name}"  # noqa: E731
+    read = lambda name: InputDataset(NAMESPACE, table(name))  # noqa: E731
+    sources = [InputDataset(NAMESPACE, f"sources/{source}") for source in round_.get("sources") or []]
+    drawn_from = round_.get("drawn_from") or made["policy"]
+    accepted = {"version": version(made["accepted_digest"])}
+    steps = [
+        ("candidates", [*sources, weights(drawn_from)], table("candidates"), {}, round_.get("candidates")),
+        ("scores", [read("candidates")], table("scores"), {}, None),
+        ("accepted", [read("scores")], table("accepted"), accepted, made["samples"]),
+        (
+            "checkpoint",
+            [read("accepted"), weights(made["parent"])],
+            f"weights/{made['checkpoint']}",
+            {"version": version(made["checkpoint"])},
+            None,
+        ),
+    ]
+    whole = _uuid(made["dagster_run_id"], recipe, round_key)
+    parent = parent_run.ParentRunFacet(
+        run=parent_run.Run(runId=whole), job=parent_run.Job(namespace=NAMESPACE, name=f"{recipe}_round")
+    )
+    current = round_.get("checkpoint") == made["checkpoint"]
+    times = {RunState.START: round_.get("started"), RunState.COMPLETE: round_.get("finished")}
+    for step, inputs, output, facets, count in steps:
+        run = Run(runId=_uuid(None, whole, step), facets={"parent": parent})
+        for state, when in times.items():
+            yield RunEvent(
+                eventType=state,
+                eventTime=_time(when if current else None),
+                run=run,
+                job=Job(namespace=NAMESPACE, name=f"{recipe}.{step}"),
+                producer=PRODUCER,
+                inputs=inputs,
+                outputs=[
+                    OutputDataset(
+                        NAMESPACE,
+                        output,
+                        facets=facets,
+                        outputFacets={"outputStatistics": statistics(rowCount=count)} if count is not None else {},
+                    )
+                ],
+            )
+
+
+def _exported(rows: Path, made: dict[str, Any]) -> Any:
+    from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
+    from openlineage.client.facet_v2 import schema_dataset
+
+    fields = [schema_dataset.SchemaDatasetFacetFields(name=name, description=said) for name, said in COLUMNS.items()]
+    return RunEvent(
+        eventType=RunState.COMPLETE,
+        eventTime=_time(None),
+        run=Run(runId=str(uuid.uuid4())),
+        job=Job(namespace=NAMESPACE, name=f"{made['recipe']}.export"),
+        producer=PRODUCER,
+        inputs=[InputDataset(NAMESPACE, f"{made['recipe']}/{made['round']}/accepted")],
+        outputs=[OutputDataset("file", str(rows), facets={"schema": schema_dataset.SchemaDatasetFacet(fields=fields)})],
+    )
+
+
+def _uuid(given: str | None, *otherwise: str) -> str:
+    """A run's id as OpenLineage wants it."""
+    try:
+        return str(uuid.UUID(given))
+    except (ValueError, TypeError):
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join(otherwise)))
+
+
+def _time(milliseconds: int | None) -> str:
+    moment = datetime.now(UTC) if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat()

@@ -1,0 +1,413 @@
+"""Trace, impact, revocation and export, on two rounds that really ran and on chains of rounds made by hand."""
+
+import json
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from conftest import FUNCTIONS, RECIPE
+from typer.testing import CliRunner
+
+import definitions
+from assets import outside
+from assets.shared import rounds_of
+from automation.jobs import job_name
+from cli.main import app
+from rsft_pipeline import gates, lineage, merkle, rounds, steps
+from rsft_pipeline.audit import ids
+from rsft_pipeline.audit.export import COLUMNS, export
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.impact import impact
+from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.trace import trace
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import load
+from rsft_pipeline.rounds import RoundError
+from rsft_pipeline.store import Store
+
+NAME = "letters_loop"
+
+
+def run(instance, recipe, round_key):
+    instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
+    job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
+    return job.execute_in_process(instance=instance, partition_key=round_key, raise_on_error=False)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, tracking_database):
+    """The folder of a home in which two rounds have run, with the recipe beside it."""
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "home" / "mlflow").mkdir(parents=True)
+    shutil.copy(tracking_database, folder / "home" / "mlflow")
+    (folder / "letters.py").write_text(FUNCTIONS)
+    (folder / f"{NAME}.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
+        patch.setenv("RSFT_HOME", str(folder / "home"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        recipe = load(folder / f"{NAME}.yaml")
+        assert all(run(instance, recipe, key).success for key in ("r000", "r001"))
+    return folder
+
+
+@pytest.fixture
+def recipe(ran):
+    return load(ran / f"{NAME}.yaml")
+
+
+@pytest.fixture
+def mine(ran, tmp_path, monkeypatch):
+    """A copy of that home, to change."""
+    shutil.copytree(ran / "home", tmp_path / "home")
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with Store.at(tmp_path / "home") as store:
+        yield store
+
+
+@pytest.fixture
+def there(ran):
+    """The store of that home, to read."""
+    with Store.at(ran / "home") as store:
+        yield store
+
+
+def accepted(store, round_key):
+    rows = store.query(
+        "SELECT candidate_id FROM decisions WHERE round = ? AND accepted ORDER BY candidate_id", [round_key]
+    )
+    return [row["candidate_id"] for row in rows]
+
+
+# --- trace -------------------------------------------------------------------------------------
+
+
+def test_every_accepted_sample_is_followed_from_its_line_to_the_checkpoints_that_learned_it(there, recipe):
+    first, second = rounds.history(there, NAME)
+    for candidate in accepted(there, "r001")[::9]:
+        found = trace(there, candidate)
+        assert found.complete, found.gaps
+        asked = found.prompt
+        a, b = asked.text
+        assert (asked.source, asked.reference, asked.split) == ("letters:letters", b, "train")
+        assert asked.line == 10 * "abcdefghij".index(a) + "abcdefghij".index(b) + 1
+        assert [one.digest for one in found.weights] == [second["policy"], first["policy"]]
+        assert [one.source for one in found.weights] == [f"{NAME} r000", "bootstrap"]
+        assert found.draw.sampling["temperature"] == 1.0 and found.draw.sampling["seed"] == recipe.seed
+        assert found.draw.seed == lineage.seed_of(candidate, recipe.seed)
+        assert [(one.scorer, one.value, one.decided_by) for one in found.scores] == [
+            ("answer", 1.0, True),
+            ("combined", 1.0, True),
+        ]
+        assert found.decision.accepted and found.decision.words == "score 1 is above the threshold 0.5"
+        assert found.decision.u == lineage.uniform(candidate, recipe.seed)
+        (learned,) = found.learned
+        assert (learned.checkpoint, learned.round, learned.weight) == (second["checkpoint"], "r001", 1.0)
+        assert learned.champion == (second["champion"] == second["checkpoint"])
+
+
+def test_a_sample_of_the_first_round_leads_to_the_checkpoint_that_learned_from_its_checkpoint(there):
+    first, second = rounds.history(there, NAME)
+    found = trace(there, accepted(there, "r000")[0][:12])
+    assert [(one.checkpoint, one.weight) for one in found.learned] == [
+        (first["checkpoint"], 1.0),
+        (second["checkpoint"], None),
+    ]
+    assert found.learned[1].how == f"starts from {first['checkpoint']}"
+
+
+def test_rejected_and_held_out_candidates_have_a_chain_too(there):
+    rejected = there.value("SELECT min(candidate_id) FROM decisions WHERE reason = 'below threshold'")
+    found = trace(there, rejected)
+    assert found.complete and not found.learned and found.decision.words == "score 0 is not above the threshold 0.5"
+    policy = rounds.history(there, NAME)[0]["checkpoint"]
+    held_out = there.value("SELECT min(candidate_id) FROM candidates WHERE split = 'eval' AND policy = ?", [policy])
+    found = trace(there, held_out)
+    assert found.complete and found.decision is None
+    assert found.evaluated == [(NAME, "r000"), (NAME, "r001")]
+
+
+def test_a_missing_link_is_named(mine):
+    candidate = accepted(mine, "r001")[0]
+    for sql in ("DELETE FROM prompts", "DELETE FROM scores", "UPDATE rounds SET settings = '{}' WHERE round = 'r001'"):
+        mine.commit(lambda connection, sql=sql: connection.execute(sql))
+    gaps = trace(mine, candidate).gaps
+    assert gaps == ["its prompt is not in the store", "it has no combined score"]  # settings: from an older snapshot
+
+
+def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there):
+    assert ids.accepted(there, NAME, "r001", 2) == accepted(there, "r001")[1]
+    with pytest.raises(AuditError, match=f"has {len(accepted(there, 'r001'))} accepted candidates"):
+        ids.accepted(there, NAME, "r001", 10_000)
+    matches = ids.containing(there, "a")
+    assert len(matches) == ids.MATCHES and all("a" in one.text for one in matches) and matches[0].accepted
+    with pytest.raises(AuditError, match="no candidate's id begins with ffff"):
+        trace(there, "f" * 32)
+    with pytest.raises(AuditError, match="nothing here is called 'nobody'"):
+        ids.thing(there, "nobody")
+
+
+def test_the_command_line_gives_the_chain_as_json(mine):
+    candidate = accepted(mine, "r001")[0]
+    done = CliRunner().invoke(app, ["audit", "trace", candidate, "--quick", "--json"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert told["candidate_id"] == candidate and told["complete"]
+    assert told["weights"][-1]["source"] == "bootstrap"
+    done = CliRunner().invoke(app, ["audit", "trace", candidate], catch_exceptions=False)
+    assert "registered as version 2" in done.stdout.replace("\n", "")
+
+
+# --- impact, on rounds made by hand -----------------------------------------------------------
+
+
+def chain(store, *made):
+    """Rounds of the recipe `a`: (checkpoint, parent, policy, champion after, candidate → checkpoints it trained)."""
+    for n, (checkpoint, parent, policy, champion) in enumerate(made):
+        of = {"recipe": "a", "round": f"r{n:03d}", "policy": policy}
+        store.append("rounds", [{**of, "state": "finished", "drawn_from": policy, "checkpoint": checkpoint,
+                                 "champion": champion, "policy_source": "base"}])  # fmt: skip
+        meta = json.dumps({"training": {"data": "round"}, "scorers": [f"version {n}"]})
+        store.append("checkpoints", [{**of, "checkpoint": checkpoint, "parent": parent, "trained_on": "accepted",
+                                      "samples": 1, "snapshot": n, "meta": meta}])  # fmt: skip
+        sample = {"recipe": "a", "round": f"r{n:03d}", "candidate_id": f"c{n}"}
+        store.append("candidates", [{**sample, "prompt_id": f"p{n}", "policy": policy, "split": "train", "text": "x"}])
+        store.append("decisions", [{**sample, "prompt_id": f"p{n}", "accepted": True}])
+        store.append("training_samples", [{**sample, "checkpoint": checkpoint, "weight": 1.0}])
+
+
+def of_prompt(store, prompt):
+    found = impact(store, ids.Thing("prompt", prompt, ("a",)))
+    return [one.checkpoint for one in found.checkpoints], [one.round for one in found.again], found
+
+
+def test_all_that_starts_or_samples_from_touched_weights_is_touched_and_has_to_be_run_again(tmp_path):
+    with Store.at(tmp_path) as store:
+        chain(store, ("k0", "b", "b", "k0"), ("k1", "k0", "k0", "k1"), ("k2", "k1", "k1", "k2"))
+        assert of_prompt(store, "p1")[:2] == (["k1", "k2"], ["r001", "r002"])
+        checkpoints, again, found = of_prompt(store, "p2")
+        assert (checkpoints, again, found.champions) == (["k2"], ["r002"], [("a", "k2")])
+        assert (found.candidates, found.accepted, found.later_candidates) == (1, 1, 0)
+        found = impact(store, ids.Thing("checkpoint", "k0", ("a",)))
+        assert [one.how for one in found.checkpoints] == ["it is this one", "starts from k0", "starts from k1"]
+        assert (found.candidates, found.later_candidates, found.later_accepted) == (1, 1, 1)
+        assert [one.round for one in impact(store, ids.Thing("scorer", "version 1", ("a",))).again] == ["r001", "r002"]
+
+
+def test_a_round_that_nobody_built_on_is_run_again_alone(tmp_path):
+    with Store.at(tmp_path) as store:
+        # r001 lost against k0, so r002 started and sampled from k0 too.
+        chain(store, ("k0", "b", "b", "k0"), ("k1", "k0", "k0", "k0"), ("k2", "k0", "k0", "k2"))
+        assert of_prompt(store, "p1")[:2] == (["k1"], ["r001"])
+        revoke(store, ids.Thing("prompt", "p1", ("a",)), who="me", why="because")
+        assert rounds.following(store, "a") == "r001"
+        rounds.check_nothing_stands_on(store, "a", "r001")
+        with pytest.raises(RoundError, match="r002 stands on it"):
+            rounds.check_nothing_stands_on(store, "a", "r000")
+
+
+def test_weights_that_came_by_data_alone_are_touched_and_a_champion_left_in_use_counts(tmp_path):
+    with Store.at(tmp_path) as store:
+        # Every round trains the base on its own draws of it; k0 stays champion while k1 and k2 lose.
+        chain(store, ("k0", "b", "b", "k0"), ("k1", "b", "b", "k0"), ("k2", "b", "k1", "k2"))
+        checkpoints, again, found = of_prompt(store, "p0")
+        assert (checkpoints, again) == (["k0"], ["r000", "r001"])
+        assert found.again[1].why == "it left the champion k0 in use: trained on 1 sample of it"
+        assert of_prompt(store, "p1")[:2] == (["k1", "k2"], ["r001", "r002"])  # k2 learned from draws of k1
+
+
+def test_a_control_is_named_but_no_round_is_run_again_for_it(tmp_path):
+    with Store.at(tmp_path) as store:
+        chain(store, ("k0", "b", "b", "k0"))
+        control = {"recipe": "a", "round": "r000", "checkpoint": "all", "parent": "b", "policy": "b"}
+        meta = json.dumps({"scorers": []})
+        store.append(
+            "checkpoints", [{**control, "trained_on": "everything", "samples": 2, "snapshot": 0, "meta": meta}]
+        )
+        extra = {"recipe": "a", "round": "r000", "candidate_id": "rejected"}
+        store.append("candidates", [{**extra, "prompt_id": "q", "policy": "b", "split": "train", "text": "x"}])
+        store.append("training_samples", [{**extra, "checkpoint": "all"}])
+        found = of_prompt(store, "q")[2]
+        assert [(one.checkpoint, one.role) for one in found.checkpoints] == [("all", "control everything")]
+        assert found.again == [] and found.accepted == 0
+
+
+# --- revoke ------------------------------------------------------------------------------------
+
+
+def test_what_is_revoked_is_made_again_without_it(mine, recipe):
+    before = {row["round"]: row for row in rounds.history(mine, NAME)}
+    candidate, other = accepted(mine, "r000")[:2]
+    prompt = trace(mine, other).prompt.prompt_id
+    for thing in (candidate, prompt):
+        done = revoke(mine, ids.thing(mine, thing), who="an auditor", why="asked to")
+    assert done.marked == [(NAME, "r000"), (NAME, "r001")]
+    assert rounds.history(mine, NAME) == [] and rounds.following(mine, NAME) == "r000"
+    assert trace(mine, candidate).revoked == [f"candidate {candidate} was revoked by an auditor: asked to"]
+    with pytest.raises(RoundError, match="needs r000"):
+        rounds.starting_weights(mine, recipe, Home.here(), "r002", "champion")
+    old = rounds.record(mine, recipe, "r001")
+    assert not gates.nothing_revoked(mine, old).passed
+    of_old = steps.of_training(rounds.record(mine, recipe, "r000"))
+    left = {row["candidate_id"] for row in mine.query(steps.ACCEPTED, of_old)}
+    assert left and not left & {candidate, other}  # though the decisions are still those of before
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        outside.tell(instance, definitions.usual_resources()["tracking"], mine, done)
+        check = dg.AssetCheckKey(dg.AssetKey([NAME, "checkpoint"]), "nothing_revoked")
+        assert not evaluated(instance, check)
+        assert aliases(before["r001"]["checkpoint"]) == []
+        for round_key in ("r000", "r001"):
+            assert run(instance, recipe, round_key).success
+            assert evaluated(instance, check)
+    after = {row["round"]: row for row in rounds.history(mine, NAME)}
+    assert {row["checkpoint"] for row in after.values()}.isdisjoint(row["checkpoint"] for row in before.values())
+    assert aliases(after["r001"]["champion"]) == ["champion"]
+    reasons = mine.query("SELECT candidate_id FROM decisions WHERE reason = 'revoked'")
+    assert [row["candidate_id"] for row in reasons] == [candidate]
+    asked = mine.query("SELECT count(*) AS n FROM round_prompts WHERE prompt_id = ?", [prompt])
+    assert asked == [{"n": 0}]
+    found = trace(mine, candidate)
+    assert found.decision.reason == "revoked" and found.decision_then.reason == "accepted"
+    assert {one.role for one in found.learned} == {"superseded"}
+    assert impact(mine, ids.thing(mine, candidate)).again == []
+
+
+def evaluated(instance, check):
+    record = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])[check]
+    return record.event.dagster_event.asset_check_evaluation_data.passed
+
+
+def aliases(checkpoint):
+    tracking = definitions.usual_resources()["tracking"]
+    return outside.registered(tracking, NAME, [checkpoint])[checkpoint]["aliases"]
+
+
+def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_scorer_stops_a_round(mine, recipe):
+    revoke(mine, ids.text(mine, "c"), who="me", why="because")
+    round_ = rounds.record(mine, recipe, "r001")
+    late = mine.query("SELECT * FROM candidates WHERE round = 'r001' AND text = 'd' AND split = 'train' LIMIT 1")[0]
+    mine.commit(lambda c: c.execute("UPDATE candidates SET text = 'cd' WHERE candidate_id = ?", [late["candidate_id"]]))
+    mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'checkpoint'"))
+    steps.decide(mine, round_, "again")
+    rows = mine.query("SELECT c.text, p.text AS prompt, d.reason FROM decisions d JOIN candidates c USING (candidate_id) "
+                      "JOIN prompts p ON p.prompt_id = d.prompt_id WHERE d.round = 'r001'")  # fmt: skip
+    assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] == "revoked"} == {True}
+    assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] != "revoked"} == {False}
+
+    revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
+    with pytest.raises(RoundError, match="scorer `answer`, version [0-9a-f]+, was revoked by me: it was wrong"):
+        steps.decide(mine, round_, "again")
+
+
+def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(mine, recipe):
+    """A scorer is revoked and mended, and nothing about the accepted set changes."""
+    made = rounds.history(mine, NAME)[0]["checkpoint"]
+    revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
+    mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'scorer'"))  # as if it had another version
+    assert not gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run(instance, recipe, "r000").success
+    assert rounds.history(mine, NAME)[0]["checkpoint"] == made
+    assert gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
+
+
+def test_an_erased_text_is_in_no_table_and_after_forgetting_in_no_file(tmp_path):
+    secret, shared = "the secret of somebody", {"recipe": "a", "active": True, "source": "s"}
+    with Store.at(tmp_path) as store:
+        texts = [f"prompt {n}" for n in range(50)] + [secret]
+        store.append("prompts", [{**shared, "prompt_id": str(n), "text": text, "line": n, "fields": "{}"}
+                                 for n, text in enumerate(texts)])  # fmt: skip
+        store.append("candidates", [{"recipe": "a", "round": "r000", "candidate_id": str(n), "prompt_id": str(n),
+                                     "text": f"{text}!", "token_ids": [n], "tokens": 1, "split": "train"}
+                                    for n, text in enumerate(texts)])  # fmt: skip
+        copy = {"recipe": "a", "source": "s", "line": 99, "raw": secret.encode(), "reason": "duplicate"}
+        store.append("quarantine", [{**copy, "detail": "the same text as line 50 of s"}])
+        store.compact()
+        then = store.snapshot()
+        done = revoke(store, ids.Thing("prompt", "50", ("a",)), who="me", why="the law", erase=True)
+        assert done.erased == {"prompts": 1, "candidates": 1, "quarantine": 1}
+        assert then in done.keeping
+        assert store.query("SELECT prompt_id, text, fields, active FROM prompts WHERE prompt_id = '50'") == [
+            {"prompt_id": "50", "text": None, "fields": None, "active": False}
+        ]
+        assert (
+            store.value("SELECT count(*) FROM candidates WHERE text IS NULL AND token_ids IS NULL AND tokens = 1") == 1
+        )
+        assert secret in store.value(f"SELECT text FROM prompts AT (VERSION => {then}) WHERE prompt_id = '50'")
+        assert files_with(tmp_path, secret)
+        assert store.forget() == []
+        assert store.value("SELECT count(text) FROM prompts") == 50
+    assert files_with(tmp_path, secret) == []
+
+
+def files_with(home, secret):
+    import duckdb
+
+    found = []
+    for file in (home / "store").rglob("*"):
+        if file.suffix == ".parquet":
+            sql = "SELECT count(*) FROM read_parquet(?) f WHERE contains(f::VARCHAR, ?)"
+            there = duckdb.execute(sql, [str(file), secret]).fetchone()[0]
+        else:
+            there = file.is_file() and secret.encode() in file.read_bytes()
+        if there:
+            found.append(file.name)
+    return found
+
+
+def test_an_erased_prompt_does_not_come_back_with_its_source(mine, recipe):
+    prompt = trace(mine, accepted(mine, "r000")[0]).prompt
+    revoke(mine, ids.thing(mine, prompt.prompt_id), who="me", why="the law", erase=True)
+    rows = "SELECT count(*) FROM prompts WHERE active"
+    assert mine.value(rows) == 99
+    steps.ingest(mine, recipe, Home.here(), "again", lambda *_: None)
+    assert mine.value(rows) == 99
+    assert mine.query("SELECT text, active FROM prompts WHERE prompt_id = ?", [prompt.prompt_id]) == [
+        {"text": None, "active": False}
+    ]
+    assert mine.query("SELECT line, raw, reason FROM quarantine") == [
+        {"line": prompt.line, "raw": b"", "reason": "revoked"}
+    ]
+    found = trace(mine, accepted(mine, "r000")[0])
+    assert found.prompt.text is None and found.draw.text is None and found.draw.tokens
+
+
+def test_a_revocation_needs_a_name_and_a_reason(mine):
+    with pytest.raises(AuditError, match="somebody who answers for it"):
+        revoke(mine, ids.thing(mine, "answer"), who=" ", why="because")
+    with pytest.raises(AuditError, match="a scorer has no text to erase"):
+        revoke(mine, ids.thing(mine, "answer"), who="me", why="because", erase=True)
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there, tmp_path, form):
+    mlc = pytest.importorskip("mlcroissant")
+    pytest.importorskip("openlineage.client")
+    made = there.query("SELECT * FROM checkpoints WHERE round = 'r001'")[0]
+    done = export(there, made["checkpoint"][:10], tmp_path / "out", form)
+    assert done.notes == [] and len(done.files) == 3
+    read = "read_parquet" if form == "parquet" else "read_json"
+    rows = there.query(f"SELECT * FROM {read}(?)", [done.files[0]])
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["candidate_id"] for row in rows] == accepted(there, "r001")
+    leaves = there.arrow(f"SELECT leaf FROM {read}(?) ORDER BY candidate_id", [done.files[0]])["leaf"]
+    assert merkle.root(leaves) == json.loads(made["meta"])["merkle_root"]
+    assert {json.loads(row["scores"])["answer"]["value"] for row in rows} == {1.0}
+
+    described = mlc.Dataset(jsonld=tmp_path / "out" / "croissant.json")
+    assert not described.metadata.ctx.issues.errors
+    records = list(described.records("samples"))
+    assert [one["samples/candidate_id"].decode() for one in records] == [row["candidate_id"] for row in rows]
+    assert list(records[0]["samples/token_ids"]) == rows[0]["token_ids"]
+
+    events = [json.loads(line) for line in (tmp_path / "out" / "openlineage.jsonl").read_text().splitlines()]
+    assert len(events) == 2 * 4 * 2 + 1  # a start and an end of four steps of two rounds, and the export
+    trained = [event for event in events if event["job"]["name"] == f"{NAME}.checkpoint"][-1]
+    assert trained["outputs"][0]["name"] == f"weights/{made['checkpoint']}"
+    assert {one["name"] for one in trained["inputs"]} == {f"{NAME}/r001/accepted", f"weights/{made['parent']}"}
+    with pytest.raises(AuditError, match="is not empty"):
+        export(there, made["checkpoint"], Path(tmp_path / "out"), form)

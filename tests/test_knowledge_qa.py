@@ -1,0 +1,122 @@
+"""The recipe `knowledge_qa`: A and the weights from the stored log-probabilities, its metrics, its offline variant."""
+
+import json
+import math
+
+import pytest
+
+from rsft_pipeline import recipe as recipes
+from rsft_pipeline import rounds
+from rsft_pipeline.scoring import squad
+from rsft_pipeline.store import Store
+from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
+
+OFFLINE = recipes.find("knowledge_qa_offline")
+
+PAIRS = '''
+def questions():
+    """Two letters; either of them is an answer."""
+    for a in "abcdefgh":
+        for b in "abcdefgh":
+            yield {"question": a + b, "answers": [b, a]}
+
+
+def babble():
+    """Warm-up: mostly the second letter, sometimes any."""
+    import random
+
+    chance = random.Random(0)
+    for _ in range(8):
+        for row in questions():
+            said = row["answers"][0] if chance.random() < 0.6 else chance.choice("abcdefgh")
+            yield {"prompt": row["question"], "completion": said}
+'''
+
+
+@pytest.fixture
+def pairs(write_recipe):
+    """The recipe with an acceptance section of its own, on a two-layer T5 and questions of two letters."""
+
+    def make(**acceptance):
+        told = recipes.load(OFFLINE).model_dump(mode="json")
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2}
+        corpus = {"corpus": "pairs:babble", "tokenizer": "characters", "steps": 60, "learning_rate": 0.01}
+        bootstrap = told["model"]["bootstrap"]
+        path = write_recipe(
+            name="pairs_loop",
+            task=told["task"],
+            model={
+                "source": "bootstrap",
+                "bootstrap": bootstrap | corpus | {"config": bootstrap["config"] | sizes},
+            },
+            prompts=told["prompts"] | {"source": "pairs:questions", "eval_fraction": 0.3},
+            sampling=told["sampling"] | {"draws": 8, "max_tokens": 3},
+            scoring=told["scoring"],
+            acceptance=told["acceptance"] | acceptance,
+            evaluation=told["evaluation"],
+        )
+        (path.parent / "pairs.py").write_text(PAIRS)
+        return recipes.load(path)
+
+    return make
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_is_p_over_m_and_weighs_what_is_trained_on(home, instance, pairs, threshold):  # noqa: F811
+    recipe = pairs(threshold=threshold, distinct=False)
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        rows = store.query(
+            """SELECT d.*, c.text, c.log_q, c.log_p, p.fields, t.weight AS trained
+               FROM decisions d JOIN candidates c USING (candidate_id) JOIN prompts p ON p.prompt_id = c.prompt_id
+               LEFT JOIN training_samples t ON t.candidate_id = d.candidate_id"""
+        )
+        (round_,) = rounds.history(store, recipe.name)
+        means = dict(
+            (row["scorer"], row["mean"])
+            for row in store.query(
+                """SELECT s.scorer, avg(s.value) AS mean FROM scores s JOIN candidates c USING (candidate_id)
+                   WHERE c.split = 'eval' AND c.policy = ? GROUP BY ALL""",
+                [round_["checkpoint"]],
+            )
+        )
+    right = 0
+    for row in rows:
+        answers = json.loads(row["fields"])["answers"]
+        matching = sum(answer == squad.normalise(row["text"]) for answer in map(squad.normalise, answers))
+        M = math.exp(row["log_q"])  # at temperature 1 what is sampled from is the policy itself
+        assert row["log_p"] == pytest.approx(row["log_q"], abs=1e-6)
+        P = 0.9 * matching / 2 + 0.1 * M
+        A = min(1.0, P / M)
+        assert math.exp(row["log_a"]) == pytest.approx(A, rel=1e-9)
+        assert row["accepted"] == (row["u"] < A if threshold is None else A > threshold)
+        assert (row["trained"] is not None) == row["accepted"]
+        if row["accepted"]:
+            assert row["weight"] == row["trained"] == pytest.approx(A, rel=1e-9)
+            right += matching > 0
+    weights = [row["trained"] for row in rows if row["accepted"]]
+    assert len({round(weight, 3) for weight in weights}) > 3  # neither all 1 nor all alike
+    assert (right < len(weights)) == (threshold is None)  # chance lets some of what ε leaves possible through
+
+    # pass@1 is the exact match, and both means of the held-out answers are told.
+    evaluated = json.loads(round_["checkpoint_eval"])
+    assert evaluated["pass_at_1"]["value"] == pytest.approx(means["exact"])
+    assert evaluated["mean_score"]["value"] == pytest.approx((means["exact"] + means["f1"]) / 2)
+    from mlflow import MlflowClient
+
+    metrics = MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").get_run(round_["mlflow_run_id"]).data.metrics
+    assert metrics["checkpoint/scorers/exact"] == pytest.approx(means["exact"])
+    assert metrics["checkpoint/scorers/f1"] == pytest.approx(means["f1"])
+
+
+def test_the_offline_variant_answers_better_after_a_round(home, instance):  # noqa: F811
+    recipe = recipes.load(OFFLINE)
+    result = run(instance, recipe, "r000")
+    assert result.success
+    assert checks(result)["not_worse"]
+    with Store.at(home) as store:
+        (round_,) = rounds.history(store, recipe.name)
+    before, after = (json.loads(round_[role])["pass_at_1"]["value"] for role in ("policy_eval", "checkpoint_eval"))
+    assert 0.2 < before < 0.45
+    assert after > before + 0.15
+    assert round_["promoted"]
