@@ -33,12 +33,15 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
         now = as_file(recipe)
         with store.open() as lake:
             round_key = due(lake, context.instance, now)
+            there = None if isinstance(round_key, dg.SkipReason) else rounds.raw(lake, now.name, round_key)
         if isinstance(round_key, dg.SkipReason):
             return round_key
         failed = failures(context.instance, now, round_key)
         if failed >= ATTEMPTS:
             return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")
-        return _request(now, round_key, f"{round_key} attempt {failed + 1}")
+        # A revoked round was asked for before: Dagster would take the same key for the same request.
+        instead = f" instead of {there['dagster_run_id']}" if there and there["state"] == "revoked" else ""
+        return _request(now, round_key, f"{round_key} attempt {failed + 1}{instead}")
 
     return next_round
 

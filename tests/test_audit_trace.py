@@ -114,7 +114,7 @@ def test_a_sample_of_the_first_round_leads_to_the_checkpoint_that_learned_from_i
         (first["checkpoint"], 1.0),
         (second["checkpoint"], None),
     ]
-    assert found.learned[1].how == f"starts from {first['checkpoint']}"
+    assert found.learned[1].how == f"starts from {first['checkpoint']} and learned from its draws"
 
 
 def test_rejected_and_held_out_candidates_have_a_chain_too(there):
@@ -189,7 +189,11 @@ def test_all_that_starts_or_samples_from_touched_weights_is_touched_and_has_to_b
         assert (checkpoints, again, found.champions) == (["k2"], ["r002"], [("a", "k2")])
         assert (found.candidates, found.accepted, found.later_candidates) == (1, 1, 0)
         found = impact(store, ids.Thing("checkpoint", "k0", ("a",)))
-        assert [one.how for one in found.checkpoints] == ["it is this one", "starts from k0", "starts from k1"]
+        assert [one.how for one in found.checkpoints] == [
+            "it is this one",
+            "starts from k0 and learned from its draws",
+            "starts from k1 and learned from its draws",
+        ]
         assert (found.candidates, found.later_candidates, found.later_accepted) == (1, 1, 1)
         assert [one.round for one in impact(store, ids.Thing("scorer", "version 1", ("a",))).again] == ["r001", "r002"]
 
@@ -290,13 +294,15 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
     mine.commit(lambda c: c.execute("UPDATE candidates SET text = 'cd' WHERE candidate_id = ?", [late["candidate_id"]]))
     mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'checkpoint'"))
     steps.decide(mine, round_, "again")
-    rows = mine.query("SELECT c.text, p.text AS prompt, d.reason FROM decisions d JOIN candidates c USING (candidate_id) "
-                      "JOIN prompts p ON p.prompt_id = d.prompt_id WHERE d.round = 'r001'")  # fmt: skip
+    rows = mine.query(
+        """SELECT c.text, p.text AS prompt, d.reason FROM decisions d JOIN candidates c USING (candidate_id)
+           JOIN prompts p ON p.prompt_id = d.prompt_id WHERE d.round = 'r001'"""
+    )
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] == "revoked"} == {True}
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] != "revoked"} == {False}
 
     revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
-    with pytest.raises(RoundError, match="scorer `answer`, version [0-9a-f]+, was revoked by me: it was wrong"):
+    with pytest.raises(RoundError, match=r"scorer `answer`, version [0-9a-f]+, was revoked by me: it was wrong"):
         steps.decide(mine, round_, "again")
 
 

@@ -205,14 +205,19 @@ def descend(made: list[dict], reached: Mapping[str, str]) -> dict[str, str]:
     """
     through = dict(reached)
     edges = [(row["checkpoint"], edge) for row in made for edge in _edges(row, made)]
-    while found := {to: how for to, (weights, how) in edges if weights in through and to not in through}:
-        through |= found
+    while found := [(to, how) for to, (weights, how) in edges if weights in through and to not in through]:
+        for to, how in found:
+            through.setdefault(to, how)
     return through
 
 
 def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
     """The weights that a checkpoint came of, and how."""
-    edges = [(row["parent"], f"starts from {row['parent']}"), (row["policy"], f"learned from draws of {row['policy']}")]
+    if row["parent"] == row["policy"]:
+        edges = [(row["parent"], f"starts from {row['parent']} and learned from its draws")]
+    else:
+        edges = [(row["parent"], f"starts from {row['parent']}")]
+        edges += [(row["policy"], f"learned from draws of {row['policy']}")]
     if row["data"] == "all_rounds":
         before = (other for other in made if other["recipe"] == row["recipe"] and other["round"] < row["round"])
         edges += [

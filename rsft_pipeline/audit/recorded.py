@@ -5,6 +5,7 @@ reads. steps.scored gives the same for a round under way, by the scorers of toda
 rows (replay.py, whatif.py, diff.py).
 """
 
+import json
 from typing import Any
 
 import duckdb
@@ -13,31 +14,16 @@ from rsft_pipeline import steps
 from rsft_pipeline.recipe import RejectionRule
 from rsft_pipeline.rounds import Round
 
-TABLES = ("candidates", "prompts", "scores", "decisions", "round_prompts")  # what it reads
+TABLES = ("rounds", "candidates", "prompts", "scores", "decisions", "round_prompts")  # what it reads
 DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 
 
 def versions(connection: duckdb.DuckDBPyConnection, round_: Round) -> dict[str, str]:
-    """The version of each scorer that the round's decisions rest on, `combined` among them.
-
-    Where a round was scored twice, that is the one whose combined scores the decisions have; and of a single
-    scorer the one that judged the most of the round's candidates.
-    """
-    of = {"recipe": round_.recipe.name, "round": round_.key}
-    there = connection.execute(
-        "SELECT DISTINCT scorer, version FROM scores WHERE recipe = $recipe AND round = $round", of
+    """The version of each scorer that the round's decisions rest on, `combined` among them; none before them."""
+    rows = connection.execute(
+        "SELECT scorers FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key]
     ).fetchall()
-    if len(dict(there)) == len(there):
-        return dict(there)
-    ranked = connection.execute(
-        f"""SELECT s.scorer, s.version FROM ({steps.ROUND_CANDIDATES}) c
-            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
-            LEFT JOIN ({DECISIONS}) d ON d.candidate_id = c.candidate_id
-            GROUP BY ALL ORDER BY count(*) FILTER (s.value IS NOT DISTINCT FROM d.score OR s.scorer <> $combined),
-                s.version""",
-        {**steps.of_round(round_), "combined": steps.COMBINED},
-    ).fetchall()
-    return dict(ranked)  # the last of each scorer
+    return json.loads(rows[0][0] or "{}") if rows else {}
 
 
 def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> list[str]:

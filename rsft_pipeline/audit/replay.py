@@ -22,6 +22,7 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.scoring import ScoringError
 from rsft_pipeline.store import Store
@@ -140,7 +141,7 @@ def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
     """The rule's numbers, and with those that were recorded every decision."""
     of = {"recipe": round_.recipe.name, "round": round_.key}
-    counted = f"SELECT count(*), count(*) FILTER (reason = 'revoked') FROM ({recorded.DECISIONS})"
+    counted = f"SELECT count(*), count(*) FILTER (reason = '{REASON}') FROM ({recorded.DECISIONS})"
     decided, revoked = connection.execute(counted, of).fetchone()
     facts = {"decisions": decided, "replayed": 0, "parameters": {}}
     there = [
@@ -155,6 +156,9 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
         often = f"SELECT parameters FROM ({recorded.DECISIONS}) GROUP BY ALL ORDER BY count(*) DESC, parameters LIMIT 1"
         there = [json.loads(connection.execute(often, of).fetchone()[0])]
     facts["parameters"] = there[0]
+    if revoked:  # the rule saw nothing of them
+        aside = f"SELECT candidate_id FROM ({recorded.DECISIONS}) WHERE reason = '{REASON}'"
+        connection.execute(f"DELETE FROM recorded WHERE candidate_id IN ({aside})", of)
     _parameters(connection, round_, there[0], note)
 
     again = acceptance.decisions_sql("recorded", there[0], round_.recipe.seed)
@@ -169,7 +173,7 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
         kind = "rule" if difference == _BY_RULE else "data"
         found.append(named(kind, difference, (candidate for candidate, why in different if why == difference)))
     facts["replayed"] = decided - sum(why != _UNDECIDED for _, why in different)
-    said = f"{revoked} were revoked since" if revoked else ""
+    said = f"{revoked} had been revoked: the rule saw nothing of them" if revoked else ""
     note(Check("decisions replayed, to the bit", decided, len(different), said), *found)
     return facts
 
@@ -178,7 +182,7 @@ _UNDECIDED = "candidates without a decision"
 _BY_RULE = "decisions that do not follow from scores, rule and u (or only from a score that was changed)"
 _COLUMNS = ("prompt_id", "accepted", "reason", "score", "log_a", "u", "weight")
 _DIFFERENCE = f"""CASE
-    WHEN d.reason = 'revoked' AND NOT d.accepted AND d.u IS NOT DISTINCT FROM r.u THEN NULL
+    WHEN r.candidate_id IS NULL AND d.reason = '{REASON}' AND NOT d.accepted THEN NULL
     WHEN d.candidate_id IS NULL THEN '{_UNDECIDED}'
     WHEN r.candidate_id IS NULL THEN 'decisions without a candidate of the round'
     WHEN d.score IS DISTINCT FROM r.score THEN 'scores that are not those decided by: `scores` and `decisions` differ'
@@ -270,6 +274,7 @@ _CLOSER = f"""
     JOIN ({steps.ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
     JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
     LEFT JOIN single s ON s.candidate_id = r.candidate_id
+    WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- those of a revocation may have been erased
     ORDER BY r.candidate_id
 """
 

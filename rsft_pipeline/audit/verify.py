@@ -8,21 +8,29 @@ been accepted (replay.py).
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 
-from rsft_pipeline import lineage, merkle, models, steps
+from rsft_pipeline import merkle, models, steps
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.revocations import ALLOWED
 from rsft_pipeline.store import Store
 
-TABLES = ("training_samples", "decisions", "candidates", "prompts")  # what the rows are read from
+TABLES = (
+    "training_samples",
+    "rounds",
+    "decisions",
+    "candidates",
+    "prompts",
+    "revocations",
+)  # what the rows are read from
 
 
 @dataclass(frozen=True)
@@ -166,31 +174,51 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
         "WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint",
         {**of, "checkpoint": made["checkpoint"]},
     )
-    with _at(connection, made["snapshot"], ("rounds", "decisions", "candidates", "prompts")):
+    kept = "SELECT count(*) FROM lake.snapshots() WHERE snapshot_id = ?"
+    there = connection.execute(kept, [made["snapshot"]]).fetchone() != (0,)
+    with _at(connection, made["snapshot"] if there else None):
         then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
         settings = Recipe.model_validate_json(connection.execute(then, of).fetchone()[0])
         rows, given = steps.training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
-    root = _then(connection, meta, note)
-    _now(connection, made, rows, given, note)
+    revoked = _revoked(connection, made)
+    root = _then(connection, meta, set() if there else revoked, note)
+    if there:
+        _now(connection, made, rows, given, revoked, note)
+    else:
+        note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
     for table in ("recorded", "at_snapshot"):
         connection.execute(f"DROP TABLE {table}")
     return root
 
 
 @contextmanager
-def _at(connection: duckdb.DuckDBPyConnection, snapshot: int, tables: Sequence[str]) -> Iterator[None]:
-    """These tables as they were at a snapshot, under their own names: a temporary view is found before a table."""
-    for table in tables:
+def _at(connection: duckdb.DuckDBPyConnection, snapshot: int | None) -> Iterator[None]:
+    """The tables as they were at a snapshot, under their own names: a temporary view is found before a table."""
+    for table in _READ if snapshot is not None else ():
         connection.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM lake.{table} AT (VERSION => {int(snapshot)})")
     yield
-    for table in tables:
+    for table in _READ if snapshot is not None else ():
         connection.execute(f"DROP VIEW temp.{table}")
 
 
-def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: Notes) -> str:
-    """The rows at the snapshot against the recorded leaves, and both against the root."""
+_READ = ("rounds", "decisions", "candidates", "prompts", "revocations")
+
+
+def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> set[str]:
+    """Which of the training set may be trained on no more, as it is now."""
+    if connection.execute("SELECT count(*) FROM revocations").fetchone() == (0,):
+        return set()
+    sql = f"""SELECT d.candidate_id FROM recorded d
+        JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
+            ON c.candidate_id = d.candidate_id
+        WHERE NOT ({ALLOWED.replace("d.prompt_id", "c.prompt_id")})"""
+    return {candidate for (candidate,) in connection.execute(sql, {"recipe": made["recipe"]}).fetchall()}
+
+
+def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoked: set[str], note: Notes) -> str:
+    """The rows at the snapshot against the recorded leaves, and both against the root; but for those `revoked`."""
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, r.candidate_id), CASE WHEN t.candidate_id IS NULL THEN 'gone'
                WHEN r.candidate_id IS NULL THEN 'added' ELSE 'changed' END
@@ -200,14 +228,8 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: 
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "at_snapshot")
     recorded = root if not different else _root(connection, "recorded")
-    wanted, found = meta.get("merkle_root"), []
-    if wanted is None:
-        ids = connection.execute("SELECT candidate_id FROM at_snapshot").fetchall()
-        different = [] if lineage.set_digest(i for (i,) in ids) == meta["accepted_digest"] else different
-        what = "the candidates accepted at the snapshot are not those of the accepted digest"
-        found = [Finding("data", what, len(different))] if different else []
-        note(Check("candidates at the snapshot, by the accepted digest", rows, len(different)), *found)
-        return root
+    different = [(candidate, how) for candidate, how in different if candidate not in revoked]
+    wanted, found = meta.get("merkle_root", recorded), []
     if root == wanted:  # so it is the table of leaves that was touched
         what = "leaves in `training_samples` {}, while the rows at the snapshot still have the root"
         words = {"changed": "changed", "gone": "added", "added": "gone"}
@@ -217,7 +239,7 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: 
     for how, word in words.items():
         if ids := [candidate for candidate, why in different if why == how]:
             found.append(named("data", what.format(word), ids))
-    if not different and root != wanted:
+    if not different and wanted not in (root, recorded):
         what = (
             f"the root of the rows is {root}, not {wanted}: no row can be named, because the recorded leaves "
             "were changed along with them, or a row is there twice"
@@ -227,42 +249,41 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], note: 
     return root
 
 
+_NOW = "rows of now, against those at the snapshot"
+
+
 def _now(
-    connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], rows: str, given: Mapping[str, Any], note: Notes
+    connection: duckdb.DuckDBPyConnection,
+    made: Mapping[str, Any],
+    rows: str,
+    given: Mapping[str, Any],
+    revoked: set[str],
+    note: Notes,
 ) -> None:
     """The rows of now against those at the snapshot. What was revoked since is not there now, and ought not to be."""
-    name = "rows of now, against those at the snapshot"
     of = {"recipe": made["recipe"], "round": made["round"]}
     if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
-        note(Check(name, 0, None, f"{made['round']} was begun again since: its rows of now are not this checkpoint's"))
+        note(Check(_NOW, 0, None, f"{made['round']} was begun again since: its rows of now are not this checkpoint's"))
         return
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE now AS SELECT candidate_id, {_ROW} AS row FROM ({rows})", given)
+    if revoked and made["trained_on"] == "random":
+        note(Check(_NOW, 0, None, f"{len(revoked)} were revoked since, and chance chooses others in their place"))
+        return
     different = connection.execute(
-        """SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'gone'
+        f"""SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'gone'
                 WHEN t.candidate_id IS NULL THEN 'added' ELSE 'changed' END
-            FROM at_snapshot t FULL JOIN now n ON n.candidate_id = t.candidate_id
-            WHERE n.row IS DISTINCT FROM t.row"""
+            FROM at_snapshot t FULL JOIN (SELECT candidate_id, {_ROW} AS row FROM ({rows})) n
+                ON n.candidate_id = t.candidate_id WHERE n.row IS DISTINCT FROM t.row""",
+        given,
     ).fetchall()
-    revoked = {
-        candidate
-        for (candidate,) in connection.execute(
-            """SELECT d.candidate_id FROM decisions d JOIN at_snapshot t ON t.candidate_id = d.candidate_id
-               WHERE d.recipe = $recipe AND d.reason = 'revoked' AND d.round BETWEEN $first AND $last""",
-            {key: given[key] for key in ("recipe", "first", "last")},
-        ).fetchall()
-    }
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
     (count,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
-    connection.execute("DROP TABLE now")
     found = [
         named("data", f"rows of the training set {how} since the snapshot", ids)
         for how in ("changed", "gone", "added")
         if (ids := [candidate for candidate, why in different if why == how])
     ]
     said = f"{len(revoked)} were revoked since" if revoked else ""
-    if revoked and made["trained_on"] == "random":  # others are chosen in their place
-        found, different = [], []
-    note(Check(name, count, len(different), said), *found)
+    note(Check(_NOW, count, len(different), said), *found)
 
 
 # The checkpoints that count for a round: its own and its controls.
