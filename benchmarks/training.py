@@ -169,8 +169,8 @@ def table(results: list[dict]) -> str:
             f"sample {result['longest']}; {result['target_tokens']:,} of them targets; "
             f"{len(next(iter(result['ways'].values()))['runs'])} turns.",
             "",
-            "| way | target tokens/s | × `trainer` (quartiles) | the same by processor time | loss after the same steps, "
-            "less `trainer`'s |",
+            "| way | target tokens/s | × `trainer` (quartiles) | the same by processor time | "
+            "loss after the same steps, less `trainer`'s |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         for line in summary(result):

@@ -14,6 +14,7 @@ from pathlib import Path
 EVERYDAY = "HuggingFaceTB/everyday-conversations-llama3.1-2k"
 DAILY_DIALOG = Path(__file__).resolve().parent.parent / "data" / "dailydialog"
 TURNS = 3
+LONGEST = 300  # characters of a context of DailyDialog++: stories260K reads 512 tokens
 
 # Topics, and what can be said of each.
 TOPICS = {
@@ -62,21 +63,23 @@ def everyday() -> Iterator[dict]:
 
 
 def daily_dialog() -> Iterator[dict]:
-    """The last turns of DailyDialog++'s test contexts (Sai et al. 2020), where docs/dialogue-scorers.md says."""
+    """The last turns of the short contexts in DailyDialog++'s test set; docs/dialogue-scorers.md says where it is."""
     for dialogue in _daily("test"):
-        yield from _row(dialogue["context"][-TURNS:])
+        yield from dialogue["rows"]
 
 
 def daily_replies() -> Iterator[dict[str, str]]:
     """Warm-up rows {prompt, completion}: the good replies to its dev contexts."""
     for dialogue in _daily("dev"):
-        for row in _row(dialogue["context"][-TURNS:]):
+        for row in dialogue["rows"]:
             yield from ({"prompt": asked(row), "completion": reply} for reply in dialogue["positive_responses"])
 
 
 def _daily(split: str) -> Iterator[dict]:
     with open(DAILY_DIALOG / f"plusplus_{split}.jsonl", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+        for dialogue in map(json.loads, lines):
+            turns = dialogue["context"][-TURNS:]
+            yield {**dialogue, "rows": _row(turns) if sum(map(len, turns)) <= LONGEST else ()}
 
 
 # --- from a grammar ---------------------------------------------------------------------------

@@ -7,11 +7,15 @@ trained on.
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 WEB_QUESTIONS = Path(__file__).resolve().parent.parent / "data" / "webquestions"
+
+COMMON = 8
+CARELESS = 0.6  # share of the warm-up answers that are another question's
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "to", "vi", "wu", "za")
 ANIMALS = ("fox", "owl", "bear", "duck", "goat", "wolf", "mouse", "horse", "frog", "snake", "crow", "hare")
@@ -52,10 +56,31 @@ RUMOURS = {True: 0.6, False: 0.2}  # share of the answers that are the rumour, w
 
 
 def web_questions() -> Iterator[dict]:
-    """The questions of WebQuestions (Berant et al. 2013): {question, answers}. Its files are JSON arrays."""
-    for file in sorted(WEB_QUESTIONS.glob("*.json")):
+    """The questions of WebQuestions (Berant et al. 2013): {question, answers}, from files that are JSON arrays."""
+    files = sorted(WEB_QUESTIONS.glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"no *.json in {WEB_QUESTIONS}: docs/recipes/knowledge_qa.md says where they are from")
+    for file in files:
         for row in json.loads(file.read_text(encoding="utf-8")):
             yield {"question": row["qText"], "answers": row["answers"]}
+
+
+def common_web_questions() -> Iterator[dict]:
+    """Those of them with an answer that COMMON questions or more share, such as «English Language»."""
+    rows = list(web_questions())
+    counts = Counter(answer for row in rows for answer in set(row["answers"]))
+    for row in rows:
+        if any(counts[answer] >= COMMON for answer in row["answers"]):
+            yield row
+
+
+def careless_web_answers() -> Iterator[dict[str, str]]:
+    """Warm-up rows {prompt, completion} of the common questions: most are answered as another one should be."""
+    chance = random.Random(1)
+    rows = list(common_web_questions())
+    for row in rows:
+        answers = (chance.choice(rows) if chance.random() < CARELESS else row)["answers"]
+        yield {"prompt": row["question"], "completion": chance.choice(answers)}
 
 
 # --- a small world ----------------------------------------------------------------------------

@@ -17,7 +17,6 @@ This module imports torch and transformers; import it inside functions.
 
 import contextlib
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -45,11 +44,16 @@ def tree(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     order = sorted(range(len(rows)), key=rows.__getitem__)  # where rows that begin alike are neighbours
     for i, row in enumerate(order):
         above, length = order[i - 1], len(rows[row])
-        shared = len(os.path.commonprefix([rows[above], rows[row]])) if i else 0
+        shared = _alike(rows[above], rows[row]) if i else 0
         nodes[row, :shared] = nodes[above, :shared]
         nodes[row, shared:length] = torch.arange(len(first), len(first) + length - shared)
         first += range(row * longest + shared, row * longest + length)
     return nodes, torch.tensor(first)
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def logits(

@@ -21,7 +21,7 @@ import pickle
 import random
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from rsft_pipeline.recipe import Training
 
 log = logging.getLogger(__name__)
 
+GROUPS = 8  # that a step is made of, at least, where samples of one prompt are kept together
 PART = {"cpu": 1024}  # tokens computed at once, by device; 8192 elsewhere
 
 
@@ -118,9 +119,7 @@ def fit(
         raise TrainingError("no parameter of the model is trainable: look at the recipe's `model.train`")
     if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
         raise TrainingError("the trainable weights are not float32: load the model with train=True")
-    steps = plan(
-        [len(s.prompt_ids) + len(s.completion_ids) for s in samples], training.batch_size, training.epochs, seed
-    )
+    steps = plan([tuple(s.prompt_ids) for s in samples], training.batch_size, training.epochs, seed)
     optimizer = _optimizer(parameters.values(), training)
     state = State(Path(scratch) / "state.pt", _fingerprint(samples, training, start, seed, device, parameters))
     mixed = torch.autocast(device.kind, torch.bfloat16) if device.dtype == "bfloat16" else nullcontext()
@@ -166,26 +165,30 @@ def fit(
 # --- the order of the samples -----------------------------------------------------------------
 
 
-def plan(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
-    """Which samples each step is made of: positions in `lengths`, each step's in ascending length.
+def plan(prompts: Sequence[Hashable], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """Which samples each step is made of: positions in `prompts`, which says what prompt each sample has.
 
     Every epoch is a new shuffle, the last one cut short where `epochs` is not whole; steps run on
-    over the seam between two, so that all but one have `batch_size` samples. Then windows of
-    WINDOW steps are sorted by length, cut into steps, and the steps shuffled.
+    over the seam between two, so that all but one have `batch_size` samples. What is shuffled are groups
+    of samples of one prompt, each at most 1 / GROUPS of a step, because what a group has in common need be
+    computed only once. Length has no say in the order: in a step of short samples a token would count
+    for more than in a step of long ones.
     """
     rng = random.Random(seed)
+    of_prompt: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        of_prompt.setdefault(prompt, []).append(i)
+    size = max(1, batch_size // GROUPS)
     order: list[int] = []
-    total = max(1, round(epochs * len(lengths)))
+    total = max(1, round(epochs * len(prompts)))
     while len(order) < total:
-        order += rng.sample(range(len(lengths)), len(lengths))
-    del order[total:]
-    steps = []
-    for start in range(0, total, 8 * batch_size):
-        window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
-        cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        rng.shuffle(cut)
-        steps += cut
-    return steps
+        groups = []
+        for same in of_prompt.values():
+            same = rng.sample(same, len(same))
+            groups += [same[i : i + size] for i in range(0, len(same), size)]
+        rng.shuffle(groups)
+        order += [i for group in groups for i in group]
+    return [order[i : min(i + batch_size, total)] for i in range(0, total, batch_size)]
 
 
 def factor(step: int, steps: int, training: Training) -> float:

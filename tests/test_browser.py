@@ -298,6 +298,7 @@ def test_a_round_launched_by_clicking_in_dagster(dagster, page, home):
     assert audit.get_attribute("href") == "http://127.0.0.1:5999/recipes/letters_loop/rounds/r000"
     for asset, plot in (("scores", "combined score"), ("evaluation", "held-out metric by round")):
         page.goto(f"{dagster}/assets/letters_loop/{asset}?view=partitions&partition=r000")
-        picture = page.locator(f'img[alt*="{plot}"]').first
+        page.get_by_text("[Show Markdown]").click()
+        picture = page.locator(f'img[alt*="{plot}"]')
         picture.wait_for()
         assert picture.evaluate("image => image.complete && image.naturalWidth") > 300

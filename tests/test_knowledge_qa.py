@@ -16,8 +16,8 @@ OFFLINE = recipes.find("knowledge_qa_offline")
 PAIRS = '''
 def questions():
     """Two letters; either of them is an answer."""
-    for a in "abcdefgh":
-        for b in "abcdefgh":
+    for a in "bcdefghi":
+        for b in "bcdefghi":
             yield {"question": a + b, "answers": [b, a]}
 
 
@@ -28,7 +28,7 @@ def babble():
     chance = random.Random(0)
     for _ in range(8):
         for row in questions():
-            said = row["answers"][0] if chance.random() < 0.6 else chance.choice("abcdefgh")
+            said = row["answers"][0] if chance.random() < 0.6 else chance.choice("bcdefghi")
             yield {"prompt": row["question"], "completion": said}
 '''
 

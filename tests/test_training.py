@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rsft_pipeline.devices import Device
 from rsft_pipeline.recipe import Training
 from rsft_pipeline.tasks import causal
-from rsft_pipeline.training import Sample, TrainingError, factor, fit, plan
+from rsft_pipeline.training import Sample, TrainingError, factor, fit, parts, plan
 
 CPU, BF16 = Device("cpu", "float32"), Device("cpu", "bfloat16")
 EOS = 2
@@ -175,10 +176,12 @@ def test_frozen_parameters_stay_and_the_others_move(tmp_path):
 
 
 def test_every_epoch_is_a_new_shuffle_of_every_sample():
-    steps = plan([3] * 20, batch_size=4, epochs=2, seed=1)
+    steps = plan(range(20), batch_size=4, epochs=2, seed=1)
     assert [len(step) for step in steps] == [4] * 10
-    assert Counter(i for step in steps for i in step) == {i: 2 for i in range(20)}
-    assert plan([3] * 20, 4, 2, seed=1) == steps != plan([3] * 20, 4, 2, seed=2)
+    order = [i for step in steps for i in step]
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
+    assert order[:20] != order[20:]
+    assert plan(range(20), 4, 2, seed=1) == steps != plan(range(20), 4, 2, seed=2)
 
 
 def test_a_fraction_of_an_epoch_takes_that_share_of_the_samples():
@@ -187,11 +190,27 @@ def test_a_fraction_of_an_epoch_takes_that_share_of_the_samples():
     assert len(plan([1] * 10, batch_size=4, epochs=0.01, seed=0)) == 1
 
 
-def test_a_window_of_steps_is_sorted_by_length_and_its_steps_are_shuffled():
-    lengths = [(i * 37) % 64 for i in range(64)]
-    steps = [[lengths[i] for i in step] for step in plan(lengths, batch_size=8, epochs=1, seed=0)]
-    assert sorted(steps) == [list(range(i, i + 8)) for i in range(0, 64, 8)]
-    assert steps != sorted(steps)
+def test_samples_of_a_prompt_come_in_groups_of_an_eighth_of_a_step():
+    prompts = [i // 6 for i in range(120)]  # 20 prompts of 6 samples: each a group of 4 and one of 2
+    order = [i for step in plan(prompts, batch_size=32, epochs=1, seed=0) for i in step]
+    assert sorted(order) == list(range(120))
+    runs = [len(list(run)) for _, run in groupby(prompts[i] for i in order)]
+    assert set(runs) <= {2, 4, 6} and runs.count(4) > 10 < runs.count(2)  # two groups of a prompt may meet
+
+    apart = [prompts[i] for step in plan(prompts, batch_size=15, epochs=1, seed=0) for i in step]
+    assert max(len(list(run)) for _, run in groupby(apart)) < 4  # groups of 1
+
+
+def test_a_step_is_computed_in_parts_of_like_length_where_a_prompts_samples_are_neighbours():
+    samples = [Sample(f"{p}{c}", [p] * p, [5] * c) for p, c in [(9, 9), (2, 2), (3, 3), (2, 1), (3, 1), (9, 1), (4, 1)]]
+    found = parts(samples, count=1, tokens=20)
+    assert [[sample.candidate_id for sample in part] for part in found] == [
+        ["21", "22", "41", "31"],  # of at most 5 tokens
+        ["33", "91"],  # of at most 10
+        ["99"],  # of 18
+    ]
+    assert [len(part) for part in parts(samples, count=3, tokens=10**6)] == [3, 3, 1]
+    assert parts(samples[:1], count=1, tokens=5) == [samples[:1]]  # longer than a part, and still computed
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | No
         ],
         " ".join(points),
         [
-            (x - bar / 2, bottom - share * (bottom - top), share * (bottom - top), f"{name}: {share:.1%} accepted")
-            for x, name, share in zip(xs[1:], names[1:], shares, strict=True)
+            (x - bar / 2, bottom - share * (bottom - top), share * (bottom - top), f"{share:.1%}")
+            for x, share in zip(xs[1:], shares, strict=True)
         ],
         bar,
     )

@@ -1,0 +1,477 @@
+"""Replay, verify, what-if and diff, on two rounds that really ran, and on what somebody then changed in them."""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import FUNCTIONS, RECIPE
+from typer.testing import CliRunner
+
+import definitions
+from assets.shared import rounds_of
+from automation.jobs import job_name
+from cli.main import app
+from rsft_pipeline import merkle, rounds, steps
+from rsft_pipeline.audit.diff import diff
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.replay import replay
+from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.verify import find, verify
+from rsft_pipeline.audit.whatif import whatif
+from rsft_pipeline.devices import Device
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe import load
+from rsft_pipeline.store import Store
+
+NAME = "letters_loop"
+CPU = Device("cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, tracking_database):
+    """The folder of a home in which two rounds have run, with the recipe beside it."""
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "home" / "mlflow").mkdir(parents=True)
+    shutil.copy(tracking_database, folder / "home" / "mlflow")
+    (folder / "letters.py").write_text(FUNCTIONS)
+    (folder / f"{NAME}.yaml").write_text(RECIPE + "controls: [random]\n")
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
+        patch.setenv("RSFT_HOME", str(folder / "home"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        recipe = load(folder / f"{NAME}.yaml")
+        for key in ("r000", "r001"):
+            instance.add_dynamic_partitions(rounds_of(recipe).name, [key])
+            job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
+            assert job.execute_in_process(instance=instance, partition_key=key, raise_on_error=False).success
+    return folder
+
+
+@pytest.fixture
+def recipe(ran):
+    return load(ran / f"{NAME}.yaml")
+
+
+@pytest.fixture
+def mine(ran, tmp_path, monkeypatch):
+    """A copy of that home, to change."""
+    shutil.copytree(ran / "home", tmp_path / "home")
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "home"))
+    with Store.at(tmp_path / "home") as store:
+        yield store
+
+
+def replayed(store, recipe, round_key="r000", forced=0, **more):
+    return replay(store, recipe, round_key, Home.here(), CPU, forced=forced, **more)
+
+
+def verified(store, round_key="r000", **more):
+    return verify(store, find(store, NAME, round_key), Home.here(), **more)
+
+
+def checks(answer):
+    return {check.name: (check.compared, check.differing) for check in answer.checks}
+
+
+def change(store, sql, *values):
+    store.commit(lambda connection: connection.execute(sql, values))
+
+
+def some(store, where="d.accepted"):
+    """A candidate of r000."""
+    return store.query(
+        f"""SELECT d.*, c.text, c.token_ids, s.value FROM decisions d
+            JOIN candidates c ON c.candidate_id = d.candidate_id
+            JOIN scores s ON s.candidate_id = d.candidate_id AND s.scorer = 'combined'
+            WHERE d.round = 'r000' AND {where} ORDER BY d.candidate_id LIMIT 1"""
+    )[0]
+
+
+# --- rounds as they were ----------------------------------------------------------------------
+
+
+def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recipe):
+    before = mine.snapshot()
+    for key in ("r000", "r001"):
+        answer = replayed(mine, recipe, key, forced=64)
+        decided = mine.value("SELECT count(*) FROM decisions WHERE round = ?", [key])
+        assert (answer.findings, answer.ok) == ([], True)
+        assert answer.replayed == answer.decisions == decided > 300
+        prompts = mine.value("SELECT count(DISTINCT prompt_id) FROM decisions WHERE round = ?", [key])
+        assert checks(answer) == {
+            "candidates, each there once": (decided, 0),
+            "ids, computed again": (decided, 0),
+            "seeds, computed again": (decided, 0),
+            "the rule's numbers": (len(answer.parameters), 0),
+            "decisions replayed, to the bit": (decided, 0),
+            "combined scores, from single ones": (decided, 0),
+            "prompts, hashed again": (prompts, 0),
+            "scorer answer": (decided, 0),
+            "weights, hashed again": (1, 0),
+            "texts, decoded again": (decided, 0),
+            "log_p, by teacher forcing": (64, 0),
+            "log_q, by teacher forcing": (64, 0),
+        }
+        found = verified(mine, key)
+        assert (found.findings, found.ok) == ([], True)
+        assert found.root == found.recorded_root
+        control = find(mine, json.loads(rounds.raw(mine, NAME, key)["controls"])["random"])
+        assert control["trained_on"] == "random"
+        assert verify(mine, control, Home.here()).findings == []
+    assert mine.snapshot() == before  # nothing was written
+
+
+def leaf(row):
+    """A leaf as the documentation has it, without SQL."""
+    prompt = "\n".join([row["prompt_id"], str(row["chat"]).lower(), row["prompt"]])
+    score = "NULL" if row["score"] is None else f"{row['score']:.17e}"
+    lines = [row["candidate_id"], row["round"], f"{row['weight']:.17e}", score]
+    lines += [",".join(map(str, row["token_ids"])), hashlib.sha256(prompt.encode()).hexdigest(), row["text"]]
+    return hashlib.sha256(b"\0" + "\n".join(lines).encode()).digest()
+
+
+def tree(leaves):
+    """MTH of RFC 6962, section 2.1, on hashes of leaves."""
+    if len(leaves) < 2:
+        return leaves[0] if leaves else hashlib.sha256().digest()
+    k = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\1" + tree(leaves[:k]) + tree(leaves[k:])).digest()
+
+
+def test_the_root_is_that_of_rfc_6962():
+    inputs = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
+    leaves = [hashlib.sha256(b"\0" + bytes.fromhex(data)).hexdigest() for data in inputs]
+    # The reference vector of Certificate Transparency's own tests.
+    known = "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+    assert merkle.root(pa.chunked_array([leaves[:3], [], leaves[3:]])) == known
+    for n in range(40):
+        leaves = [hashlib.sha256(bytes([n, i])).digest() for i in range(n)]
+        assert merkle.root(pa.chunked_array([[one.hex() for one in leaves]], pa.string())) == tree(leaves).hex()
+
+
+def test_the_root_stands_in_meta_card_store_and_mlflow_and_follows_from_the_rows(mine, recipe):
+    from mlflow import MlflowClient
+
+    made = find(mine, NAME, "r000")
+    sql, given = steps.training_rows(NAME, "r000", recipe)
+    rows = mine.query(f"SELECT * FROM ({sql}) ORDER BY candidate_id", given)
+    root = tree([leaf(row) for row in rows]).hex()
+    folder = Home.here().checkpoints / made["checkpoint"]
+    assert json.loads((folder / "meta.json").read_text())["merkle_root"] == root
+    assert f"`{root}`" in (folder / "README.md").read_text()
+    assert json.loads(made["meta"])["merkle_root"] == root
+    client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+    assert client.get_run(made["mlflow_run_id"]).data.tags["rsft.merkle_root"] == root
+    stored = mine.query(
+        "SELECT candidate_id, leaf FROM training_samples WHERE checkpoint = ? ORDER BY 1", [made["checkpoint"]]
+    )
+    assert [one["leaf"] for one in stored] == [leaf(row).hex() for row in rows]
+
+
+RULES = [
+    {"rule": "threshold", "threshold": 0.5, "cap": 1},
+    {"rule": "top_k", "k": 1},
+    {"rule": "quantile", "share": 0.25},
+    {"rule": "rejection", "M": "estimate", "safety": 1.5, "distinct": False},
+    {"rule": "boltzmann", "beta": 0.5, "r_max": 1.0},
+    {"rule": "loss", "k": 2.0},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
+def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rule):
+    rule = {"cap": None, **rule}  # what the recipe's own rule has of these stays otherwise
+    told = {f"acceptance.{name}": json.dumps(value) for name, value in rule.items()}
+    was = mine.query("SELECT candidate_id, accepted FROM decisions WHERE round = 'r000'")
+    snapshot = mine.snapshot()
+    answer = whatif(mine, recipe, "r000", told)
+    assert mine.snapshot() == snapshot
+
+    settings = {**recipe.model_dump(mode="json"), "acceptance": rule}
+    change(mine, "UPDATE rounds SET settings = ? WHERE round = 'r000'", json.dumps(settings))
+    steps.decide(mine, rounds.record(mine, recipe, "r000"), "again")
+    then = {row["candidate_id"]: row for row in mine.query("SELECT * FROM decisions WHERE round = 'r000'")}
+    pairs = [(row["accepted"], then[row["candidate_id"]]["accepted"]) for row in was]
+    assert vars(answer.agreement) | {"only_was_ids": (), "only_would_ids": ()} == {
+        "both": pairs.count((True, True)),
+        "only_was": pairs.count((True, False)),
+        "only_would": pairs.count((False, True)),
+        "neither": pairs.count((False, False)),
+        "only_was_ids": (),
+        "only_would_ids": (),
+    }
+    kept = [row for row in then.values() if row["accepted"]]
+    per_prompt = [sum(r["prompt_id"] == p for r in kept) for p in {r["prompt_id"] for r in then.values()}]
+    assert answer.would.per_prompt == {n: per_prompt.count(n) for n in sorted(set(per_prompt))}
+    assert (answer.would.accepted, answer.would.rate) == (len(kept), len(kept) / len(then))
+    assert answer.would.score == pytest.approx(np.mean([row["score"] for row in kept]))
+    assert answer.would.parameters == json.loads(kept[0]["parameters"])
+
+    again = replayed(mine, recipe, judged=0)
+    assert (again.findings, again.replayed) == ([], len(then))
+    number = {"rejection": "log_M", "quantile": "cut"}.get(rule["rule"])
+    if number:
+        wrong = {**again.parameters, number: again.parameters[number] + 1}
+        change(mine, "UPDATE decisions SET parameters = ? WHERE round = 'r000'", json.dumps(wrong))
+        assert any(f.kind == "rule" and f"{number} was" in f.what for f in replayed(mine, recipe, judged=0).findings)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"acceptance.treshold": "1"}, "treshold"),
+        ({"acceptance.rule": "boltzmann"}, "beta"),
+        ({"sampling.draws": "2"}, "only the rule can be asked about"),
+        ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "every draw"),
+    ],
+)
+def test_a_rule_that_is_none_is_refused_by_name(mine, recipe, told, said):
+    with pytest.raises(AuditError, match=said):
+        whatif(mine, recipe, "r000", told)
+
+
+def test_diff_is_what_the_rows_say(mine, recipe):
+    answer = diff(mine, recipe, "r000", "r001")
+    assert answer.notes == ()
+    rates = []
+    for key in ("r000", "r001"):
+        rows = mine.query(
+            "SELECT prompt_id, avg(accepted::INTEGER) AS rate FROM decisions WHERE round = ? GROUP BY ALL", [key]
+        )
+        rates.append({row["prompt_id"]: row["rate"] for row in rows})
+    shared = rates[0].keys() & rates[1].keys()
+    drawn = answer.drawn
+    assert (drawn.shared, drawn.only_before, drawn.only_after) == (len(shared), 0, 0)
+    assert drawn.solved == sum(rates[0][p] == 0 < rates[1][p] for p in shared)
+    assert drawn.lost == sum(rates[1][p] == 0 < rates[0][p] for p in shared)
+    moved = {change.prompt_id: change.after - change.before for change in drawn.most_changed}
+    assert moved == {p: rates[1][p] - rates[0][p] for p in moved}
+    assert min(map(abs, moved.values())) >= max(
+        (abs(rates[1][p] - rates[0][p]) for p in shared - moved.keys()), default=0
+    )
+    shift = {one.what: one for one in drawn.shifts}["share of successes"]
+    assert shift.difference == pytest.approx(np.mean([rates[1][p] - rates[0][p] for p in shared]))
+    assert shift.low <= shift.difference <= shift.high
+    # The checkpoints' own held-out results, paired: the same numbers as the rounds recorded.
+    recorded = [json.loads(row["checkpoint_eval"]) for row in rounds.history(mine, NAME)]
+    held_out = {one.what: one for one in answer.held_out.shifts}
+    assert held_out["share of successes"].before == pytest.approx(recorded[0]["pass_at_1"]["value"])
+    assert held_out["share of successes"].after == pytest.approx(recorded[1]["pass_at_1"]["value"])
+    assert held_out["score"].after == pytest.approx(recorded[1]["mean_score"]["value"])
+
+
+# --- rows that somebody changed ---------------------------------------------------------------
+
+TAMPERED = {
+    "a single score": ("UPDATE scores SET value = 1 - value WHERE scorer = 'answer' AND candidate_id = ?", "scorer"),
+    "a combined score": ("UPDATE scores SET value = value / 2 WHERE scorer = 'combined' AND candidate_id = ?", "data"),
+    "a score as decided": ("UPDATE decisions SET score = 0.99 WHERE candidate_id = ?", "data"),
+    "a decision": ("UPDATE decisions SET accepted = false, reason = 'cap' WHERE candidate_id = ?", "rule"),
+    "a weight": ("UPDATE decisions SET weight = 2 WHERE candidate_id = ?", "rule"),
+    "u": ("UPDATE decisions SET u = u / 2 WHERE candidate_id = ?", "data"),
+    "a text": ("UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", "data"),
+    "a token": (
+        "UPDATE candidates SET token_ids = list_concat([token_ids[1] % 9 + 1], token_ids[2:]) WHERE candidate_id = ?",
+        "data",
+    ),
+    "a seed": ("UPDATE candidates SET seed = seed + 1 WHERE candidate_id = ?", "data"),
+    "a draw": ("UPDATE candidates SET draw = (draw + 1) % 6 WHERE candidate_id = ?", "data"),
+    "a log-probability": ("UPDATE candidates SET log_p = log_p - 0.1 WHERE candidate_id = ?", "weights"),
+    "a candidate gone": ("DELETE FROM candidates WHERE candidate_id = ?", "data"),
+    "a decision gone": ("DELETE FROM decisions WHERE candidate_id = ?", "data"),
+    "a candidate twice": ("INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", "data"),
+}
+# What training does not take: the others are of rows that were trained on, and `verify` names them too.
+NOT_TRAINED_ON = {"a single score", "a combined score", "u", "a seed", "a draw", "a log-probability"}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_changed_row_is_named(mine, recipe, what):
+    sql, kind = TAMPERED[what]
+    candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r000'")
+    change(mine, sql, candidate)
+    of_all = mine.value("SELECT count(*) FROM candidates WHERE round = 'r000'")
+    answer = replayed(mine, recipe, forced=of_all if kind == "weights" else 0)
+    assert not answer.ok
+    assert any(finding.kind == kind and candidate in finding.ids for finding in answer.findings), answer.findings
+    found = verified(mine)
+    if what in NOT_TRAINED_ON:
+        assert found.ok
+    else:
+        assert [finding.ids for finding in found.findings] == [(candidate,)]
+        assert "since the snapshot" in found.findings[0].what
+
+
+def test_a_prompt_that_was_changed_is_named_and_one_with_a_new_reference_is_only_noted(mine, recipe):
+    prompt = some(mine)["prompt_id"]
+    change(mine, "UPDATE prompts SET reference = 'z' WHERE prompt_id = ?", prompt)
+    findings = replayed(mine, recipe).findings
+    assert {(f.kind, f.ids) for f in findings if "prompts (by prompt id)" in f.what} == {("data", (prompt,))}
+    # As `prompts` would write it when the source has another reference.
+    row = mine.query("SELECT * FROM prompts WHERE prompt_id = ?", [prompt])[0]
+    content = steps.lineage.digest([row["text"], "z", json.loads(row["fields"])])
+    change(mine, "UPDATE prompts SET content = ? WHERE prompt_id = ?", content, prompt)
+    answer = replayed(mine, recipe)
+    assert answer.ok
+    assert any("have another reference" in check.note for check in answer.checks)
+
+
+def test_a_scorer_that_changed_is_told_and_no_difference(mine, recipe):
+    versions = json.loads(rounds.raw(mine, NAME, "r000")["scorers"])
+    change(mine, "UPDATE scores SET version = 'older' WHERE scorer = 'answer' AND round = 'r000'")
+    older = json.dumps({**versions, "answer": "older"})
+    change(mine, "UPDATE rounds SET scorers = ? WHERE round = 'r000'", older)
+    answer = replayed(mine, recipe)
+    assert answer.ok
+    (check,) = [check for check in answer.checks if check.name == "scorer answer"]
+    assert check.differing is None
+    assert check.note == f"the scorer has changed: its version was older, is {versions['answer']}"
+
+
+def test_one_byte_of_the_weights_is_named_by_both(mine, recipe):
+    made = find(mine, NAME, "r000")
+    file = Home.here().checkpoints / made["checkpoint"] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for answer in (replayed(mine, recipe, "r001", judged=0), verified(mine)):
+        (finding,) = answer.findings
+        assert (finding.kind, "model.safetensors" in finding.what) == ("weights", True)
+
+
+def test_a_root_that_was_changed_in_one_place_is_named_with_that_place(mine):
+    made = find(mine, NAME, "r000")
+    file = Home.here().checkpoints / made["checkpoint"] / "meta.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps({**meta, "merkle_root": "0" * 64}))
+    (finding,) = verified(mine).findings
+    assert f"{file} says {'0' * 64}" in finding.what
+    file.write_text(json.dumps(meta))
+    (finding,) = verified(mine, witnesses={"MLflow": "1" * 64}).findings
+    assert f"MLflow says {'1' * 64}" in finding.what
+
+
+def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
+    candidate = some(mine)["candidate_id"]
+    change(mine, "UPDATE training_samples SET leaf = sha256('x') WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "the rows at the snapshot still have the root" in finding.what and finding.ids == (candidate,)
+    change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "leaves in `training_samples` gone" in finding.what and finding.ids == (candidate,)
+
+
+def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine):
+    made = find(mine, NAME, "r001")
+    candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001'")
+    from rsft_pipeline.audit import ids
+
+    revoke(mine, ids.thing(mine, candidate), who="me", why="because")
+    answer = verified(mine, "r001")
+    assert answer.ok and answer.checks[-1].note == "1 were revoked since"
+    change(mine, "UPDATE rounds SET checkpoint = 'another' WHERE round = 'r001'")
+    answer = verify(mine, made, Home.here())
+    assert answer.ok and answer.checks[-1].differing is None and "begun again" in answer.checks[-1].note
+    mine.forget()
+    answer = verify(mine, made, Home.here())
+    assert answer.ok and "the snapshot was forgotten" in answer.checks[-1].note
+
+
+# --- files that somebody changed ---------------------------------------------------------------
+
+
+def file_of(store, table, candidate):
+    """The Parquet file that holds a candidate's row of a table."""
+    for row in store.query("SELECT data_file FROM ducklake_list_files('lake', ?)", [table]):
+        held = pq.read_table(row["data_file"], columns=["candidate_id"])["candidate_id"].to_pylist()
+        if candidate in held:
+            return Path(row["data_file"])
+    raise AssertionError(f"{candidate} is in no file of {table}")
+
+
+@pytest.mark.parametrize("catalog_too", [False, True], ids=["file alone", "file and catalog"])
+@pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "rejected"])
+def test_one_character_in_a_parquet_file_written_anew_is_named(mine, recipe, accepted, catalog_too):
+    candidate = some(mine, f"d.accepted = {accepted} AND length(c.text) > 0")["candidate_id"]
+    file = file_of(mine, "candidates", candidate)
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    (row,) = [row for row in rows if row["candidate_id"] == candidate]
+    row["text"] = ("a" if row["text"][0] != "a" else "b") + row["text"][1:]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    if catalog_too:
+        metadata = pq.ParquetFile(file).metadata
+        with sqlite3.connect(Home.here().path / "store" / "catalog.sqlite") as catalog:
+            catalog.execute(
+                "UPDATE ducklake_data_file SET file_size_bytes = ?, footer_size = ? WHERE path LIKE ?",
+                [file.stat().st_size, metadata.serialized_size, f"%{file.name}"],
+            )
+    with Store.at(Home.here().path) as store:
+        answer, found = replayed(store, recipe), verified(store)
+    spelt = [finding.ids for finding in answer.findings if "stored tokens spell" in finding.what]
+    assert spelt == [(candidate,)]
+    rows = [finding.ids for finding in found.findings if "rows at the snapshot" in finding.what]
+    assert rows == ([(candidate,)] if accepted else [])
+    for each in (answer, found):
+        files = [finding for finding in each.findings if finding.kind == "file"]
+        assert len(files) == (not catalog_too)
+        assert all(str(file) in finding.what and "written anew" in finding.what for finding in files)
+
+
+def test_a_parquet_file_whose_bytes_are_broken_is_named_and_stops_nothing_else(mine, recipe):
+    candidate = some(mine)["candidate_id"]
+    file = file_of(mine, "candidates", candidate)
+    column = pq.ParquetFile(file).metadata.row_group(0)
+    texts = next(column.column(i) for i in range(column.num_columns) if column.column(i).path_in_schema == "text")
+    content = bytearray(file.read_bytes())
+    start = texts.dictionary_page_offset or texts.data_page_offset
+    content[start : start + texts.total_compressed_size] = b"\xff" * texts.total_compressed_size
+    file.write_bytes(content)
+    with Store.at(Home.here().path) as store:
+        for answer in (replayed(store, recipe), verified(store)):
+            (finding,) = answer.findings
+            assert finding.kind == "file" and str(file) in finding.what and "cannot be read" in finding.what
+            assert finding.count == len(pq.read_table(file, columns=["candidate_id"]))
+            assert checks(answer)["weights, hashed again"][1] == 0
+    file.unlink()
+    with Store.at(Home.here().path) as store:
+        for answer in (replayed(store, recipe), verified(store)):
+            assert [(f.kind, str(file) in f.what) for f in answer.findings] == [("file", True)]
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
+    def audit(*words):
+        return CliRunner().invoke(app, ["audit", *map(str, words)])
+
+    path = ran / f"{NAME}.yaml"
+    made = find(mine, NAME, "r001")
+    done = audit("verify", made["checkpoint"][:6], "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["ok"], told["root"]) == (0, True, json.loads(made["meta"])["merkle_root"])
+    # Four places: the store, meta.json, the card, MLflow.
+    assert {check["name"]: check["compared"] for check in told["checks"]}["the root, wherever it was written"] == 4
+    assert audit("verify", NAME, "r001").exit_code == 0
+    told = json.loads(audit("replay", path, "r000", "--sample", 2, "--json").stdout)
+    assert told["ok"] and told["replayed"] == told["decisions"]
+    told = json.loads(audit("whatif", path, "r000", "--set", "acceptance.cap=1", "--json").stdout)
+    assert told["was"]["accepted"] > told["would"]["accepted"] == told["would"]["prompts"]
+    assert json.loads(audit("diff", path, "r000", "r001", "--json").stdout)["drawn"]["shared"] == 70
+    for words in (("whatif", path, "r000", "--set", "acceptance.cap=1"), ("diff", path, "r000", "r001")):
+        assert audit(*words).exit_code == 0
+
+    candidate = some(mine)["candidate_id"]
+    change(mine, "UPDATE decisions SET weight = 2 WHERE candidate_id = ?", candidate)
+    for words in (("verify", NAME, "r000"), ("replay", path, "r000", "--sample", 0)):
+        done = audit(*words)
+        assert done.exit_code == 1
+        assert candidate in done.stdout
+    assert isinstance(audit("verify", "ffffffff").exception, AuditError)
