@@ -59,9 +59,8 @@ def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: R
         by_recipe.setdefault(touched.recipe, []).append(touched)
     reason = f"{done.impact.thing.words} was revoked by {done.who}: {done.why}"
     for recipe, reached in by_recipe.items():
-        _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason)
-        finished = rounds.history(store, recipe)
-        if reached[-1].recipe in {name for name, _ in done.impact.champions}:
+        if _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason):
+            finished = rounds.history(store, recipe)
             tracking.crown(recipe, finished[-1]["champion"] if finished else "")
         named = {f"{one.round}, {one.role}": one.checkpoint for one in reached}
         instance.report_runless_asset_event(
@@ -75,10 +74,13 @@ def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: R
         )
 
 
-def _tag(tracking: Tracking, recipe: str, reached: dict[str, Touched], reason: str) -> None:
+def _tag(tracking: Tracking, recipe: str, reached: dict[str, Touched], reason: str) -> bool:
+    """Tag runs and registered versions. Returns whether any is registered."""
     client = tracking.client()
     for run in {one.mlflow_run_id for one in reached.values() if one.mlflow_run_id}:
         tracking.tags(run, revoked=reason)
-    for version in client.search_model_versions(f"name = '{recipe}'"):
+    versions = client.search_model_versions(f"name = '{recipe}'")
+    for version in versions:
         if version.tags.get("rsft.checkpoint") in reached:
             client.set_model_version_tag(recipe, version.version, "rsft.revoked", reason)
+    return bool(versions)

@@ -46,8 +46,8 @@ class Case:
 
 
 CASES = {
-    "one-of-a-prompt": Case(4, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200)),
-    "four-of-a-prompt": Case(4, 4, (140, 0.3, 100, 200), (40, 0.9, 10, 200)),
+    "one-of-a-prompt": Case(2, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200)),
+    "four-of-a-prompt": Case(2, 4, (140, 0.3, 100, 200), (40, 0.9, 10, 200)),
     "large-vocabulary": Case(2, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200), vocabulary=32000),
 }
 
@@ -125,7 +125,7 @@ def measure(name: str, facts: dict, contenders: list[Contender], turns: int) -> 
     """Each way's loss after the same steps, then its times in each turn."""
     result = {"case": name, **facts, "ways": {}}
     for contender in contenders:
-        same = contender.train(name, BATCH, 4, seed=0, evaluate=True)  # and it is warm now
+        same = contender.train(name, BATCH, 2, seed=0, evaluate=True)  # and it is warm now
         result["ways"][contender.way] = {"loss_after_the_same_steps": same["loss_after"], "runs": []}
         print(f"  {contender.way:18} loss after the same steps {same['loss_after']:.6f}", flush=True)
     for turn in range(turns):

@@ -191,7 +191,7 @@ def test_all_that_starts_or_samples_from_touched_weights_is_touched_and_has_to_b
         found = impact(store, ids.Thing("checkpoint", "k0", ("a",)))
         assert [one.how for one in found.checkpoints] == [
             "it is this one",
-            "starts from k0 and learned from its draws",
+            "trained on 1 sample of it",
             "starts from k1 and learned from its draws",
         ]
         assert (found.candidates, found.later_candidates, found.later_accepted) == (1, 1, 1)

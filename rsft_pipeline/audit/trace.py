@@ -227,9 +227,10 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
     """The recipe that the candidate was drawn by: as the round recorded it, now or at an earlier attempt."""
     if round_ and (found := _shapes(round_["settings"], drawn)):
         return found
+    (there,) = query("SELECT min(snapshot_id) AS first, max(snapshot_id) AS last FROM lake.snapshots()")
     earlier = query(
-        """SELECT settings FROM lake.table_insertions('rounds', 0, (SELECT max(snapshot_id) FROM lake.snapshots()))
-           WHERE recipe = $recipe AND round = $round ORDER BY snapshot_id DESC""",
+        f"""SELECT settings FROM lake.table_insertions('rounds', {there["first"]}, {there["last"]})
+            WHERE recipe = $recipe AND round = $round ORDER BY snapshot_id DESC""",
         {"recipe": drawn["recipe"], "round": drawn["round"]},
     )
     return next((found for row in earlier if (found := _shapes(row["settings"], drawn))), None)
