@@ -1,13 +1,29 @@
 """`rsft audit ui`: the audit pages, on loopback, until interrupted."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from cli.run import _store
+from cli.run import _instance, _store
+from rsft_pipeline.audit import revoke as revoking
+from rsft_pipeline.audit.ids import Thing
 from rsft_pipeline.home import Home
+from rsft_pipeline.store import Store
 
 HOST = "127.0.0.1"
+
+
+def _revoking(store: Store) -> Callable[..., None]:
+    """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
+    from cli.lineage import _tell
+
+    instance = _instance()
+
+    def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
+        _tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
+
+    return revoke
 
 
 def ui(
@@ -20,7 +36,7 @@ def ui(
     from web.app import create
 
     with _store() as store:
-        app = create(store, Home.here(), allow_revoke=allow_revoke)
+        app = create(store, Home.here(), revoke=_revoking(store) if allow_revoke else None)
         how = "revoking allowed" if allow_revoke else "read only"
         print(f"Audit pages, {how}: http://{HOST}:{port}\nCtrl-C stops them.", flush=True)
         uvicorn.run(app, host=HOST, port=port, log_level="warning", server_header=False)

@@ -94,7 +94,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 def schema() -> None:
     """JSON Schema of recipes, for editors that complete and check YAML."""
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps(recipes.schema(), indent=2))
 
 
 # --- running -----------------------------------------------------------------------------------

@@ -14,16 +14,8 @@ LABELS = ("negative", "positive")
 
 # The commonest first: a word is as frequent as one over its place in the list.
 WORDS = {
-    "negative": (
-        "awful boring flat clumsy dull stale silly weak lifeless cold tired hollow shallow messy loud empty bland "
-        "crude forced lazy muddled thin sour grim pointless tedious murky wooden creaky drab limp vapid trite sloppy "
-        "dismal shoddy stilted leaden turgid inane"
-    ).split(),
-    "positive": (
-        "great moving funny clever tender gripping fresh lovely bright warm witty honest lively sharp rich elegant "
-        "bold charming graceful subtle vivid daring thrilling radiant superb touching playful stirring wise crisp "
-        "sublime dazzling poignant deft lush nimble sincere soulful sly buoyant"
-    ).split(),
+    "negative": ["awful", "boring", "flat", "clumsy", "dull", "stale", "silly", "weak", "lifeless", "cold", "tired", "hollow", "shallow", "messy", "loud", "empty", "bland", "crude", "forced", "lazy", "muddled", "thin", "sour", "grim", "pointless", "tedious", "murky", "wooden", "creaky", "drab", "limp", "vapid", "trite", "sloppy", "dismal", "shoddy", "stilted", "leaden", "turgid", "inane"],
+    "positive": ["great", "moving", "funny", "clever", "tender", "gripping", "fresh", "lovely", "bright", "warm", "witty", "honest", "lively", "sharp", "rich", "elegant", "bold", "charming", "graceful", "subtle", "vivid", "daring", "thrilling", "radiant", "superb", "touching", "playful", "stirring", "wise", "crisp", "sublime", "dazzling", "poignant", "deft", "lush", "nimble", "sincere", "soulful", "sly", "buoyant"],
 }
 PARTS = ("plot", "acting", "script", "music", "ending", "camera work", "dialogue", "pace", "story", "cast")
 PATTERNS = ("the {part} is {word}", "a film with a {word} {part}", "{word} is what i call this {part}")

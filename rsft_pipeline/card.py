@@ -7,7 +7,6 @@ from typing import Any
 
 from rsft_pipeline.markdown import table
 
-
 _TRAINED_ON = {
     "accepted": "accepted candidates",
     "random": "candidates chosen at random, as a control,",

@@ -202,9 +202,7 @@ class _Missing(Exception):
     """A column that a row lacks, or that is null in it."""
 
 
-def _outcome(
-    row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, seen: dict[str, str]
-) -> Prompt | Refused:
+def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, seen: dict[str, str]) -> Prompt | Refused:
     """The row as a prompt, its length not yet known, or why it is none. Notes the prompt's id in `seen`."""
     if isinstance(row, Refused):
         return row

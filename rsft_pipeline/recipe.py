@@ -4,6 +4,7 @@ Belongs here: the fields, their meaning, and errors that name file, field and re
 Does not: how any field is carried out; each section names the module that does.
 """
 
+import copy
 import difflib
 import re
 import typing
@@ -759,6 +760,14 @@ class Recipe(Section):
     def path(self, name: str) -> Path:
         """A path of the recipe, absolute."""
         return (self.folder / Path(name).expanduser()).resolve()
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe's file. What a recipe needs, one that `extends` another may have from that."""
+    made = copy.deepcopy(Recipe.model_json_schema())  # pydantic keeps what it returns
+    made["properties"]["extends"] = {"type": "string", "description": "Name of the recipe beside it to start from."}
+    made["if"], made["then"] = {"not": {"required": ["extends"]}}, {"required": made.pop("required")}
+    return made
 
 
 def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:

@@ -305,6 +305,8 @@ def classes(store: Store, round_: "Round", contest: steps.Contest) -> ClassFacts
     counts = {role: by_class.confusion(store, round_, weights) for role, weights in contest.roles.items()}
     found = {role: by_class.macro_f1(each, labels, **how) for role, each in counts.items()}
     for role, each in counts.items():
-        overall.append({"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"})
+        overall.append(
+            {"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"}
+        )
         rows += [{"weights": role, **vars(one)} for one in by_class.classes(each, labels)]
     return ClassFacts({role: one.value for role, one in found.items()}, f"{table(overall)}\n\n{table(rows)}")

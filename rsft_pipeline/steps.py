@@ -177,7 +177,7 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
 def plan(
     store: Store, round_: Round, policy: str, asked: Sequence[Asked], *, split: str, draws: range
 ) -> list[tuple[int, list[sampling.Request]]]:
-    """The waves of these draws that are still missing: for the round (split `train`) or to evaluate a policy (`eval`)."""
+    """The waves of these draws that are missing: of the round (split `train`), or of evaluating a policy (`eval`)."""
     recipe = round_.recipe
     if split == "train":
         scope, how, there = round_.key, recipe.sampling, (ROUND_CANDIDATES, of_round(round_))
@@ -670,7 +670,9 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
     if made is None:
         raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")
     if missing := set(round_.recipe.controls) - set(controls):
-        raise RoundError(f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first")
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first"
+        )
     if why := revocations.of_checkpoint(store, round_.recipe.name, made):
         raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its beginning")
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")

@@ -141,7 +141,7 @@ def fit(
                 part_loss.backward()
                 loss += part_loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), training.clip)
-            loss, norm = torch.stack([loss, norm]).tolist()  # the only place where the host waits
+            loss, norm = torch.stack([loss, norm]).tolist()  # one wait for the device, not two
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingError(
                     f"step {number} of {len(steps)}: the loss is {loss} and the gradient's norm {norm}; a lower "

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import letters_store as letters
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from rsft_pipeline import rounds
+from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
 from rsft_pipeline.store import Store
 from web.app import create
@@ -166,7 +168,7 @@ def test_revoking_asks_first_and_needs_to_be_allowed(page, tmp_path):
         with served(store, tmp_path) as address:
             page.goto(f"{address}/recipes/letters/candidates/{one}")
             assert page.get_by_role("link", name="Revoke…").count() == 0
-        with served(store, tmp_path, allow_revoke=True) as address:
+        with served(store, tmp_path, revoke=partial(revoke, store)) as address:
             page.goto(f"{address}/recipes/letters/candidates/{one}")
             page.get_by_role("link", name="Revoke…").click()
             page.get_by_role("link", name="Leave it").click()

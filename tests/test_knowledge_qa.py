@@ -89,7 +89,7 @@ def test_a_is_p_over_m_and_weighs_what_is_trained_on(home, instance, pairs, thre
         P = 0.9 * matching / 2 + 0.1 * M
         A = min(1.0, P / M)
         assert math.exp(row["log_a"]) == pytest.approx(A, rel=1e-9)
-        assert row["accepted"] == (row["u"] < A if threshold is None else A > threshold)
+        assert row["accepted"] == (row["u"] < A if threshold is None else threshold < A)
         assert (row["trained"] is not None) == row["accepted"]
         if row["accepted"]:
             assert row["weight"] == row["trained"] == pytest.approx(A, rel=1e-9)

@@ -4,7 +4,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, find, load
+from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, find, load, schema
 
 
 def changed(write_recipe, **sections):
@@ -18,7 +18,7 @@ def test_every_recipe_of_the_project_loads_and_satisfies_its_own_schema():
     assert files
     for file in files:
         assert load(file).name == file.stem
-        jsonschema.validate(yaml.safe_load(file.read_text()), Recipe.model_json_schema())
+        jsonschema.validate(yaml.safe_load(file.read_text()), schema())
 
 
 def test_every_field_is_described():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from html import unescape
 from html.parser import HTMLParser
 
@@ -10,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rsft_pipeline.audit import browse, words
+from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
 from web.app import create
 
@@ -239,7 +241,9 @@ def test_only_a_form_of_this_server_revokes(tmp_path):
     address = f"/recipes/letters/revoke/candidate/{one}"
     with (
         letters.write(tmp_path) as store,
-        TestClient(create(store, Home(tmp_path), allow_revoke=True), base_url=HERE, follow_redirects=False) as client,
+        TestClient(
+            create(store, Home(tmp_path), revoke=partial(revoke, store)), base_url=HERE, follow_redirects=False
+        ) as client,
     ):
         token = re.search(r'name="token" value="([^"]{40,})"', client.get(address).text)[1]
         form = {"token": token, "who": "an auditor", "why": f"personal data {letters.SCRIPT}"}

@@ -13,6 +13,7 @@ import hmac
 import logging
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -47,11 +48,16 @@ class Refused(Exception):
     """A request that this server does not serve; the message says why."""
 
 
-def create(store: Store, home: Home, *, allow_revoke: bool = False) -> FastAPI:
-    """The audit pages of a store. Without `allow_revoke` no request changes anything."""
+def create(store: Store, home: Home, *, revoke: Callable[..., object] | None = None) -> FastAPI:
+    """The audit pages of a store.
+
+    Args:
+        revoke: what a confirmed revocation calls: a thing (audit/ids.py), `who`, `why` and `erase`. None: no request
+            changes anything.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.store, app.state.home = store, home
-    app.state.token = secrets.token_urlsafe(32) if allow_revoke else None
+    app.state.store, app.state.home, app.state.revoke = store, home, revoke
+    app.state.token = secrets.token_urlsafe(32) if revoke else None
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.get("/favicon.ico")(lambda: FileResponse(STATIC / "icon.svg"))  # asked for by pages of plain text

@@ -14,7 +14,6 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 from resources import pages as to
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit import impact as following
-from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit import trace as tracing
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
@@ -284,7 +283,7 @@ def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
     """Revoke it. app.py has seen to it that this is allowed, and wanted."""
     form, thing = request.state.form, _thing(request, recipe, kind, what)
     who, why = form.get("who", ""), form.get("why", "")
-    revoking.revoke(request.app.state.store, thing, who=who, why=why, erase="erase" in form)
+    request.app.state.revoke(thing, who=who, why=why, erase="erase" in form)
     return RedirectResponse("/revocations", status_code=303)
 
 
