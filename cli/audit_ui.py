@@ -18,10 +18,9 @@ def _revoking(store: Store) -> Callable[..., None]:
     """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
     from cli.lineage import _tell
 
-    instance = _instance()
-
     def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
-        _tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
+        with Home.here().lock("instance", wait=True), _instance() as instance:
+            _tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
 
     return revoke
 

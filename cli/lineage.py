@@ -194,8 +194,8 @@ def _reach(found: following.Impact) -> Tree:
         tree.add(f"counted by the verdicts of {', '.join(' '.join(one) for one in found.evaluated)}")
     node = tree.add(f"learned by {_count(len(found.checkpoints), 'checkpoint')}")
     for one in found.checkpoints:
-        revoked = " (revoked)" if one.revoked else ""
-        node.add(Text(f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}){revoked}: {one.how}"))
+        revoked = ", revoked" if one.revoked else ""
+        node.add(Text(f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}{revoked}): {one.how}"))
     if found.later_candidates:
         tree.add(f"these drew {found.later_candidates:,} more candidates, {found.later_accepted:,} accepted")
     for recipe, champion in found.champions:

@@ -133,7 +133,8 @@ def test_a_missing_link_is_named(mine):
     for sql in ("DELETE FROM prompts", "DELETE FROM scores", "UPDATE rounds SET settings = '{}' WHERE round = 'r001'"):
         mine.commit(lambda connection, sql=sql: connection.execute(sql))
     gaps = trace(mine, candidate).gaps
-    assert gaps == ["its prompt is not in the store", "it has no combined score"]  # settings: from an older snapshot
+    # The settings are read from an older snapshot.
+    assert gaps == ["its prompt is not in the store", "it has no combined score"]
 
 
 def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there):
@@ -174,6 +175,17 @@ def chain(store, *made):
         store.append("candidates", [{**sample, "prompt_id": f"p{n}", "policy": policy, "split": "train", "text": "x"}])
         store.append("decisions", [{**sample, "prompt_id": f"p{n}", "accepted": True}])
         store.append("training_samples", [{**sample, "checkpoint": checkpoint, "weight": 1.0}])
+
+
+def test_a_round_on_all_rounds_is_not_held_to_attempts_that_were_run_again_before_it(tmp_path):
+    with Store.at(tmp_path) as store:
+        chain(store, ("k0", "b", "b", "k0"), ("k1", "b", "k0", "k1"))
+        again = {"recipe": "a", "round": "r001", "checkpoint": "k1 again", "parent": "b", "policy": "b"}
+        last = {"recipe": "a", "round": "r002", "checkpoint": "k2", "parent": "b", "policy": "b"}
+        for snapshot, row, data in ((8, again, "round"), (9, last, "all_rounds")):
+            meta = json.dumps({"training": {"data": data}, "scorers": []})
+            store.append("checkpoints", [{**row, "trained_on": "accepted", "snapshot": snapshot, "meta": meta}])
+        assert of_prompt(store, "p0")[0] == ["k0", "k1"]
 
 
 def of_prompt(store, prompt):

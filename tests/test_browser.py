@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import dagster as dg
 import letters_store as letters
 import pytest
 import uvicorn
@@ -214,31 +215,32 @@ def another_site(html):
 
 
 @pytest.fixture
-def dagster(home, write_recipe, tmp_path, monkeypatch):
-    """The address of Dagster's web server with its daemon, as `rsft ui` starts them, and one recipe in the home."""
+def servers(home, write_recipe, tmp_path, monkeypatch):
+    """Addresses of Dagster's web server, with its daemon, and of the audit pages, all as a person starts them."""
     for name in ("dagster", "recipes"):
         (home / name).mkdir()
     shutil.copy(ROOT / "dagster.yaml", home / "dagster")
     path = write_recipe()
     (home / "recipes" / path.name).symlink_to(path)
+    dagster, audit = free_port(), free_port()
+    addresses = f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{audit}"
     monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
-    monkeypatch.setenv("RSFT_AUDIT_UI", "http://127.0.0.1:5999")
-    port = free_port()
+    monkeypatch.setenv("RSFT_AUDIT_UI", addresses[1])
+    with dg.DagsterInstance.get():  # makes its databases, before two servers try to
+        pass
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     commands = [
-        ["dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *workspace],
+        ["dagster_webserver", "-h", "127.0.0.1", "-p", str(dagster), *workspace],
         ["dagster._daemon", "run", *workspace],
+        ["cli.main", "audit", "ui", "--port", str(audit), "--allow-revoke"],
     ]
-    with open(tmp_path / "dagster.log", "w") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=log, stderr=log, env=os.environ, start_new_session=True
-            )
-            for command in commands
-        ]
+    with open(tmp_path / "servers.log", "w") as log:
+        how = {"stdout": log, "stderr": log, "cwd": ROOT, "env": dict(os.environ), "start_new_session": True}
+        processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
         try:
-            wait_for(f"http://127.0.0.1:{port}/server_info", processes[0])
-            yield f"http://127.0.0.1:{port}"
+            for address in addresses:
+                wait_for(address, processes)
+            yield addresses
         finally:
             for process in processes:
                 end(process)
@@ -250,30 +252,35 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(url, process):
+def wait_for(address, processes):
     deadline = time.monotonic() + PATIENCE / 1000
     while True:
         try:
-            return urllib.request.urlopen(url, timeout=10).read()
+            return urllib.request.urlopen(address, timeout=10).read()
         except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
             time.sleep(0.3)
 
 
 def end(process):
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    """Stop a server with everything it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(30)
+            return
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
-def test_a_round_launched_by_clicking_in_dagster(dagster, page, home):
-    graph = ["candidates", "scores", "accepted", "checkpoint", "evaluation"]
+def test_a_round_launched_in_dagster_looked_at_and_revoked(servers, page, home):
+    dagster, audit = servers
+    page.goto(audit)
+    assert page.get_by_text("No rounds yet.").is_visible()
+
     page.goto(f"{dagster}/locations/rsft/asset-groups/letters_loop/lineage")
-    for asset in graph:
+    for asset in ("prompts", "policy", "candidates", "scores", "accepted", "checkpoint", "evaluation"):
         page.get_by_text(asset, exact=True).first.wait_for()
-
     page.goto(f"{dagster}/locations/rsft/jobs/letters_loop_round")
     page.get_by_role("button", name="Materialize all").click()
     page.get_by_role("button", name="Add a partition").click()
@@ -286,21 +293,43 @@ def test_a_round_launched_by_clicking_in_dagster(dagster, page, home):
         page.keyboard.press("Escape")
     page.get_by_role("button", name="Launch 1 run").click()
     page.get_by_role("button", name="Cancel").wait_for(state="hidden")  # the dialog stays until the run is launched
-
     page.goto(f"{dagster}/runs")
     page.get_by_text("rsft/loop: letters_loop").wait_for()
     page.get_by_text("Success", exact=True).wait_for(timeout=3 * PATIENCE)
-    with Store.at(home) as store:
-        (done,) = rounds.history(store, "letters_loop")
-    assert done["round"] == "r000" and done["accepted"] > 0
 
+    # What the round's assets show: reasons, examples, plots.
     page.goto(f"{dagster}/assets/letters_loop/accepted?view=partitions&partition=r000")
-    page.get_by_text("below threshold").first.wait_for()  # the reasons, and examples side by side
-    audit = page.get_by_text("http://127.0.0.1:5999/recipes/letters_loop/rounds/r000").first
-    assert audit.get_attribute("href") == "http://127.0.0.1:5999/recipes/letters_loop/rounds/r000"
+    page.get_by_text("below threshold").first.wait_for()
+    link = page.get_by_text(f"{audit}/recipes/letters_loop/rounds/r000").first.get_attribute("href")
     for asset, plot in (("scores", "combined score"), ("evaluation", "held-out metric by round")):
         page.goto(f"{dagster}/assets/letters_loop/{asset}?view=partitions&partition=r000")
         page.get_by_text("[Show Markdown]").click()
         picture = page.locator(f'img[alt*="{plot}"]')
         picture.wait_for()
         assert picture.evaluate("image => image.complete && image.naturalWidth") > 300
+
+    # From there to the audit pages: the round, a candidate, the checkpoint, whose record holds.
+    page.goto(link)
+    with Store.at(home) as store:
+        (done,) = rounds.history(store, "letters_loop")
+    assert page.get_by_text(f"{done['candidates']:,} candidates").is_visible()
+    page.get_by_label("Decision").select_option("accepted")
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_url("**decision=accepted**")
+    page.locator("td.i a").first.click()
+    page.wait_for_url("**/candidates/**")
+    page.locator("svg.chain").get_by_text("checkpoint", exact=True).click()
+    page.get_by_role("button", name="Verify now").click()
+    page.get_by_text("Weights and training set are what was recorded.").wait_for()
+
+    # Revoked here, it is marked in Dagster and, in the store, has to be made again.
+    page.get_by_role("link", name="Revoke…").click()
+    page.get_by_label("Who answers for it").fill("an auditor")
+    page.get_by_label("Why").fill("it is private")
+    page.get_by_role("button", name="Revoke checkpoint").click()
+    page.wait_for_url("**/revocations")
+    page.goto(audit)
+    assert page.get_by_text("revoked: to run again").is_visible()
+    page.goto(f"{dagster}/assets/letters_loop/checkpoint?view=checks")
+    page.get_by_text("nothing_revoked").first.wait_for()
+    page.get_by_text("it is private").first.wait_for()

@@ -52,25 +52,26 @@ def thing(store: Store, typed: str, recipe: str | None = None) -> Thing:
 
 def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
     found: dict[tuple[str, str], set[str]] = {}
-    for kind, sql in _NAMED.items() | (_BY_ID.items() if _hex(typed) else set()):
+    for kind, sql in [*(_BY_ID.items() if _hex(typed) else ()), *_NAMED.items()]:
         for row in query(sql, {**_range(typed), "recipe": recipe}):
             found.setdefault((kind, row["what"]), set()).add(row["recipe"])
-    exact = {key: there for key, there in found.items() if key[1] == typed}
-    (kind, what), there = _only(exact or found, typed)
+        if (kind, typed) in found:  # a hash, and the whole of it: nothing else has the same
+            return Thing(kind, typed, tuple(sorted(found[kind, typed])))
+    (kind, what), there = _only(found, typed)
     return Thing(kind, what, tuple(sorted(there)))
 
 
 _IN = "($recipe IS NULL OR recipe = $recipe)"
 _RANGE = "BETWEEN $first AND $last"
-_BY_ID = {
-    "candidate": f"SELECT recipe, candidate_id AS what FROM candidates WHERE candidate_id {_RANGE} AND {_IN} LIMIT 99",
-    "prompt": f"SELECT recipe, prompt_id AS what FROM prompts WHERE prompt_id {_RANGE} AND {_IN} LIMIT 99",
-    "scorer": f"SELECT DISTINCT recipe, version AS what FROM scores WHERE version {_RANGE} AND {_IN} LIMIT 99",
+_BY_ID = {  # the smallest table first
     # Weights that no round made, such as a base model's or a teacher's, are known by the rounds that used them.
     "checkpoint": f"""SELECT recipe, checkpoint AS what FROM checkpoints WHERE checkpoint {_RANGE} AND {_IN}
         UNION SELECT recipe, policy FROM rounds WHERE policy {_RANGE} AND {_IN}
         UNION SELECT recipe, drawn_from FROM rounds WHERE drawn_from {_RANGE} AND {_IN}
         UNION SELECT recipe, parent FROM checkpoints WHERE parent {_RANGE} AND {_IN}""",
+    "prompt": f"SELECT recipe, prompt_id AS what FROM prompts WHERE prompt_id {_RANGE} AND {_IN} LIMIT 99",
+    "scorer": f"SELECT DISTINCT recipe, version AS what FROM scores WHERE version {_RANGE} AND {_IN} LIMIT 99",
+    "candidate": f"SELECT recipe, candidate_id AS what FROM candidates WHERE candidate_id {_RANGE} AND {_IN} LIMIT 99",
 }
 _NAMED = {
     "source": f"SELECT DISTINCT recipe, source AS what FROM prompts WHERE source = $typed AND {_IN}",

@@ -134,7 +134,8 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
     """
     query("CREATE OR REPLACE TEMP TABLE touched_prompts (recipe VARCHAR, prompt_id VARCHAR)")
     query(
-        "CREATE OR REPLACE TEMP TABLE touched (recipe VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR, split VARCHAR)"
+        """CREATE OR REPLACE TEMP TABLE touched
+           (recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR, split VARCHAR)"""
     )
     counts = {"prompts": 0, "candidates": 0, "held_out": 0, "accepted": 0, "evaluated": []}
     samples = {}
@@ -144,11 +145,15 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
             prompts = f"SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND ({_PROMPTS[thing.kind]})"
             query(f"INSERT INTO touched_prompts {prompts}", of)
         query(
-            f"""INSERT INTO touched SELECT recipe, candidate_id, prompt_id, split FROM candidates
+            f"""INSERT INTO touched SELECT recipe, round, candidate_id, prompt_id, split FROM candidates
                 WHERE recipe = $recipe AND ({_CANDIDATES[thing.kind]})""",
             of,
         )
-        (one,) = query(_COUNTS.format(resting=_RESTING if thing.kind == "scorer" else "true"), of)
+        (one,) = query(_COUNTS, of)
+        decided = (
+            f"SELECT count(*) AS accepted FROM decisions WHERE recipe = $recipe AND accepted AND {_DECIDED[thing.kind]}"
+        )
+        one |= query(f"{decided} AND {_ROUND_BY_ROUND}", of)[0]
         counts = {**counts, **{name: counts[name] + number for name, number in one.items()}}
         counts["evaluated"] += [(recipe, row["round"]) for row in query(_EVALUATED, of)]
         samples |= {(recipe, row["checkpoint"]): row["samples"] for row in query(_TRAINED, of)}
@@ -156,14 +161,20 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
 
 
 _TOUCHED = "SELECT candidate_id FROM touched WHERE recipe = $recipe AND split = 'train'"
-_COUNTS = f"""SELECT
+_COUNTS = """SELECT
     (SELECT count(*) FROM touched_prompts WHERE recipe = $recipe) AS prompts,
     (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'train') AS candidates,
-    (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'eval') AS held_out,
-    (SELECT count(*) FROM decisions WHERE recipe = $recipe AND accepted AND candidate_id IN ({_TOUCHED})
-        AND {{resting}}) AS accepted"""
-# Of a scorer, only where the decisions rest on this version of it: another may have judged the same since.
-_RESTING = "round IN (SELECT round FROM rounds WHERE recipe = $recipe AND contains(scorers, $what))"
+    (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'eval') AS held_out"""
+# Which decisions are about it, by what `decisions` itself has where that will do: ids of candidates are the widest
+# column, and in no order. Of a scorer, those that rest on this version: another may have judged the same since.
+_DECIDED = {
+    "candidate": "candidate_id = $what",
+    "prompt": "prompt_id = $what",
+    "source": "prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)",
+    "scorer": "round IN (SELECT round FROM rounds WHERE recipe = $recipe AND contains(scorers, $what))",
+    **dict.fromkeys(("text", "checkpoint"), f"candidate_id IN ({_TOUCHED})"),
+}
+_ROUND_BY_ROUND = "round IN (SELECT DISTINCT round FROM touched WHERE recipe = $recipe)"
 _TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
     WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
 _EVALUATED = """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND prompt_id IN (
@@ -219,12 +230,15 @@ def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
         edges = [(row["parent"], f"starts from {row['parent']}")]
         edges += [(row["policy"], f"learned from draws of {row['policy']}")]
     if row["data"] == "all_rounds":
-        before = (other for other in made if other["recipe"] == row["recipe"] and other["round"] < row["round"])
-        edges += [
-            (other["policy"], f"learned from draws of {other['policy']} in {other['round']}")
-            for other in before
-            if other["snapshot"] <= row["snapshot"]
-        ]
+        # Of each earlier round the last attempt there was then: `made` is in the order of snapshots.
+        before = {
+            other["round"]: other["policy"]
+            for other in made
+            if other["recipe"] == row["recipe"]
+            and other["round"] < row["round"]
+            and other["snapshot"] <= row["snapshot"]
+        }
+        edges += [(policy, f"learned from draws of {policy} in {key}") for key, policy in before.items()]
     return edges
 
 
@@ -243,12 +257,14 @@ def _later(query: Query, thing: Thing, through: set[str]) -> dict[str, int]:
         {"weights": weights},
     )
     rounds = query("SELECT recipe, round FROM rounds WHERE list_contains($weights, drawn_from)", {"weights": weights})
-    (accepted,) = query(
-        """SELECT count(*) AS n FROM decisions
-           WHERE accepted AND list_contains($rounds, concat(recipe, ' ', round))""",
-        {"rounds": [f"{row['recipe']} {row['round']}" for row in rounds]},
-    )
-    return {"later_candidates": drawn["n"], "later_accepted": accepted["n"]}
+    accepted = 0
+    for recipe in dict.fromkeys(row["recipe"] for row in rounds):
+        of = {"recipe": recipe, "rounds": [row["round"] for row in rounds if row["recipe"] == recipe]}
+        sql = (
+            "SELECT count(*) AS n FROM decisions WHERE recipe = $recipe AND accepted AND list_contains($rounds, round)"
+        )
+        accepted += query(sql, of)[0]["n"]
+    return {"later_candidates": drawn["n"], "later_accepted": accepted}
 
 
 def _why_again(row: Mapping[str, Any], through: Mapping[str, str]) -> str | None:

@@ -157,7 +157,8 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     round_ = next((row for row in rounds if (row["recipe"], row["round"]) == (recipe, drawn["round"])), None)
     if round_ is None:
         gaps.append("its round is not recorded")
-    trained = query(_TRAINED, of)
+    later = any(row["recipe"] == recipe and row["data"] == "all_rounds" for row in made)
+    trained = query(_TRAINED, {**of, "last": rounds[-1]["round"] if later and rounds else drawn["round"]})
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
     return Trace(
@@ -229,7 +230,7 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
         return found
     (there,) = query("SELECT min(snapshot_id) AS first, max(snapshot_id) AS last FROM lake.snapshots()")
     earlier = query(
-        f"""SELECT settings FROM lake.table_insertions('rounds', {there["first"]}, {there["last"]})
+        f"""SELECT settings FROM lake.table_changes('rounds', {there["first"]}, {there["last"]})
             WHERE recipe = $recipe AND round = $round ORDER BY snapshot_id DESC""",
         {"recipe": drawn["recipe"], "round": drawn["round"]},
     )
@@ -307,7 +308,7 @@ def _then(
 # --- forward ----------------------------------------------------------------------------------
 
 _TRAINED = """SELECT recipe, round, checkpoint, weight FROM training_samples
-    WHERE recipe = $recipe AND round >= $round AND candidate_id = $candidate"""
+    WHERE recipe = $recipe AND round BETWEEN $round AND $last AND candidate_id = $candidate"""
 
 
 def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:

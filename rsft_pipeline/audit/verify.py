@@ -214,7 +214,7 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
         JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
             ON c.candidate_id = d.candidate_id
         WHERE NOT ({ALLOWED.replace("d.prompt_id", "c.prompt_id")})"""
-    return {candidate for (candidate,) in connection.execute(sql, {"recipe": made["recipe"]}).fetchall()}
+    return set(_column(connection, sql, {"recipe": made["recipe"]}))
 
 
 def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoked: set[str], note: Notes) -> str:
@@ -240,11 +240,13 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoke
         if ids := [candidate for candidate, why in different if why == how]:
             found.append(named("data", what.format(word), ids))
     if not different and wanted not in (root, recorded):
-        what = (
-            f"the root of the rows is {root}, not {wanted}: no row can be named, because the recorded leaves "
-            "were changed along with them, or a row is there twice"
+        twice = _column(connection, "SELECT candidate_id FROM at_snapshot GROUP BY ALL HAVING count(*) > 1")
+        what = f"the root of the rows is {root}, not {wanted}: the recorded leaves were changed along with the rows"
+        found.append(
+            named("data", "rows at the snapshot are there more than once", twice)
+            if twice
+            else Finding("data", what, rows)
         )
-        found.append(Finding("data", what, 1))
     note(Check("rows at the snapshot, leaf by leaf and by the root", rows, len(different) or len(found)), *found)
     return root
 
@@ -268,19 +270,21 @@ def _now(
     if revoked and made["trained_on"] == "random":
         note(Check(_NOW, 0, None, f"{len(revoked)} were revoked since, and chance chooses others in their place"))
         return
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE now AS SELECT candidate_id, {_ROW} AS row FROM ({rows})", given)
     different = connection.execute(
-        f"""SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'gone'
-                WHEN t.candidate_id IS NULL THEN 'added' ELSE 'changed' END
-            FROM at_snapshot t FULL JOIN (SELECT candidate_id, {_ROW} AS row FROM ({rows})) n
-                ON n.candidate_id = t.candidate_id WHERE n.row IS DISTINCT FROM t.row""",
-        given,
+        """SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'are gone'
+               WHEN t.candidate_id IS NULL THEN 'were added' ELSE 'were changed' END
+           FROM at_snapshot t FULL JOIN now n ON n.candidate_id = t.candidate_id WHERE n.row IS DISTINCT FROM t.row"""
     ).fetchall()
+    twice = _column(connection, "SELECT candidate_id FROM now GROUP BY ALL HAVING count(*) > 1")
+    different += [(candidate, "are there more than once") for candidate in twice]
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
+    connection.execute("DROP TABLE now")
     (count,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
     found = [
         named("data", f"rows of the training set {how} since the snapshot", ids)
-        for how in ("changed", "gone", "added")
-        if (ids := [candidate for candidate, why in different if why == how])
+        for how in sorted({how for _, how in different})
+        for ids in [[candidate for candidate, why in different if why == how]]
     ]
     said = f"{len(revoked)} were revoked since" if revoked else ""
     note(Check(_NOW, count, len(different), said), *found)
@@ -296,3 +300,7 @@ _RESULT = """
 def _root(connection: duckdb.DuckDBPyConnection, table: str) -> str:
     sql = f"SELECT coalesce(leaf, '') AS leaf FROM {table} ORDER BY candidate_id"
     return merkle.root(connection.execute(sql).to_arrow_table()["leaf"])
+
+
+def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
+    return [row[0] for row in connection.execute(sql, parameters).fetchall()]
