@@ -463,8 +463,8 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
     told = json.loads(audit("replay", path, "r000", "--sample", 2, "--json").stdout)
     assert told["ok"] and told["replayed"] == told["decisions"]
     told = json.loads(audit("whatif", path, "r000", "--set", "acceptance.threshold=-1", "--json").stdout)
-    assert told["was"]["accepted"] < told["would"]["accepted"] <= 2 * told["prompts"] == 140
-    assert json.loads(audit("diff", path, "r000", "r001", "--json").stdout)["drawn"]["shared"] == 70
+    assert told["was"]["accepted"] < told["would"]["accepted"] <= 2 * told["prompts"]
+    assert json.loads(audit("diff", path, "r000", "r001", "--json").stdout)["drawn"]["shared"] == told["prompts"]
     for words in (("whatif", path, "r000", "--set", "acceptance.cap=1"), ("diff", path, "r000", "r001")):
         assert audit(*words).exit_code == 0
 

@@ -1,16 +1,21 @@
 """The recipes' offline variants, made as small as they can be, end to end in Dagster."""
 
 import json
+import math
 
 import dagster as dg
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import definitions
 from assets.shared import OVERRIDES, rounds_of
 from automation.jobs import job_name
-from rsft_pipeline import functions, rounds
-from rsft_pipeline.recipe import RECIPES, find, load
+from rsft_pipeline import bootstrap, functions, models, rounds
+from rsft_pipeline.recipe import RECIPES, Bootstrap, find, load
 from rsft_pipeline.scoring import Sample
+from rsft_pipeline.scoring.blocklist import Blocklist
 from rsft_pipeline.store import Store
 
 SMALL = {"model.bootstrap.steps": "40", "evaluation.prompts": "20", "training.epochs": "1"}
@@ -20,6 +25,14 @@ OFFLINE = {
         "model.bootstrap.steps": "120",
         "sampling.prompts": "40",
         "sampling.until": "{per_prompt: 1, accepted: 10, draws: 12}",
+    },
+    "safe_text_offline": {"model.bootstrap.steps": "80", "sampling.prompts": "40", "evaluation.draws": "4"},
+    "sentiment_offline": {
+        "model.bootstrap.steps": "20",
+        "prompts.limit": "260",
+        "sampling.until": "{accepted: 60, draws: 3}",
+        "sampling.wave_size": "40",
+        "acceptance.k": "1.5",
     },
 }
 
@@ -93,3 +106,101 @@ def test_names_intent_is_the_share_of_the_intents_words():
     samples = [Sample("", reply, None, {"label_text": "card_arrival"}, None) for reply in replies]
     assert names_intent(samples, column="label_text") == [0.5, 1.0, 0.0, 0.0]
     assert names_intent([Sample("", "a", None, {"label_text": "77"}, None)], column="label_text") == [None]
+
+
+# --- safe_text --------------------------------------------------------------------------------
+
+
+def test_true_rejection_is_one_switch_and_counts_where_p_is_above_M_q(home, instance):
+    recipe = load(find("safe_text_offline"))
+    listed = Blocklist(recipe.scoring.scorers[0].words)
+
+    def decided(**changed):
+        switch = {"acceptance": "{rule: rejection, M: 1, distinct: false}"}
+        run(instance, recipe, "r000", small("safe_text_offline", **switch, **changed))
+        with Store.at(home) as store:
+            rows = store.query(
+                """SELECT d.*, c.text, c.log_p, c.log_q, s.passed FROM decisions d JOIN candidates c USING (candidate_id)
+                   JOIN scores s ON s.candidate_id = c.candidate_id AND s.scorer = 'combined'"""
+            )
+        past_the_gates = [row for row in rows if row["passed"]]
+        for row in past_the_gates:
+            assert row["log_a"] == min(0.0, row["log_p"] - row["log_q"])
+            assert row["accepted"] == (row["u"] < math.exp(row["log_a"])) and not listed.hits(row["text"])
+        assert {row["reason"] for row in rows if not row["passed"]} == {"gate"}
+        above = [row for row in past_the_gates if row["log_p"] > row["log_q"]]
+        (parameters,) = {row["parameters"] for row in rows}
+        assert json.loads(parameters)["log_M"] == 0.0
+        assert json.loads(parameters)["violations"] == len(above)
+        return past_the_gates, above
+
+    # Cut to its nucleus at temperature 1, q is p divided by what was kept at each token: p ≤ q, and M = 1 is exact.
+    past_the_gates, above = decided()
+    assert past_the_gates and not above
+    past_the_gates, above = decided(**{"sampling.temperature": "1.3", "sampling.top_p": "1.0"})
+    assert 0 < len(above) < len(past_the_gates)
+
+
+def test_the_careless_writers_words_are_on_the_list():
+    recipe = load(find("safe_text"))
+    listed = Blocklist(recipe.scoring.scorers[0].words)
+    rude = functions.load("safe_text:openings", RECIPES).__globals__["RUDE"]
+    assert all(listed.hits(word) == [word] for word in rude)
+    stories = [row["completion"] for row in functions.load("safe_text:careless_stories", RECIPES)()]
+    assert 0.4 < sum(bool(listed.hits(story)) for story in stories) / len(stories) < 0.6
+
+
+def test_a_model_from_a_folder_is_warmed_up_once_and_only_where_it_trains(tmp_path):
+    corpus = functions.load("safe_text:careless_stories", RECIPES)()
+    texts = [row["prompt"] + row["completion"] for row in corpus]
+    settings = Bootstrap(config={}, corpus="-", tokenizer="bpe", vocabulary=384)
+    tokenizer = bootstrap._tokenizer(settings, texts)
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **ends))
+    folder = tmp_path / "gpt2"
+    gpt2.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    recipe = load(find("safe_text"), {"model.source": str(folder), "model.warm_up.steps": "3"})
+    steps = []
+    made = models.base(recipe, tmp_path, lambda step, *_: steps.append(step))
+    assert steps == [1, 2, 3]
+    assert models.read_meta(made.path)["parent"] == models.content_digest(folder)
+    before, after = (load_file(where / "model.safetensors") for where in (folder, made.path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("transformer.h.2.") for name in changed)
+    assert not [name for name in changed if not name.startswith(("transformer.h.1.", "transformer.h.2.", "transformer.ln_f."))]
+    assert models.base(recipe, tmp_path, lambda *_: pytest.fail("it was warmed up again")) == made
+
+
+# --- sentiment --------------------------------------------------------------------------------
+
+
+def test_each_example_is_accepted_by_its_own_loss_and_a_hard_one_more_often(home, instance):
+    name = "sentiment_offline"
+    run(instance, load(find(name)), "r000", small(name))
+    with Store.at(home) as store:
+        rows = store.query(
+            """SELECT d.*, c.log_p, c.draw, c.text, c.origin, c.log_q, p.reference FROM decisions d
+               JOIN candidates c USING (candidate_id) JOIN prompts p ON p.prompt_id = d.prompt_id"""
+        )
+        assert store.query("SELECT DISTINCT trained_on FROM checkpoints ORDER BY 1") == [
+            {"trained_on": each} for each in ("accepted", "everything", "random")
+        ]
+    assert all(row["text"] == row["reference"] and row["log_q"] is None for row in rows)
+    for row in rows:
+        a = min(1.0, -row["log_p"] / 1.5)  # a label is one token
+        assert math.exp(row["log_a"]) == pytest.approx(a)
+        assert row["accepted"] == (row["u"] < a)
+    accepted, expected = sum(row["accepted"] for row in rows), sum(math.exp(row["log_a"]) for row in rows)
+    spread = math.sqrt(sum(math.exp(row["log_a"]) * (1 - math.exp(row["log_a"])) for row in rows))
+    assert abs(accepted - expected) < 4 * spread
+    assert 60 <= accepted < 100  # until there are enough: by the end of that wave
+
+
+def test_a_label_that_the_model_does_not_have_is_said_so(home, instance):
+    overrides = small("sentiment_offline", **{"model.labels": "[negative, favourable]"})
+    recipe = load(find("sentiment_offline"), overrides)
+    with pytest.raises(ValueError, match="'positive' is no label of this model: `model.labels` are 'negative', 'favour"):
+        models.base(recipe, home)

@@ -171,16 +171,18 @@ def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: s
         of["key"], of["id"] = _place(after, str if key == "prompt_id" else float)
         beyond = ">" if direction == "ASC" else "<"
         conditions.append(f"({key} {beyond} $key OR ({key} = $key AND candidate_id > $id))")
-    sql = f"""SELECT candidate_id, prompt_id, {key} AS key FROM ({asked.source})
+    known = "" if asked.source == _DRAWN else f", {_DECISION}"
+    sql = f"""SELECT candidate_id, prompt_id, {key} AS key{known} FROM ({asked.source})
               WHERE {" AND ".join(conditions) or "true"} ORDER BY key {direction}, candidate_id LIMIT {ROWS + 1}"""
     rows = store.query(sql, _used(sql, of))
     return _page(_described(store, recipe, rows[:ROWS]), rows, "key")
 
 
+_DECISION = "accepted, reason, score, log_a, u"
 _DECIDED = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 _DRAWN = "SELECT * FROM candidates WHERE recipe = $recipe AND round = $round AND split = $split"
 _BOTH = f"""
-    SELECT c.candidate_id, c.prompt_id, c.text, c.tokens, d.accepted, d.reason, d.score, d.u
+    SELECT c.candidate_id, c.prompt_id, c.text, c.tokens, d.accepted, d.reason, d.score, d.log_a, d.u
     FROM ({_DRAWN}) c LEFT JOIN ({_DECIDED}) d ON d.candidate_id = c.candidate_id"""
 
 
@@ -235,7 +237,9 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
         return {row["candidate_id"]: row for row in store.query(sql, {**of, "ids": ids})}
 
     drawn = among("candidates", _DRAWN_COLUMNS)
-    decided = among("decisions", _DECIDED_COLUMNS)
+    decided = {row["candidate_id"]: {} for row in rows if row.get("reason")}  # known already
+    if len(decided) < len(rows):
+        decided = among("decisions", f"candidate_id, {_DECISION}")
     prompts_sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
     asked = {row["prompt_id"]: row for row in store.query(prompts_sql, of)}
     judged = {}
@@ -263,7 +267,6 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
 
 _DRAWN_COLUMNS = f"""candidate_id, round, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
     finish_reason, split, policy"""
-_DECIDED_COLUMNS = "candidate_id, accepted, reason, score, log_a, u"
 _PROMPT_COLUMNS = f"prompt_id, text[:{SNIPPET}] AS prompt, content"
 _UNKNOWN = {
     **dict.fromkeys(("round", "text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),

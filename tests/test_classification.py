@@ -1,0 +1,182 @@
+"""Classification: one label as a completion, drawn, rated and trained on; heads; reports by class."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from rsft_pipeline import bootstrap, classes, models, prompts
+from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe import Bootstrap, Sampling, load
+from rsft_pipeline.sampling import Asked, Request
+from rsft_pipeline.tasks import classification
+from rsft_pipeline.training import Sample
+
+CPU = Device("cpu", "float32")
+LABELS = ["negative", "neutral", "positive"]
+BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+PROMPTS = [(1, 5, 6, 7, 8), (1, 9), (1, 5, 6), (1, 30, 31, 32, 33, 34, 35)]
+PAD = 0
+
+
+class Padding:
+    """What `draw` reads of a tokenizer."""
+
+    pad_token_id = PAD
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = AutoConfig.for_model("bert", **BERT, **models.head(LABELS), max_position_embeddings=32)
+    made = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        made.classifier.weight *= 20  # a head that is sure of something
+    return made
+
+
+def logits(model, prompt) -> torch.Tensor:
+    """A plain forward pass on one prompt alone, without padding."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt])).logits[0].double()
+
+
+def requests(each: int) -> list[Request]:
+    return [
+        Request(f"{i}-{draw}", Asked(str(i), prompt, None), draw, 1000 * i + draw)
+        for i, prompt in enumerate(PROMPTS)
+        for draw in range(each)
+    ]
+
+
+def test_a_draw_is_a_label_with_the_log_probabilities_of_a_plain_pass(model):
+    shaped = Sampling(temperature=0.7, top_k=2, batch_size=3)
+    for one in classification.draw(model, Padding, requests(20), shaped):
+        (label,) = one.token_ids
+        of = logits(model, one.request.prompt_ids)
+        best = (of / 0.7).topk(2)
+        assert one.text == LABELS[label] and label in best.indices
+        assert one.log_p == pytest.approx(of.log_softmax(-1)[label].item(), abs=1e-5)
+        kept = best.values.log_softmax(-1)[best.indices.tolist().index(label)]
+        assert one.log_q == pytest.approx(kept.item(), abs=1e-5)
+
+
+def test_labels_are_drawn_as_often_as_they_are_probable_and_greedily_only_the_first(model):
+    drawn = classification.draw(model, Padding, requests(3000), Sampling())
+    for prompt in PROMPTS:
+        labels = [one.token_ids[0] for one in drawn if one.request.prompt_ids == prompt]
+        p = logits(model, prompt).softmax(-1).numpy()
+        frequency = np.bincount(labels, minlength=3) / len(labels)
+        assert np.all(np.abs(frequency - p) < 4.5 * np.sqrt(p * (1 - p) / len(labels)) + 1e-9)
+    for one in classification.draw(model, Padding, requests(1), Sampling(top_k=1)):
+        assert one.token_ids == [logits(model, one.request.prompt_ids).argmax().item()]
+        assert one.log_q == 0.0
+
+
+def test_log_probabilities_and_losses_are_those_of_a_plain_pass_whatever_the_batch(model):
+    samples = [Sample(f"{i}{j}", list(prompt), [j]) for i, prompt in enumerate(PROMPTS) for j in range(3)]
+    expected = [logits(model, s.prompt_ids).log_softmax(-1)[s.completion_ids[0]].item() for s in samples]
+    for size in (1, 5, 64):
+        found = classification.log_probabilities(model, samples, PAD, batch_size=size)
+        assert found == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        losses = classification.token_losses(model, classification.collate(samples, PAD))
+    assert losses.tolist() == pytest.approx([-e for e in expected], abs=1e-5)
+
+
+def test_an_answer_that_is_no_label_is_named_with_the_labels(model):
+    assert classification.completion_ids(model, None, ["positive", "negative"]) == [[2], [0]]
+    with pytest.raises(ValueError, match=r"'great' is no label of this model: `model.labels` are 'negative', 'neutral'"):
+        classification.completion_ids(model, None, ["positive", "great"])
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder with an encoder that has no head, as a pretrained one comes."""
+    tokenizer = bootstrap._tokenizer(Bootstrap(config={}, corpus="-"), ["abcdefghij"])
+    sizes = {**BERT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(2)
+    folder = tmp_path / "encoder"
+    AutoModel.from_config(AutoConfig.for_model("bert", **sizes, max_position_embeddings=12)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, encoder):
+    """Is the first letter one of the first five?"""
+    (tmp_path / "letters.py").write_text(
+        "def rows():\n"
+        "    for a in 'abcdefghij':\n"
+        "        for b in 'abcdefghij':\n"
+        "            yield {'text': a + b, 'label': 'early' if a < 'f' else 'late'}\n"
+        "def warm():\n"
+        "    return ({'prompt': row['text'], 'completion': row['label']} for row in rows())\n"
+    )
+    tree = {
+        "description": "Early letters.",
+        "task": "classification",
+        "model": {"source": str(encoder), "labels": ["early", "late"]},
+        "prompts": {"source": "letters:rows", "template": "{text}", "reference": "label", "eval_fraction": 0.3},
+        "sampling": {"source": "reference", "draws": 1, "max_tokens": 1},
+        "scoring": {"scorers": [{"kind": "answer", "match": "exact"}]},
+        "acceptance": {"rule": "loss", "k": 0.7},
+    }
+    (tmp_path / "early.yaml").write_text(yaml.safe_dump(tree))
+    return lambda **changed: load(tmp_path / "early.yaml", changed)
+
+
+def test_an_encoder_gets_a_head_for_the_labels_that_follows_from_the_seed(tmp_path, encoder, recipe):
+    made = models.base(recipe(), tmp_path)
+    before, after = load_file(encoder / "model.safetensors"), load_file(made.path / "model.safetensors")
+    assert all(torch.equal(after[f"bert.{name}"], weights) for name, weights in before.items())
+    assert after["classifier.weight"].shape == (2, 32)
+    assert models.base(recipe(), tmp_path) == made
+    assert models.base(recipe(), tmp_path / "elsewhere").digest == made.digest
+    assert models.base(recipe(seed="1"), tmp_path).digest != made.digest
+
+
+def test_an_encoder_is_warmed_up_on_labelled_text(tmp_path, recipe):
+    warm_up = "{corpus: 'letters:warm', steps: 60, batch_size: 16, learning_rate: 0.005}"
+    made = models.base(recipe(**{"model.warm_up": warm_up}), tmp_path)
+    facts = models.read_meta(made.path)
+    assert facts["rows"] + facts["rows_held_out"] == 100 and facts["rows_held_out"] > 0
+    model, tokenizer = models.load(made.path, CPU, task="classification"), models.tokenizer(made.path)
+    asked = [a + b for a in "abcdefghij" for b in "abcdefghij"]
+    ids = [tuple(prompts.encode(tokenizer, text, False, "classification")) for text in asked]
+    drawn = classification.draw(
+        model, tokenizer, [Request(text, Asked(text, i, None), 0, 0) for text, i in zip(asked, ids, strict=True)],
+        Sampling(top_k=1),
+    )  # fmt: skip
+    assert [one.text for one in drawn] == ["early" if text[0] < "f" else "late" for text in asked]
+
+
+def test_a_prompt_that_is_too_long_is_cut_to_what_fits(tmp_path, recipe):
+    tokenizer = models.tokenizer(models.base(recipe(), tmp_path).path)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "abcdefghij" * 3 + ",early\nab,late\n")
+    source = {"prompts.source": "rows.csv"}
+    kept = prompts.read(recipe(**source, **{"prompts.too_long": "cut"}), tokenizer, 12)
+    assert [prompt.text for prompt in kept.prompts] == ["abcdefghij", "ab"]  # <s> and ten letters, one label
+    assert not kept.refused
+    kept = prompts.read(recipe(**source, **{"prompts.too_long": "cut", "prompts.max_tokens": "4"}), tokenizer, 12)
+    assert [prompt.text for prompt in kept.prompts] == ["abc", "ab"]
+    kept = prompts.read(recipe(**source), tokenizer, 12)
+    assert [(row.reason, row.detail) for row in kept.refused] == [("too long", "31 tokens, 11 fit")]
+
+
+def test_f1_of_a_table_is_what_the_formula_gives():
+    counts = {("a", "a"): 6, ("a", "b"): 2, ("b", "b"): 3, ("b", "a"): 1, ("c", "a"): 4}
+    a, b, c = classes.classes(counts, ["a", "b", "c"])
+    assert (a.prompts, a.precision, a.recall) == (8, 6 / 11, 6 / 8)
+    assert (b.precision, b.recall, b.f1) == (3 / 5, 3 / 4, 2 * 3 / 9)
+    assert (c.prompts, c.precision, c.recall, c.f1) == (4, 0.0, 0.0, 0.0)
+    found = classes.macro_f1(counts, ["a", "b", "c"], confidence=0.95, seed=0)
+    assert found.value == pytest.approx((12 / 19 + 6 / 9) / 3)
+    assert found.low < found.value < found.high and found.n == 16
+    # An answer that is always right has no interval to be inside of.
+    perfect = classes.macro_f1({("a", "a"): 5, ("b", "b"): 5}, ["a", "b"], confidence=0.95, seed=0)
+    assert (perfect.value, perfect.low) == (1.0, 1.0) and not math.isnan(perfect.high)
