@@ -1,4 +1,4 @@
-"""The recipe `knowledge_qa`: A and the weights from the stored log-probabilities, its metrics, its offline variant."""
+"""The recipe `knowledge_qa`: A and the weights from stored log-probabilities, its metrics, and its data."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import math
 import pytest
 
 from rsft_pipeline import recipe as recipes
-from rsft_pipeline import rounds
-from rsft_pipeline.scoring import squad
+from rsft_pipeline import functions, rounds
 from rsft_pipeline.store import Store
-from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
+from tests.test_round import instance, run  # noqa: F401 (a fixture)
 
 OFFLINE = recipes.find("knowledge_qa_offline")
+DATA = ("web_questions", "common_web_questions", "careless_web_answers")
 
 PAIRS = '''
 def questions():
@@ -72,18 +72,16 @@ def test_a_is_p_over_m_and_weighs_what_is_trained_on(home, instance, pairs, thre
                LEFT JOIN training_samples t ON t.candidate_id = d.candidate_id"""
         )
         (round_,) = rounds.history(store, recipe.name)
-        means = dict(
-            (row["scorer"], row["mean"])
-            for row in store.query(
-                """SELECT s.scorer, avg(s.value) AS mean FROM scores s JOIN candidates c USING (candidate_id)
-                   WHERE c.split = 'eval' AND c.policy = ? GROUP BY ALL""",
-                [round_["checkpoint"]],
-            )
+        scored = store.query(
+            """SELECT s.scorer, avg(s.value) AS mean FROM scores s JOIN candidates c USING (candidate_id)
+               WHERE c.split = 'eval' AND c.policy = ? GROUP BY ALL""",
+            [round_["checkpoint"]],
         )
+    means = {row["scorer"]: row["mean"] for row in scored}
     right = 0
     for row in rows:
         answers = json.loads(row["fields"])["answers"]
-        matching = sum(answer == squad.normalise(row["text"]) for answer in map(squad.normalise, answers))
+        matching = answers.count(row["text"])
         M = math.exp(row["log_q"])  # at temperature 1 what is sampled from is the policy itself
         assert row["log_p"] == pytest.approx(row["log_q"], abs=1e-6)
         P = 0.9 * matching / 2 + 0.1 * M
@@ -109,14 +107,21 @@ def test_a_is_p_over_m_and_weighs_what_is_trained_on(home, instance, pairs, thre
     assert metrics["checkpoint/scorers/f1"] == pytest.approx(means["f1"])
 
 
-def test_the_offline_variant_answers_better_after_a_round(home, instance):  # noqa: F811
-    recipe = recipes.load(OFFLINE)
-    result = run(instance, recipe, "r000")
-    assert result.success
-    assert checks(result)["not_worse"]
-    with Store.at(home) as store:
-        (round_,) = rounds.history(store, recipe.name)
-    before, after = (json.loads(round_[role])["pass_at_1"]["value"] for role in ("policy_eval", "checkpoint_eval"))
-    assert 0.2 < before < 0.45
-    assert after > before + 0.15
-    assert round_["promoted"]
+def test_web_questions_are_read_from_arrays_and_the_common_ones_picked(tmp_path, monkeypatch):
+    rows = [{"qId": f"q{i}", "qText": f"what is spoken in land {i}?", "answers": ["Welsh", f"Dialect {i}"]} for i in range(8)]
+    (tmp_path / "train.json").write_text(json.dumps([*rows, {"qId": "q8", "qText": "who was it?", "answers": ["Nobody"]}]))
+    (tmp_path / "test.json").write_text(json.dumps([{"qId": "q9", "qText": "é?", "answers": ["Welsh"]}]))
+    of = {name: functions.load(f"knowledge_qa:{name}", recipes.RECIPES) for name in DATA}
+    for function in of.values():
+        monkeypatch.setitem(function.__globals__, "WEB_QUESTIONS", tmp_path)
+    every = list(of["web_questions"]())
+    assert len(every) == 10 and every[0] == {"question": "é?", "answers": ["Welsh"]}
+    common = list(of["common_web_questions"]())
+    assert common == [row for row in every if row["question"] != "who was it?"]
+    told = list(of["careless_web_answers"]())
+    assert [row["prompt"] for row in told] == [row["question"] for row in common]
+    assert {row["completion"] for row in told} <= {answer for row in common for answer in row["answers"]}
+    assert any(row["completion"] not in asked["answers"] for row, asked in zip(told, common, strict=True))
+    monkeypatch.setitem(of["web_questions"].__globals__, "WEB_QUESTIONS", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="says where they are from"):
+        next(of["web_questions"]())
