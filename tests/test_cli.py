@@ -67,6 +67,14 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert "nothing was accepted (below threshold:" in " ".join(done.stdout.split())
 
 
+def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = rsft("run", path, "--rounds", "1", "--set", "model={source: no-one/nothing}")
+    assert done.returncode == 1
+    assert "the model no-one/nothing is neither a local folder nor could it be fetched" in done.stdout
+    assert "--set model.source=/path/to/folder" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -26,6 +26,7 @@ OFFLINE = {
         "sampling.prompts": "40",
         "sampling.until": "{per_prompt: 1, accepted: 10, draws: 12}",
     },
+    "knowledge_qa_offline": {"sampling.prompts": "40"},
     "safe_text_offline": {"model.bootstrap.steps": "80", "sampling.prompts": "40", "evaluation.draws": "4"},
     "sentiment_offline": {
         "model.bootstrap.steps": "20",

@@ -49,6 +49,7 @@ def test_two_rounds_improve_the_model_and_leave_the_whole_lineage(home, instance
             "acceptance_rate": True,
             "prompt_share": True,
             "source_is_latest": True,
+            "nothing_revoked": True,
             "not_worse": True,
         }
     with Store.at(home) as store:
