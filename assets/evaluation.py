@@ -127,9 +127,7 @@ def _interval(comparison: steps.Comparison) -> str:
     return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
 
 
-def _track(
-    tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, by_scorer: report.HeldOutScores
-) -> None:
+def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, by_scorer: report.HeldOutScores) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})

@@ -1,8 +1,9 @@
-"""Make the README's pictures from a home that ran the demo: the rounds plot, the asset graph, an accepted set.
+"""Make the README's pictures from a home that ran the demo: rounds plot, asset graph, accepted set, audit pages.
 
 make demo && make ui                       # in one terminal
+.venv/bin/rsft audit ui                    # in another
 .venv/bin/pip install -c constraints.txt -e '.[test]'
-.venv/bin/python docs/pictures.py          # in another; needs Chromium (Debian: apt-get install chromium)
+.venv/bin/python docs/pictures.py          # in a third; needs Chromium (Debian: apt-get install chromium)
 """
 
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from resources import pages
 from rsft_pipeline.home import Home
 
 UI = "http://127.0.0.1:3000"
@@ -30,7 +32,24 @@ def main() -> None:
         page.goto(f"{UI}/assets/arithmetic/accepted?view=partitions&partition=r002")
         page.get_by_text("below threshold").first.wait_for(timeout=60_000)
         page.screenshot(path=PICTURES / "accepted.png", clip={"x": 240, "y": 0, "width": 1260, "height": 1210})
+        audit(browser)
         browser.close()
+
+
+def audit(browser) -> None:
+    """The audit pages: home, the last round, and one of its accepted candidates."""
+    page = browser.new_page(viewport={"width": 1240, "height": 760})
+    address = pages.audit("/")
+    page.goto(address)
+    page.screenshot(path=PICTURES / "audit_home.png", clip={"x": 0, "y": 0, "width": 1240, "height": 620})
+    page.get_by_role("link", name="r002").first.click()
+    page.get_by_label("Decision").wait_for()
+    page.screenshot(path=PICTURES / "audit_round.png")
+    page.goto(f"{page.url}?decision=accepted")
+    page.locator("td.i a").first.click()
+    page.locator("svg.chain").wait_for()
+    page.screenshot(path=PICTURES / "audit_candidate.png")
+    page.close()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 WEB_QUESTIONS = Path(__file__).resolve().parent.parent / "data" / "webquestions"
 
-COMMON = 8
+COMMON = 8  # questions that share an answer, for it to be a common one
 CARELESS = 0.6  # share of the warm-up answers that are another question's
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "to", "vi", "wu", "za")

@@ -131,9 +131,7 @@ def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
 
 def lift(connection: duckdb.DuckDBPyConnection, digest: str) -> None:
     """Weights that were reached by a revocation, and came out the same when made again without what was revoked."""
-    connection.execute(
-        "DELETE FROM revocations WHERE kind = 'checkpoint' AND what = ? AND cause IS NOT NULL", [digest]
-    )
+    connection.execute("DELETE FROM revocations WHERE kind = 'checkpoint' AND what = ? AND cause IS NOT NULL", [digest])
 
 
 def said(row: dict[str, Any], what: str | None = None) -> str:

@@ -90,7 +90,7 @@ def test_log_probabilities_and_losses_are_those_of_a_plain_pass_whatever_the_bat
 
 def test_an_answer_that_is_no_label_is_named_with_the_labels(model):
     assert classification.completion_ids(model, None, ["positive", "negative"]) == [[2], [0]]
-    with pytest.raises(ValueError, match=r"'great' is no label of this model: `model.labels` are 'negative', 'neutral'"):
+    with pytest.raises(ValueError, match=r"'great' is no label of this model: `model.labels` are 'negative', 'neutr"):
         classification.completion_ids(model, None, ["positive", "great"])
 
 

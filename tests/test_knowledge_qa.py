@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from rsft_pipeline import recipe as recipes
 from rsft_pipeline import functions, rounds
+from rsft_pipeline import recipe as recipes
 from rsft_pipeline.store import Store
 from tests.test_round import instance, run  # noqa: F401 (a fixture)
 
@@ -108,9 +108,9 @@ def test_a_is_p_over_m_and_weighs_what_is_trained_on(home, instance, pairs, thre
 
 
 def test_web_questions_are_read_from_arrays_and_the_common_ones_picked(tmp_path, monkeypatch):
-    rows = [{"qId": f"q{i}", "qText": f"what is spoken in land {i}?", "answers": ["Welsh", f"Dialect {i}"]} for i in range(8)]
-    (tmp_path / "train.json").write_text(json.dumps([*rows, {"qId": "q8", "qText": "who was it?", "answers": ["Nobody"]}]))
-    (tmp_path / "test.json").write_text(json.dumps([{"qId": "q9", "qText": "é?", "answers": ["Welsh"]}]))
+    rows = [{"qText": f"what is spoken in land {i}?", "answers": ["Welsh", f"Dialect {i}"]} for i in range(8)]
+    (tmp_path / "train.json").write_text(json.dumps([*rows, {"qText": "who was it?", "answers": ["Nobody"]}]))
+    (tmp_path / "test.json").write_text(json.dumps([{"qText": "é?", "answers": ["Welsh"]}]))
     of = {name: functions.load(f"knowledge_qa:{name}", recipes.RECIPES) for name in DATA}
     for function in of.values():
         monkeypatch.setitem(function.__globals__, "WEB_QUESTIONS", tmp_path)

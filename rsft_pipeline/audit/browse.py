@@ -172,7 +172,7 @@ def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: s
         beyond = ">" if direction == "ASC" else "<"
         conditions.append(f"({key} {beyond} $key OR ({key} = $key AND candidate_id > $id))")
     known = "" if asked.source == _DRAWN else f", {_DECISION}"
-    sql = f"""SELECT candidate_id, prompt_id, {key} AS key{known} FROM ({asked.source})
+    sql = f"""SELECT candidate_id, prompt_id, round, {key} AS key{known} FROM ({asked.source})
               WHERE {" AND ".join(conditions) or "true"} ORDER BY key {direction}, candidate_id LIMIT {ROWS + 1}"""
     rows = store.query(sql, _used(sql, of))
     return _page(_described(store, recipe, rows[:ROWS]), rows, "key")
@@ -182,7 +182,7 @@ _DECISION = "accepted, reason, score, log_a, u"
 _DECIDED = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 _DRAWN = "SELECT * FROM candidates WHERE recipe = $recipe AND round = $round AND split = $split"
 _BOTH = f"""
-    SELECT c.candidate_id, c.prompt_id, c.text, c.tokens, d.accepted, d.reason, d.score, d.log_a, d.u
+    SELECT c.candidate_id, c.prompt_id, c.round, c.text, c.tokens, d.accepted, d.reason, d.score, d.log_a, d.u
     FROM ({_DRAWN}) c LEFT JOIN ({_DECIDED}) d ON d.candidate_id = c.candidate_id"""
 
 
@@ -195,17 +195,15 @@ def trained_on(store: Store, recipe: str, checkpoint: str, after: str | None = N
             ORDER BY candidate_id LIMIT {ROWS + 1}""",
         of,
     )
-    ids = [row["candidate_id"] for row in rows[:ROWS]]
-    prompt_of = {
-        row["candidate_id"]: row["prompt_id"] for row in store.query(_PROMPT_OF, {"recipe": recipe, "ids": ids})
-    }
-    shown = [{**row, "prompt_id": prompt_of.get(row["candidate_id"])} for row in rows[:ROWS]]
+    found = store.query(_ASKED_BY, {"recipe": recipe, "ids": [row["candidate_id"] for row in rows[:ROWS]]})
+    asked_by = {row["candidate_id"]: row for row in found}
+    gone = {"prompt_id": None, "round": None}
+    shown = [{**gone, **row, **asked_by.get(row["candidate_id"], {})} for row in rows[:ROWS]]
     return _page(_described(store, recipe, shown), rows, "candidate_id")
 
 
-_PROMPT_OF = (
-    "SELECT candidate_id, prompt_id FROM candidates WHERE recipe = $recipe AND list_contains($ids, candidate_id)"
-)
+_ASKED_BY = """SELECT candidate_id, prompt_id, round FROM candidates
+    WHERE recipe = $recipe AND list_contains($ids, candidate_id)"""
 
 
 def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = None) -> Page:
@@ -214,8 +212,8 @@ def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = Non
     if after is not None:
         of["key"], of["id"] = _place(after, str)
     rows = store.query(
-        f"""SELECT candidate_id, prompt_id, concat(round, ' ', lpad(draw::VARCHAR, 9, '0')) AS key FROM candidates
-            WHERE recipe = $recipe AND prompt_id = $prompt AND (key > $key OR (key = $key AND candidate_id > $id))
+        f"""SELECT candidate_id, prompt_id, round, concat(round, ' ', lpad(draw::VARCHAR, 9, '0')) AS key
+            FROM candidates WHERE recipe = $recipe AND prompt_id = $prompt AND (key > $key OR (key = $key AND candidate_id > $id))
             ORDER BY key, candidate_id LIMIT {ROWS + 1}""",
         of,
     )
@@ -229,23 +227,25 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
     ids, prompts = [row["candidate_id"] for row in rows], list({row["prompt_id"] for row in rows})
     # For few prompts DuckDB skips by Bloom filter what holds none of them; for many it is quicker to look at all.
     near = "prompt_id IN (SELECT unnest($prompts))" if len(prompts) <= 4 else "list_contains($prompts, prompt_id)"
-    of = {"recipe": recipe, "prompts": prompts}
+    rounds = [row["round"] for row in rows if row["round"]] or [""]
+    of = {"recipe": recipe, "prompts": prompts, "first": min(rounds), "last": max(rounds), "ids": ids}
 
     def among(table: str, columns: str) -> dict[str, dict]:
-        sql = f"""WITH near AS MATERIALIZED (SELECT {columns} FROM {table} WHERE recipe = $recipe AND {near})
+        sql = f"""WITH near AS MATERIALIZED (SELECT {columns} FROM {table}
+                    WHERE recipe = $recipe AND round BETWEEN $first AND $last AND {near})
                   SELECT * FROM near WHERE list_contains($ids, candidate_id)"""
-        return {row["candidate_id"]: row for row in store.query(sql, {**of, "ids": ids})}
+        return {row["candidate_id"]: row for row in store.query(sql, of)}
 
     drawn = among("candidates", _DRAWN_COLUMNS)
     decided = {row["candidate_id"]: {} for row in rows if row.get("reason")}  # known already
     if len(decided) < len(rows):
         decided = among("decisions", f"candidate_id, {_DECISION}")
     prompts_sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
-    asked = {row["prompt_id"]: row for row in store.query(prompts_sql, of)}
+    asked = {row["prompt_id"]: row for row in store.query(prompts_sql, _used(prompts_sql, of))}
     judged = {}
     if undecided := [candidate_id for candidate_id in ids if candidate_id not in decided]:
-        contents = [row["content"] for row in asked.values()]
-        found = store.query(_JUDGED, {"recipe": recipe, "ids": undecided, "contents": contents})
+        of |= {"ids": undecided, "contents": [row["content"] for row in asked.values()]}
+        found = store.query(_JUDGED, _used(_JUDGED, of))
         judged = {row["candidate_id"]: row for row in found}
     named = [*ids, *prompts, *{row["policy"] for row in drawn.values()}]
     revoked = {row["what"] for row in store.query(_REVOKED, {"named": named})}
@@ -265,18 +265,18 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
     ]
 
 
-_DRAWN_COLUMNS = f"""candidate_id, round, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
+_DRAWN_COLUMNS = f"""candidate_id, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
     finish_reason, split, policy"""
 _PROMPT_COLUMNS = f"prompt_id, text[:{SNIPPET}] AS prompt, content"
 _UNKNOWN = {
-    **dict.fromkeys(("round", "text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
+    **dict.fromkeys(("text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
     **dict.fromkeys(("accepted", "reason", "score", "log_a", "u")),
 }
 _REVOKED = "SELECT what FROM revocations WHERE list_contains($named, what)"
 _JUDGED = """
     SELECT candidate_id, max_by(value, rowid) AS score FROM scores
-    WHERE recipe = $recipe AND scorer = 'combined' AND list_contains($contents, content)
-        AND list_contains($ids, candidate_id)
+    WHERE recipe = $recipe AND round BETWEEN $first AND $last AND scorer = 'combined'
+        AND list_contains($contents, content) AND list_contains($ids, candidate_id)
     GROUP BY candidate_id"""
 
 
