@@ -99,3 +99,28 @@ def test_a_recipe_is_found_by_name_or_path_and_near_names_are_offered(write_reci
 def test_a_name_that_dagster_cannot_take_is_refused(write_recipe):
     with pytest.raises(RecipeError, match="lower-case letters"):
         load(write_recipe(name="My-Recipe"))
+
+
+def test_a_recipe_extends_another_whole_section_by_whole_section(write_recipe):
+    beneath = write_recipe()
+    path = beneath.with_name("variant.yaml")
+    path.write_text("extends: letters_loop\nsampling: {draws: 3}\n")
+    made, other = load(path), load(beneath)
+    assert made.name == "variant"
+    assert (made.sampling.draws, made.sampling.max_tokens) == (3, 64)  # not 2, as beneath: nothing is merged
+    assert made.model == other.model and made.training == other.training
+    assert load(path, {"sampling.draws": "5"}).sampling.draws == 5
+
+
+def test_what_cannot_be_extended_is_said(write_recipe):
+    beneath = write_recipe()
+    variant, third = beneath.with_name("variant.yaml"), beneath.with_name("third.yaml")
+    variant.write_text("extends: letter_loop\n")
+    with pytest.raises(
+        RecipeError, match=r"extends: there is no recipe .*letter_loop\.yaml.* Did you mean 'letters_loop'"
+    ):
+        load(variant)
+    variant.write_text("extends: letters_loop\n")
+    third.write_text("extends: variant\n")
+    with pytest.raises(RecipeError, match=r"variant\.yaml extends another recipe itself; extend that one"):
+        load(third)

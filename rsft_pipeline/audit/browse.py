@@ -213,7 +213,8 @@ def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = Non
         of["key"], of["id"] = _place(after, str)
     rows = store.query(
         f"""SELECT candidate_id, prompt_id, round, concat(round, ' ', lpad(draw::VARCHAR, 9, '0')) AS key
-            FROM candidates WHERE recipe = $recipe AND prompt_id = $prompt AND (key > $key OR (key = $key AND candidate_id > $id))
+            FROM candidates WHERE recipe = $recipe AND prompt_id = $prompt
+                AND (key > $key OR (key = $key AND candidate_id > $id))
             ORDER BY key, candidate_id LIMIT {ROWS + 1}""",
         of,
     )
