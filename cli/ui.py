@@ -1,4 +1,4 @@
-"""`rsft ui`: Dagster's web server and daemon, and MLflow's UI, on loopback, until interrupted."""
+"""`rsft ui`: Dagster's web server and daemon, MLflow's UI and the audit pages, on loopback, until interrupted."""
 
 import os
 import signal
@@ -18,8 +18,9 @@ HOST = "127.0.0.1"
 def ui(
     port: Annotated[int, typer.Option(help="Port of Dagster's web server.")] = 3000,
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
+    audit_port: Annotated[int, typer.Option(help="Port of the audit pages.")] = 5001,
 ) -> None:
-    """Start Dagster (web server and daemon) and MLflow on 127.0.0.1; Ctrl-C stops them all."""
+    """Start Dagster (web server and daemon), MLflow and the audit pages on 127.0.0.1; Ctrl-C stops them all."""
     _instance()
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
@@ -27,10 +28,13 @@ def ui(
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
         ["dagster._daemon", "run", *workspace],
         ["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)],
+        ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     processes = [subprocess.Popen([sys.executable, "-m", *command], start_new_session=True) for command in commands]
-    print(f"Dagster  http://{HOST}:{port}\nMLflow   http://{HOST}:{mlflow_port}\nCtrl-C stops both.", flush=True)
+    pages = {"Dagster": port, "MLflow": mlflow_port, "Audit": audit_port}
+    print(*(f"{name:<8} http://{HOST}:{number}" for name, number in pages.items()), sep="\n")
+    print("Ctrl-C stops them all.", flush=True)
     try:
         while all(process.poll() is None for process in processes):
             time.sleep(1)
