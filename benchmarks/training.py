@@ -46,8 +46,8 @@ class Case:
 
 
 CASES = {
-    "one-of-a-prompt": Case(6, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200)),
-    "four-of-a-prompt": Case(4, 4, (140, 0.3, 100, 200), (40, 0.9, 10, 200)),
+    "one-of-a-prompt": Case(2, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200)),
+    "four-of-a-prompt": Case(2, 4, (140, 0.3, 100, 200), (40, 0.9, 10, 200)),
     "large-vocabulary": Case(2, 1, (60, 0.7, 20, 200), (40, 0.9, 10, 200), vocabulary=32000),
 }
 
