@@ -115,7 +115,7 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
         round_key,
         row["policy"],
         row["policy_source"],
-        row["drawn_from"],
+        row["drawn_from"] or row["policy"],  # rounds from before there were teachers have none
         row["mlflow_run_id"],
     )
 

@@ -109,3 +109,11 @@ CREATE TABLE IF NOT EXISTS revocations (
     who VARCHAR, why VARCHAR, revoked_at TIMESTAMPTZ,
     erased BOOLEAN           -- its text is no more in the tables as they are now
 );
+
+-- Columns that a store from before the table `revocations` lacks.
+ALTER TABLE candidates ADD COLUMN IF NOT EXISTS origin VARCHAR;
+ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS trained_on VARCHAR;
+ALTER TABLE training_samples ADD COLUMN IF NOT EXISTS leaf VARCHAR;
+ALTER TABLE rounds ADD COLUMN IF NOT EXISTS drawn_from VARCHAR;
+ALTER TABLE rounds ADD COLUMN IF NOT EXISTS controls VARCHAR;
+ALTER TABLE rounds ADD COLUMN IF NOT EXISTS scorers VARCHAR;

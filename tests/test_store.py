@@ -110,3 +110,15 @@ def test_kill_minus_9_leaves_every_commit_whole_and_none_reported_and_lost(tmp_p
         assert found["s"] == found["d"] == found["distinct_ids"]
         assert found["s"] % 20 == 0
         assert found["s"] >= 20 * (int(reported) + 1)
+
+
+def test_a_store_from_before_revocations_gets_the_columns_that_it_lacks(tmp_path):
+    with Store.at(tmp_path) as store:
+        store.commit(lambda connection: connection.execute("DROP TABLE revocations"))
+        store.commit(lambda connection: connection.execute("ALTER TABLE candidates DROP COLUMN origin"))
+        store.append("candidates", [{"recipe": "one", "candidate_id": "a"}])
+    with Store.at(tmp_path) as store:
+        store.append("candidates", [{"recipe": "one", "candidate_id": "b", "origin": "policy"}])
+        rows = store.query("SELECT candidate_id, origin FROM candidates ORDER BY candidate_id")
+        assert rows == [{"candidate_id": "a", "origin": None}, {"candidate_id": "b", "origin": "policy"}]
+        assert store.query("SELECT * FROM revocations") == []
