@@ -35,6 +35,7 @@ from rsft_pipeline.recipe import Training
 log = logging.getLogger(__name__)
 
 GROUPS = 8  # that a step is made of, at least, where samples of one prompt are kept together
+WORTH_SHARING = 32  # tokens of a prompt from which it is worth keeping its samples together
 PART = {"cpu": 1024}  # tokens computed at once, by device; 8192 elsewhere
 
 
@@ -119,7 +120,7 @@ def fit(
         raise TrainingError("no parameter of the model is trainable: look at the recipe's `model.train`")
     if any(parameter.dtype != torch.float32 for parameter in parameters.values()):
         raise TrainingError("the trainable weights are not float32: load the model with train=True")
-    steps = plan([tuple(s.prompt_ids) for s in samples], training.batch_size, training.epochs, seed)
+    steps = plan(_shareable(samples, task), training.batch_size, training.epochs, seed)
     optimizer = _optimizer(parameters.values(), training)
     state = State(Path(scratch) / "state.pt", _fingerprint(samples, training, start, seed, device, parameters))
     mixed = torch.autocast(device.kind, torch.bfloat16) if device.dtype == "bfloat16" else nullcontext()
@@ -189,6 +190,18 @@ def plan(prompts: Sequence[Hashable], batch_size: int, epochs: float, seed: int)
         rng.shuffle(groups)
         order += [i for group in groups for i in group]
     return [order[i : min(i + batch_size, total)] for i in range(0, total, batch_size)]
+
+
+def _shareable(samples: Sequence[Sample], task: ModuleType) -> list[Hashable]:
+    """What prompt each sample has, where the task reads a prompt once for all its samples and that saves something.
+
+    Else each sample stands alone: several of one prompt in a step make the step less varied.
+    """
+    shares = getattr(task, "SHARES_PROMPTS", False)
+    return [
+        tuple(sample.prompt_ids) if shares and len(sample.prompt_ids) >= WORTH_SHARING else i
+        for i, sample in enumerate(samples)
+    ]
 
 
 def factor(step: int, steps: int, training: Training) -> float:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHARES_PROMPTS = True  # in training, what several samples begin with is computed once (packing.py)
+
 draw = writing.draw
 completion_ids = writing.completion_ids
 
