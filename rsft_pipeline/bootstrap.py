@@ -49,15 +49,15 @@ def build(recipe: Recipe, root: Path, on_step: OnStep) -> models.Checkpoint:
     """
     settings = recipe.model.bootstrap
     corpus = _corpus(recipe, settings)
-    key = lineage.digest([settings.model_dump(mode="json"), corpus, _rows(recipe, corpus), *_shape(recipe)])
+    rows = _rows(recipe, corpus)
+    key = lineage.digest([settings.model_dump(mode="json"), corpus, rows, *_shape(recipe)])
     if made := _made(root, key):
         return made
-    rows = _rows(recipe, corpus)
     # An alphabet teaches nothing, so held-out prompts may add to it; the merges of BPE are learnt from the rest.
     texts = _texts(corpus if settings.tokenizer == "characters" else rows)
     tokenizer = _tokenizer(settings, texts, recipe.task)
     model = _fresh(settings, tokenizer, recipe)
-    facts = _warm_up(recipe, settings, model, tokenizer, corpus, root / "bootstrap" / key, key, on_step)
+    facts = _warm_up(recipe, settings, model, tokenizer, corpus, rows, root / "bootstrap" / key, key, on_step)
     meta = {"kind": "bootstrap", **facts, "bootstrap": settings.model_dump(mode="json")}
     card = CARD.format(model_type=model.config.model_type, rows=len(rows), recipe=recipe.name)
     return _remember(root, key, models.save(model, tokenizer, root, meta, card))
@@ -79,7 +79,8 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
     corpus = _corpus(recipe, settings) if settings else []
     told = settings.model_dump(mode="json") if settings else None
     trained = recipe.model.model_dump(mode="json", include={"train", "last_layers", "freeze", "lora"})
-    key = lineage.digest([found.digest, labels, told, trained, corpus, _rows(recipe, corpus), *_shape(recipe)])
+    rows = _rows(recipe, corpus)
+    key = lineage.digest([found.digest, labels, told, trained, corpus, rows, *_shape(recipe)])
     if made := _made(root, key):
         return made
     tokenizer = models.tokenizer(found.path)
@@ -90,7 +91,7 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
     facts = {"recipe": recipe.name, "rows": 0}
     if settings:
         model, _, _ = models.select_trainable(model, recipe.model, recipe.seed)
-        facts = _warm_up(recipe, settings, model, tokenizer, corpus, root / "bootstrap" / key, key, on_step)
+        facts = _warm_up(recipe, settings, model, tokenizer, corpus, rows, root / "bootstrap" / key, key, on_step)
     meta = {"kind": "prepared", **facts, "parent": found.digest, "labels": labels, "warm_up": told}
     card = PREPARED_CARD.format(
         model_type=model.config.model_type,
@@ -117,13 +118,20 @@ def _rows(recipe: Recipe, corpus: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _warm_up(
-    recipe: Recipe, settings: WarmUp, model, tokenizer, corpus: list, scratch: Path, key: str, on_step: OnStep
+    recipe: Recipe,
+    settings: WarmUp,
+    model,
+    tokenizer,
+    corpus: list,
+    rows: list,
+    scratch: Path,
+    key: str,
+    on_step: OnStep,
 ) -> dict:
-    """Train the model on the corpus; a killed warm-up goes on from `scratch`. Returns what to record of it.
+    """Train the model on the corpus's rows; a killed warm-up goes on from `scratch`. Returns what to record of it.
 
     The loss is on completion and EOS; a row without a prompt is trained on whole.
     """
-    rows = _rows(recipe, corpus)
     log.info("warm-up: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
         raise models.ModelError(f"{settings.corpus}: no row is left to train on once the evaluation split is left out")

@@ -7,7 +7,7 @@ chooses. Does not: how the head came to be (models.py, bootstrap.py).
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsft_pipeline.decoding import Shape, choose, uniforms
+from rsft_pipeline.decoding import Shape, choose, right_padded, uniforms
 from rsft_pipeline.recipe import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 
@@ -80,14 +80,8 @@ def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, "Tensor"]:
-    import torch
-
-    shape = (len(prompts), max(map(len, prompts)))
-    ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    mask = right_padded([[1] * len(prompt) for prompt in prompts], 0)
+    return {"input_ids": right_padded(prompts, pad_id), "attention_mask": mask}
 
 
 def _logits(model, batch: dict[str, "Tensor"]) -> "Tensor":
