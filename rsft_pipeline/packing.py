@@ -15,9 +15,8 @@ A node that several rows share has one dropout mask for all of them.
 This module imports torch and transformers; import it inside functions.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch  # noqa: TID253
@@ -79,7 +78,7 @@ def logits(
         "use_cache": False,
         "packing": _bands(nodes, first),
     }
-    with _attention_of(inner):
+    with shared_prefix._attention_of(inner, NAME):
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             return model(**inputs, logits_to_keep=wanted).logits[0]
         return model(**inputs).logits[0, wanted]
@@ -144,14 +143,3 @@ def packed_attention(
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, lambda **_: None)
-
-
-@contextlib.contextmanager
-def _attention_of(model: Any) -> Iterator[None]:
-    """The model with our attention function; afterwards with its own again."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
