@@ -6,8 +6,9 @@ from assets.shared import declared, rounds_of
 from resources import pages
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import report, rounds, steps
+from rsft_pipeline import report, rounds
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.decide import decide
 
 
 def accepted(recipe: Recipe) -> dg.AssetsDefinition:
@@ -16,7 +17,7 @@ def accepted(recipe: Recipe) -> dg.AssetsDefinition:
         """Which candidates are trained on, and why the others are not. Writes the table `decisions`."""
         with store.open() as lake:
             round_ = rounds.record(lake, recipe, context.partition_key)
-            parameters = steps.decide(lake, round_, context.run.run_id)
+            parameters = decide(lake, round_, context.run.run_id)
             facts = report.decisions(lake, round_)
         context.log.info("%d of %d candidates accepted", facts.accepted, facts.candidates)
         numbers = {"acceptance_rate": facts.rate, **facts.efficiency.metrics()}

@@ -9,10 +9,11 @@ from resources import pages
 from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
-from rsft_pipeline import models, report, rounds, steps, until
+from rsft_pipeline import models, report, rounds, until
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.draw import ask, draw_all
 
 
 def candidates(recipe: Recipe) -> dg.AssetsDefinition:
@@ -41,7 +42,7 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
             round_ = rounds.record(lake, recipe, context.partition_key)
             weights = rounds.drawing_weights(lake, round_, Home.here())
             tokenizer, run_id = models.tokenizer(weights.path), context.run.run_id
-            asked = steps.ask(lake, round_, tokenizer, split="train", run_id=run_id)
+            asked = ask(lake, round_, tokenizer, split="train", run_id=run_id)
             with (
                 accelerator.lease(context.log) as device,
                 sampler.session(weights.path, round_.recipe, device) as session,
@@ -50,7 +51,7 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
                 if round_.recipe.sampling.until:
                     drawn, tokens = until.draw(lake, round_, session, asked, device=device, run_id=run_id, show=show)
                 else:
-                    drawn, tokens = steps.draw_all(lake, round_, session, asked, run_id=run_id, show=show)
+                    drawn, tokens = draw_all(lake, round_, session, asked, run_id=run_id, show=show)
             facts = report.candidates(lake, round_)
         seconds = time.monotonic() - began
         return dg.MaterializeResult(

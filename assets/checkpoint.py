@@ -7,10 +7,11 @@ from resources import pages
 from resources.accelerator import Accelerator
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import gates, rounds, steps
+from rsft_pipeline import gates, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.train import Trained, train
 
 
 def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
@@ -41,7 +42,7 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
                 accelerator.lease(context.log) as device,
                 track(f"{round_.key} training", None, context.log) as show,
             ):
-                made = steps.train(lake, round_, start, home, device, context.run.run_id, show)
+                made = train(lake, round_, start, home, device, context.run.run_id, show)
         _track(tracking, round_, made)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(made.checkpoint.digest),
@@ -64,7 +65,7 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
     return checkpoint
 
 
-def _track(tracking: Tracking, round_: rounds.Round, made: steps.Trained) -> None:
+def _track(tracking: Tracking, round_: rounds.Round, made: Trained) -> None:
     run = round_.mlflow_run_id
     tracking.curve(run, "train/loss", [(step.step, step.loss) for step in made.history.steps])
     tracking.curve(run, "train/grad_norm", [(step.step, step.grad_norm) for step in made.history.steps])

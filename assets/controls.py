@@ -6,10 +6,11 @@ from assets.shared import declared, rounds_of
 from resources.accelerator import Accelerator
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import rounds, steps
+from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.train import train
 
 
 def controls(recipe: Recipe) -> dg.AssetsDefinition:
@@ -35,9 +36,7 @@ def controls(recipe: Recipe) -> dg.AssetsDefinition:
                     accelerator.lease(context.log) as device,
                     track(f"{round_.key} {trained_on}", None, context.log) as show,
                 ):
-                    made[trained_on] = steps.train(
-                        lake, round_, start, home, device, context.run.run_id, show, trained_on
-                    )
+                    made[trained_on] = train(lake, round_, start, home, device, context.run.run_id, show, trained_on)
         for name, control in made.items():
             tracking.metrics(round_.mlflow_run_id, {f"train/samples_{name}": control.samples})
         return dg.MaterializeResult(

@@ -9,12 +9,16 @@ from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import models, report, rounds, steps
+from rsft_pipeline import models, report, rounds
 from rsft_pipeline.card import card, write_card
+from rsft_pipeline.evaluation import Comparison, Summary
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps import draw, evaluate
+from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, of_evaluation
+from rsft_pipeline.steps.score import score
 
 
 def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
@@ -41,10 +45,10 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
         home = Home.here()
         with store.open() as lake:
             round_ = rounds.record(lake, recipe, context.partition_key)
-            contest = steps.contest(lake, round_, home)
+            contest = evaluate.contest(lake, round_, home)
             for weights in contest.weights:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)
-            outcome = steps.judge(lake, round_, contest, context.run.run_id)
+            outcome = evaluate.judge(lake, round_, contest, context.run.run_id)
             by_scorer = report.held_out_scores(lake, round_, contest)
             by_class = report.classes(lake, round_, contest) if round_.recipe.task == "classification" else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
@@ -56,7 +60,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 tracking.metrics(
                     round_.mlflow_run_id, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()}
                 )
-            steps.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
+            evaluate.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
             lake.compact()
             plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))
         file = home.folder("reports") / f"{recipe.name}.png"
@@ -88,9 +92,9 @@ def _draw_and_score(
     context, lake, round_, weights: str, accelerator: Accelerator, sampler: TransformersSampler
 ) -> None:
     policy = rounds.locate(lake, round_.recipe, Home.here(), weights)
-    asked = steps.ask(lake, round_, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
+    asked = draw.ask(lake, round_, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
     draws = range(round_.recipe.evaluation.draws)
-    waves = steps.plan(lake, round_, weights, asked, split="eval", draws=draws)
+    waves = draw.plan(lake, round_, weights, asked, split="eval", draws=draws)
     with accelerator.lease(context.log) as device:
         missing = sum(len(requests) for _, requests in waves)
         if missing:
@@ -98,19 +102,19 @@ def _draw_and_score(
                 sampler.session(policy.path, round_.recipe, device) as session,
                 track(f"{round_.key} evaluation", missing, context.log) as show,
             ):
-                steps.draw(lake, round_, weights, session, waves, split="eval", run_id=context.run.run_id, show=show)
-        steps.score(
+                draw.draw(lake, round_, weights, session, waves, split="eval", run_id=context.run.run_id, show=show)
+        score(
             lake,
             round_,
-            steps.EVALUATION_CANDIDATES,
-            steps.of_evaluation(round_, weights),
+            EVALUATION_CANDIDATES,
+            of_evaluation(round_, weights),
             device=device,
             run_id=context.run.run_id,
             show=lambda done: None,
         )
 
 
-def _numbers(summary: steps.Summary) -> dict[str, float]:
+def _numbers(summary: Summary) -> dict[str, float]:
     estimates = {name: getattr(summary, name) for name in ("pass_at_1", "pass_at_k", "mean_score")}
     return {
         **{name: estimate.value for name, estimate in estimates.items() if estimate},
@@ -119,15 +123,17 @@ def _numbers(summary: steps.Summary) -> dict[str, float]:
     }
 
 
-def _table(outcome: steps.Outcome) -> str:
+def _table(outcome: evaluate.Outcome) -> str:
     return table({"weights": role, **_numbers(summary)} for role, summary in outcome.summaries.items())
 
 
-def _interval(comparison: steps.Comparison) -> str:
+def _interval(comparison: Comparison) -> str:
     return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
 
 
-def _track(tracking: Tracking, round_: rounds.Round, outcome: steps.Outcome, by_scorer: report.HeldOutScores) -> None:
+def _track(
+    tracking: Tracking, round_: rounds.Round, outcome: evaluate.Outcome, by_scorer: report.HeldOutScores
+) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})

@@ -6,11 +6,11 @@ import dagster as dg
 
 from assets.shared import as_run, declared
 from resources.store import StoreResource
-from rsft_pipeline import steps
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import table
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.ingest import ingest
 
 
 def prompts(recipe: Recipe) -> dg.AssetsDefinition:
@@ -23,7 +23,7 @@ def prompts(recipe: Recipe) -> dg.AssetsDefinition:
         """
         now = as_run(recipe, context)
         with store.open() as lake, track("bootstrap", None, context.log) as show:
-            read = steps.ingest(lake, now, Home.here(), context.run.run_id, show)
+            read = ingest(lake, now, Home.here(), context.run.run_id, show)
         splits = Counter(prompt.split for prompt in read.prompts)
         reasons = Counter(row.reason for row in read.refused)
         context.log.info("%d rows: %d prompts, %d in quarantine", read.rows, len(read.prompts), len(read.refused))

@@ -5,9 +5,11 @@ import dagster as dg
 from assets.shared import declared, rounds_of
 from resources.accelerator import Accelerator
 from resources.store import StoreResource
-from rsft_pipeline import report, rounds, steps
+from rsft_pipeline import report, rounds
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.score import score
 
 
 def scores(recipe: Recipe) -> dg.AssetsDefinition:
@@ -25,17 +27,17 @@ def scores(recipe: Recipe) -> dg.AssetsDefinition:
         """
         with store.open() as lake:
             round_ = rounds.record(lake, recipe, context.partition_key)
-            of_round = steps.of_round(round_)
-            total = lake.value(f"SELECT count(*) FROM ({steps.ROUND_CANDIDATES})", of_round)
+            parameters = of_round(round_)
+            total = lake.value(f"SELECT count(*) FROM ({ROUND_CANDIDATES})", parameters)
             with (
                 accelerator.lease(context.log) as device,
                 track(f"{round_.key} scores", total, context.log) as show,
             ):
-                judged = steps.score(
+                judged = score(
                     lake,
                     round_,
-                    steps.ROUND_CANDIDATES,
-                    of_round,
+                    ROUND_CANDIDATES,
+                    parameters,
                     device=device,
                     run_id=context.run.run_id,
                     show=show,

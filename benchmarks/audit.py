@@ -22,12 +22,15 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import lineage, merkle, sampling, steps
+from rsft_pipeline import lineage, merkle, sampling
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.recipe import Recipe, load
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps import score
+from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.rows import ACCEPTED, COMBINED
 from rsft_pipeline.store import Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -72,7 +75,7 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
     """Write one round. Returns its checkpoint, which the next one samples and starts from."""
     source = "base" if policy == base else f"r{number - 1:03d}"
     round_ = Round(recipe, f"r{number:03d}", policy, source, policy, f"mlflow-{number}")
-    versions = steps.versions(made, round_)
+    versions = score.versions(made, round_)
     checkpoint = lineage.digest(["checkpoint", number])
     run = f"00000000-0000-4000-8000-{number:012d}"
     of = {
@@ -96,11 +99,11 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
     def judged(connection):
         for config in recipe.scoring.scorers:
             execute(connection, _SCORES, scorer=config.name, version=versions[config.name], pattern=config.pattern)
-        execute(connection, _COMBINED, version=versions[steps.COMBINED])
+        execute(connection, _COMBINED, version=versions[COMBINED])
 
     def trained(connection):
         accepted = {"first": round_.key, "last": round_.key, "recipe": recipe.name}
-        rows = f"SELECT candidate_id, weight, {merkle.LEAF} AS leaf FROM ({steps.ACCEPTED}) ORDER BY candidate_id"
+        rows = f"SELECT candidate_id, weight, {merkle.LEAF} AS leaf FROM ({ACCEPTED}) ORDER BY candidate_id"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE chosen AS {rows}", accepted)
         execute(connection, _TRAINING_SAMPLES)
         chosen = connection.execute("SELECT candidate_id, leaf FROM chosen").to_arrow_table()
@@ -137,7 +140,7 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
 
     made.commit(drawn)
     made.commit(judged)
-    steps.decide(made, round_, run)
+    decide(made, round_, run)
     snapshot = made.snapshot()
     made.commit(trained)
     return checkpoint
@@ -203,7 +206,7 @@ def questions(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]
         "SELECT round, candidate_id, prompt_id FROM decisions WHERE accepted ORDER BY hash(candidate_id) LIMIT 5"
     )
     checkpoint = made.value("SELECT checkpoint FROM checkpoints WHERE round = 'r010'")
-    scorer = steps.versions(made, Round(recipe, "r000", "", "", "", ""))["fluent"]
+    scorer = score.versions(made, Round(recipe, "r000", "", "", "", ""))["fluent"]
 
     def reach(typed: str) -> Callable[[], Any]:
         return lambda: impact(made, ids.thing(made, typed))

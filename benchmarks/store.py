@@ -24,9 +24,12 @@ from typing import Any
 import duckdb
 from pydantic import TypeAdapter
 
-from rsft_pipeline import acceptance, lineage, sampling, steps
+from rsft_pipeline import acceptance, lineage, sampling
 from rsft_pipeline.recipe import AnyRule, load
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.decide import scored
+from rsft_pipeline.steps.rows import ACCEPTED, COMBINED, of_round, of_training
+from rsft_pipeline.steps.score import versions
 from rsft_pipeline.store import SCHEMA, Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -89,18 +92,18 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
     commit(lambda connection: connection.execute(_PROMPTS, {**told, "prompts": candidates // DRAWS}))
     commit(lambda connection: connection.execute(_ROUND_PROMPTS, told))
     drawn = {"policy": policy, "settings": sampling.settings(recipe.sampling, recipe.seed)}
-    version = steps.versions(lake, round_)[steps.COMBINED]
+    version = versions(lake, round_)[COMBINED]
     for first in range(0, candidates, WAVE):
         part = {**told, "first": first, "last": min(first + WAVE, candidates)}
         timed("write candidates", lambda connection, part=part: connection.execute(_CANDIDATES, {**part, **drawn}))
         timed("write scores", lambda connection, part=part: connection.execute(_SCORES, {**part, "version": version}))
-    joined = f"CREATE OR REPLACE TEMP TABLE scored AS {steps.scored(lake, round_)}"
-    timed("join candidates and scores", lambda connection: connection.execute(joined, steps.of_round(round_)))
+    joined = f"CREATE OR REPLACE TEMP TABLE scored AS {scored(lake, round_)}"
+    timed("join candidates and scores", lambda connection: connection.execute(joined, of_round(round_)))
     for name, fields in RULES.items():
         rule = TypeAdapter(AnyRule).validate_python(fields)
         timed(f"join and decide: {name}", lambda connection, rule=rule: _decide(connection, rule, round_, joined))
-    accepted = f"CREATE OR REPLACE TEMP TABLE chosen AS {steps.ACCEPTED}"
-    timed("accepted set", lambda connection: connection.execute(accepted, steps.of_training(round_)))
+    accepted = f"CREATE OR REPLACE TEMP TABLE chosen AS {ACCEPTED}"
+    timed("accepted set", lambda connection: connection.execute(accepted, of_training(round_)))
     if way == "lake":
         began = time.perf_counter()
         lake.compact()
@@ -118,9 +121,9 @@ def _transactions(connection: duckdb.DuckDBPyConnection) -> Callable:
 
 
 def _decide(connection: duckdb.DuckDBPyConnection, rule: AnyRule, round_: Round, joined: str) -> None:
-    """As steps.decide does it."""
+    """As steps/decide.py does it."""
     recipe = round_.recipe
-    connection.execute(joined, steps.of_round(round_))
+    connection.execute(joined, of_round(round_))
     parameters = acceptance.parameters(connection, "scored", rule, 0)
     connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
     connection.execute(

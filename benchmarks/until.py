@@ -19,11 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_pipeline import models, recipe, rounds, steps, tasks, until
+from rsft_pipeline import models, recipe, rounds, tasks, until
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.lineage import set_digest
 from rsft_pipeline.sampling import InProcess
+from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.draw import ask, draw_all
+from rsft_pipeline.steps.ingest import ingest
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.score import score
 from rsft_pipeline.store import Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -36,20 +41,20 @@ def measure(home: Home, overrides: dict[str, str]) -> dict:
         recipe.find("arithmetic"), {"acceptance.cap": "null", "acceptance.distinct": "false", **overrides}
     )
     with tempfile.TemporaryDirectory() as folder, Store.at(Path(folder)) as store:
-        steps.ingest(store, made, home, "benchmark", lambda *_: None)
+        ingest(store, made, home, "benchmark", lambda *_: None)
         policy = rounds.starting_weights(store, made, home, "r000", "base")
         round_ = rounds.Round(made, "r000", policy.digest, policy.source, policy.digest, "none")
         rounds.begin(store, round_, "benchmark")
         began = time.perf_counter()
-        asked = steps.ask(store, round_, models.tokenizer(policy.path), split="train", run_id="benchmark")
+        asked = ask(store, round_, models.tokenizer(policy.path), split="train", run_id="benchmark")
         with InProcess(policy.path, made, tasks.of(made), CPU) as session:
             told = {"run_id": "benchmark", "show": lambda *_, **__: None}
             if made.sampling.until:
                 drawn, tokens = until.draw(store, round_, session, asked, device=CPU, **told)
             else:
-                drawn, tokens = steps.draw_all(store, round_, session, asked, **told)
-        steps.score(store, round_, steps.ROUND_CANDIDATES, steps.of_round(round_), device=CPU, **told)
-        steps.decide(store, round_, "benchmark")
+                drawn, tokens = draw_all(store, round_, session, asked, **told)
+        score(store, round_, ROUND_CANDIDATES, of_round(round_), device=CPU, **told)
+        decide(store, round_, "benchmark")
         seconds = time.perf_counter() - began
         rows = store.query("SELECT prompt_id, count(*) AS n FROM decisions WHERE accepted GROUP BY ALL ORDER BY 1")
     accepted = np.array([row["n"] for row in rows])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsft_pipeline import steps
 from rsft_pipeline.evaluation import Estimate
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, of_evaluation
 from rsft_pipeline.store import Store
 
 RESAMPLES = 2000
@@ -31,9 +31,9 @@ class Class:
 def confusion(store: Store, round_: Round, policy: str) -> dict[tuple[str, str], int]:
     """How often a policy answered held-out prompts of one label with another: (reference, answer) → candidates."""
     rows = store.query(
-        f"""SELECT p.reference, c.text, count(*) AS n FROM ({steps.EVALUATION_CANDIDATES}) c
+        f"""SELECT p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
-        steps.of_evaluation(round_, policy),
+        of_evaluation(round_, policy),
     )
     return {(row["reference"], row["text"]): row["n"] for row in rows}
 

@@ -22,10 +22,11 @@ import duckdb
 import numpy as np
 from scipy.special import betainc
 
-from rsft_pipeline import acceptance, steps
+from rsft_pipeline import acceptance
 from rsft_pipeline.calibration import CalibrationError
 from rsft_pipeline.recipe import AnyRule
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps import decide, rows
 from rsft_pipeline.store import Store
 
 CONFIDENCE = 0.95  # of intervals, and of getting enough draws
@@ -102,7 +103,7 @@ def of_round(store: Store, round_: Round, column: str | None = None) -> Efficien
     rule = round_.recipe.acceptance
     parameters = json.loads(stored[0]["parameters"]) if stored else rule.model_dump(mode="json")
     sql = decided(store, round_, column)
-    values = steps.of_round(round_) | ({"column": _pointer(column)} if column else {})
+    values = rows.of_round(round_) | ({"column": _pointer(column)} if column else {})
 
     def work(connection):  # in one transaction: every number is of the same rows, read once
         connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {sql}", values)
@@ -117,12 +118,12 @@ def of_round(store: Store, round_: Round, column: str | None = None) -> Efficien
 def decided(store: Store, round_: Round, column: str | None = None) -> str:
     """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
 
-    Takes the parameters of steps.ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
+    Takes the parameters of rows.ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
     """
     grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
     return f"""
         SELECT s.* EXCLUDE (text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
-        FROM ({steps.scored(store, round_)}) s
+        FROM ({decide.scored(store, round_)}) s
         JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
         JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe"""
 
@@ -236,7 +237,7 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
     """
     parameters = rule.model_dump(mode="json")
     aside = rule.pilot if parameters.get("M") == "estimate" else 0
-    rows = _rows(
+    counted = _rows(
         connection,
         f"""SELECT grouped, count(DISTINCT prompt_id) AS prompts, count(*) AS candidates,
                 count(*) FILTER (accepted) AS accepted, count(*) FILTER ({ruled(parameters)}) AS ruled,
@@ -245,7 +246,7 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
             FROM {decided} GROUP BY grouped ORDER BY avg(accepted::INTEGER), grouped""",
     )
     groups = []
-    for row in rows:
+    for row in counted:
         needed = draws_needed(row["ruled"] / row["open"], accepted) if rule.per_candidate and row["open"] else None
         groups.append(
             Group(

@@ -7,10 +7,12 @@ training asks the blocking ones again itself, since a check stops only the run i
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsft_pipeline import revocations, rounds, steps
+from rsft_pipeline import revocations, rounds
 from rsft_pipeline.evaluation import compare
 from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.evaluate import recorded_results
+from rsft_pipeline.steps.rows import ACCEPTED, of_training
 from rsft_pipeline.store import Store
 
 
@@ -25,7 +27,7 @@ class Finding:
 
 def something_accepted(store: Store, round_: Round) -> Finding:
     """There is something to train on."""
-    samples = store.value(f"SELECT count(*) FROM ({steps.ACCEPTED})", steps.of_training(round_))
+    samples = store.value(f"SELECT count(*) FROM ({ACCEPTED})", of_training(round_))
     reason = f"{samples} accepted samples to train on" if samples else _nothing(store, round_)
     return Finding(samples > 0, reason, {"samples": samples})
 
@@ -42,12 +44,12 @@ def _nothing(store: Store, round_: Round) -> str:
 def no_eval_prompt(store: Store, round_: Round) -> Finding:
     """No held-out prompt is trained on: not now, and not in any round before."""
     rows = store.query(
-        f"""SELECT candidate_id FROM ({steps.ACCEPTED}) WHERE split <> 'train'
+        f"""SELECT candidate_id FROM ({ACCEPTED}) WHERE split <> 'train'
             UNION SELECT t.candidate_id FROM training_samples t
             JOIN candidates c ON c.candidate_id = t.candidate_id AND c.recipe = $recipe
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             WHERE t.recipe = $recipe AND p.split = 'eval'""",
-        steps.of_training(round_),
+        of_training(round_),
     )
     named = ", ".join(row["candidate_id"] for row in rows[:5])
     reason = f"{len(rows)} accepted candidates answer held-out prompts: {named}" if rows else "no held-out prompt"
@@ -79,8 +81,8 @@ def prompt_share(store: Store, round_: Round) -> Finding:
     """No prompt has more than its share of the accepted set."""
     rows = store.query(
         f"""SELECT prompt_id, count(*) / sum(count(*)) OVER () AS share
-            FROM ({steps.ACCEPTED}) GROUP BY prompt_id ORDER BY share DESC, prompt_id LIMIT 1""",
-        steps.of_training(round_),
+            FROM ({ACCEPTED}) GROUP BY prompt_id ORDER BY share DESC, prompt_id LIMIT 1""",
+        of_training(round_),
     )
     share, most = (rows[0]["share"] if rows else 0.0), round_.recipe.largest_share
     reason = f"the largest share is {share:.1%}; expected at most {most:.1%}"
@@ -109,6 +111,6 @@ def not_worse(store: Store, round_: Round) -> Finding:
 
 def _lost(store: Store, round_: Round) -> bool:
     recipe, how = round_.recipe, round_.recipe.evaluation
-    before, after = (steps.recorded_results(store, round_, role) for role in ("champion", "checkpoint"))
+    before, after = (recorded_results(store, round_, role) for role in ("champion", "checkpoint"))
     compared = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)
     return compared.high < 0

@@ -1,7 +1,7 @@
 """Merkle: one hash that stands for a checkpoint's whole training set, row by row.
 
 Belongs here: what of a row is hashed, and how the hashes of all rows become one. Not: which rows a checkpoint
-was trained on (steps.py), nor what to say when they are not what they were (audit/verify.py).
+was trained on (steps/rows.py), nor what to say when they are not what they were (audit/verify.py).
 
 Hashes are as in RFC 6962, section 2.1 (SHA-256; a leaf's input begins with byte 0, an inner node's with byte 1,
 so that neither can pass for the other), over the rows in the order of their candidate ids.
@@ -14,7 +14,7 @@ import pyarrow as pa
 # SQL of what a leaf says of its prompt. Apart from the leaf, because many rows share a prompt.
 PROMPT = "sha256(concat_ws(chr(10), prompt_id, chat::VARCHAR, text))"
 
-# SQL of a row's leaf, 64 hex digits, over the columns of steps.ACCEPTED: all that training takes of the row, and
+# SQL of a row's leaf, 64 hex digits, over the columns of rows.ACCEPTED: all that training takes of the row, and
 # what it was accepted for. One item a line and the free text last, so that no two rows spell the same; numbers in
 # 18 significant digits, which no two doubles share.
 LEAF = """sha256(chr(0) || concat_ws(chr(10), candidate_id, round, format('{:.17e}', weight),

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsft_pipeline import acceptance, efficiency, steps
+from rsft_pipeline import acceptance, efficiency
 from rsft_pipeline.evaluation import Estimate, interval
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
+from rsft_pipeline.steps import decide
+from rsft_pipeline.steps.evaluate import Contest
+from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
+from rsft_pipeline.steps.score import versions
 from rsft_pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -98,17 +102,17 @@ class CandidateFacts:
 
 def candidates(store: Store, round_: "Round") -> CandidateFacts:
     """A round's candidates in numbers, and some of them."""
-    parameters = steps.of_round(round_)
+    parameters = of_round(round_)
     facts = store.query(
         f"""SELECT count(*) AS number, count(DISTINCT prompt_id) AS prompts, coalesce(sum(tokens), 0)::BIGINT AS tokens,
                 avg((finish_reason = 'stop')::INTEGER) AS stopped, avg(log_q) AS log_q
-            FROM ({steps.ROUND_CANDIDATES})""",
+            FROM ({ROUND_CANDIDATES})""",
         parameters,
     )[0]
-    ids = store.arrow(f"SELECT candidate_id FROM ({steps.ROUND_CANDIDATES})", parameters)["candidate_id"].to_pylist()
+    ids = store.arrow(f"SELECT candidate_id FROM ({ROUND_CANDIDATES})", parameters)["candidate_id"].to_pylist()
     shown = store.query(
         f"""SELECT p.text AS prompt, c.text AS candidate, c.finish_reason, c.log_q
-            FROM ({steps.ROUND_CANDIDATES}) c
+            FROM ({ROUND_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             ORDER BY c.candidate_id LIMIT {SHOWN}""",
         parameters,
@@ -127,20 +131,20 @@ class ScoreFacts:
 
 def scores(store: Store, round_: "Round") -> ScoreFacts:
     """A round's scores in numbers, by scorer, and the distribution of the combined one."""
-    version_of = steps.versions(store, round_)
+    version_of = versions(store, round_)
     rows = store.query(
         f"""SELECT s.scorer, s.version, count(*) AS judged, count(*) FILTER (s.value IS NULL) AS unjudged,
                 min(s.value) AS lowest, avg(s.value) AS mean, max(s.value) AS highest
-            FROM ({steps.ROUND_CANDIDATES}) c JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
+            FROM ({ROUND_CANDIDATES}) c JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
             WHERE list_contains($versions, s.version) GROUP BY ALL ORDER BY s.scorer""",
-        {**steps.of_round(round_), "versions": list(version_of.values())},
+        {**of_round(round_), "versions": list(version_of.values())},
     )
     scored = store.arrow(
-        f"SELECT candidate_id, score FROM ({steps.scored(store, round_)}) ORDER BY candidate_id",
-        steps.of_round(round_),
+        f"SELECT candidate_id, score FROM ({decide.scored(store, round_)}) ORDER BY candidate_id",
+        of_round(round_),
     )
     values = [value for value in scored["score"].to_pylist() if value is not None]
-    combined = next((row for row in rows if row["scorer"] == steps.COMBINED), {"mean": None, "unjudged": 0})
+    combined = next((row for row in rows if row["scorer"] == COMBINED), {"mean": None, "unjudged": 0})
     title = f"{round_.recipe.name} {round_.key}: combined score"
     return ScoreFacts(
         mean=combined["mean"],
@@ -258,7 +262,7 @@ class HeldOutScores:
     table: str
 
 
-def held_out_scores(store: Store, round_: "Round", contest: steps.Contest) -> HeldOutScores:
+def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutScores:
     """Each scorer's mean over the held-out prompts, such as exact match and F1 side by side, for each role."""
     means = {role: _means(store, round_, digest) for role, digest in contest.roles.items()}
 
@@ -271,13 +275,13 @@ def held_out_scores(store: Store, round_: "Round", contest: steps.Contest) -> He
 
 def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate | None]:
     """Over the prompts of which a scorer could judge a candidate; intervals as of the mean score (evaluation.py)."""
-    version_of = steps.versions(store, round_)
+    version_of = versions(store, round_)
     rows = store.query(
-        f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({steps.EVALUATION_CANDIDATES}) c
+        f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({EVALUATION_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
             WHERE list_contains($versions, s.version) AND s.value IS NOT NULL GROUP BY ALL ORDER BY ALL""",
-        {**steps.of_evaluation(round_, policy), "versions": list(version_of.values())},
+        {**of_evaluation(round_, policy), "versions": list(version_of.values())},
     )
     means: dict[str, Estimate | None] = {}
     for scorer in version_of:
@@ -296,7 +300,7 @@ class ClassFacts:
     table: str
 
 
-def classes(store: Store, round_: "Round", contest: steps.Contest) -> ClassFacts:
+def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
     """Macro-F1 of each model of a contest, and precision, recall and F1 of each label."""
     from rsft_pipeline import classes as by_class
 

@@ -67,6 +67,13 @@ def settings(sampling: Sampling, seed: int) -> str:
     return lineage.digest({**shaping, "seed": seed})
 
 
+def evaluation_sampling(recipe: Recipe) -> Sampling:
+    """How held-out candidates are drawn: as the round's, but from the weights evaluated, and as `evaluation` says."""
+    how = recipe.evaluation
+    changed = {"source": "policy", "teacher": None, "until": None, "temperature": how.temperature, "draws": how.draws}
+    return recipe.sampling.model_copy(update=changed | ({"top_k": 1} if how.greedy else {}))
+
+
 def choose(prompts: Sequence[dict], number: int | None, salt: str) -> list[dict]:
     """`number` of the prompts, by hash with the salt: another salt chooses others; order plays no part."""
     if number is None or number >= len(prompts):

@@ -1,7 +1,7 @@
 """Until: drawing again until enough is accepted, where the recipe says `sampling.until`.
 
 Belongs here: which prompts are drawn for again, and when the round stops drawing. Does not: drawing,
-scoring and deciding themselves (steps.py).
+scoring and deciding themselves (steps/).
 
 The prompts are gone through in passes. Each wave is scored as it comes, and a pass leaves out the prompts
 that have enough accepted by then. No decision is written here: a candidate's own decision never hangs on
@@ -12,11 +12,15 @@ run that was killed goes on with the very waves that it would have drawn.
 import math
 from collections.abc import Sequence
 
-from rsft_pipeline import sampling, scoring, steps
+from rsft_pipeline import sampling, scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.progress import Show
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import Asked, Session
+from rsft_pipeline.steps import draw as drawing
+from rsft_pipeline.steps.decide import accepted_so_far
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.score import accepted_before, score
 from rsft_pipeline.store import Store
 
 
@@ -29,23 +33,23 @@ def draw(
         How many candidates were drawn by this call, and how many tokens.
     """
     candidates = tokens = 0
-    judges = scoring.judges(round_.recipe, device, steps.accepted_before(store, round_))
+    judges = scoring.judges(round_.recipe, device, accepted_before(store, round_))
 
-    def score() -> None:
-        of = steps.of_round(round_)
+    def score_drawn() -> None:
+        of = of_round(round_)
         with_judges = {"judges": judges, "device": device, "run_id": run_id}
-        steps.score(store, round_, steps.ROUND_CANDIDATES, of, **with_judges, show=lambda done: None)
+        score(store, round_, ROUND_CANDIDATES, of, **with_judges, show=lambda done: None)
 
-    score()  # what a killed run had drawn last
+    score_drawn()  # what a killed run had drawn last
     for draws in sampling.passes(round_.recipe.sampling):
         wanted = _unsatisfied(store, round_, asked, draws)
-        for wave in steps.plan(store, round_, round_.drawn_from, wanted, split="train", draws=draws):
+        for wave in drawing.plan(store, round_, round_.drawn_from, wanted, split="train", draws=draws):
             if _enough(store, round_, draws):
                 return candidates, tokens
-            tokens += steps.draw(
+            tokens += drawing.draw(
                 store, round_, round_.drawn_from, session, [wave], split="train", run_id=run_id, show=lambda *_: None
             )
-            score()
+            score_drawn()
             candidates += len(wave[1])
             show(candidates, f"{draws.stop} draws per prompt at most, {len(wanted)} prompts still drawn for")
     return candidates, tokens
@@ -56,7 +60,7 @@ def _unsatisfied(store: Store, round_: Round, asked: Sequence[Asked], draws: ran
     enough = round_.recipe.sampling.until.per_prompt or math.inf
     if draws.start == 0:
         return list(asked)
-    accepted = steps.accepted_so_far(store, round_, draws.start)
+    accepted = accepted_so_far(store, round_, draws.start)
     return [prompt for prompt in asked if accepted.get(prompt.prompt_id, 0) < enough]
 
 
@@ -68,4 +72,4 @@ def _enough(store: Store, round_: Round, draws: range) -> bool:
     wanted = round_.recipe.sampling.until.accepted
     if wanted is None or (draws.start == 0 and round_.recipe.acceptance.pilot_draws):
         return False
-    return sum(steps.accepted_so_far(store, round_, draws.stop).values()) >= wanted
+    return sum(accepted_so_far(store, round_, draws.stop).values()) >= wanted

@@ -6,7 +6,7 @@ from pathlib import Path
 import conftest
 import yaml
 
-from rsft_pipeline import lineage, sampling, steps
+from rsft_pipeline import lineage, sampling
 from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.store import Store
 
@@ -23,7 +23,7 @@ CHECKPOINTS = {"r000": lineage.digest("first"), "r001": lineage.digest("second")
 RECIPE_AS_RUN = Recipe.model_validate(yaml.safe_load(conftest.RECIPE))
 SETTINGS = {
     "train": sampling.settings(RECIPE_AS_RUN.sampling, 0),
-    "eval": sampling.settings(steps.evaluation_sampling(RECIPE_AS_RUN), 0),
+    "eval": sampling.settings(sampling.evaluation_sampling(RECIPE_AS_RUN), 0),
 }
 SCORERS = {"answer": "version-answer", "combined": "version-combined"}
 PARAMETERS = {"rule": "threshold", "threshold": 0.5, "distinct": True, "cap": 1, "raise_by": 0.0, "pilot": 1}

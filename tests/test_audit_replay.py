@@ -18,7 +18,7 @@ import definitions
 from assets.shared import rounds_of
 from automation.jobs import job_name
 from cli.main import app
-from rsft_pipeline import merkle, rounds, steps
+from rsft_pipeline import lineage, merkle, rounds
 from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.replay import replay
@@ -28,6 +28,8 @@ from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import load
+from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
 
 NAME = "letters_loop"
@@ -159,7 +161,7 @@ def test_the_root_stands_in_meta_card_store_and_mlflow_and_follows_from_the_rows
     from mlflow import MlflowClient
 
     made = find(mine, NAME, "r000")
-    sql, given = steps.training_rows(NAME, "r000", recipe)
+    sql, given = training_rows(NAME, "r000", recipe)
     rows = mine.query(f"SELECT * FROM ({sql}) ORDER BY candidate_id", given)
     root = tree([leaf(row) for row in rows]).hex()
     folder = Home.here().checkpoints / made["checkpoint"]
@@ -195,7 +197,7 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
 
     settings = {**recipe.model_dump(mode="json"), "acceptance": rule}
     change(mine, "UPDATE rounds SET settings = ? WHERE round = 'r000'", json.dumps(settings))
-    steps.decide(mine, rounds.record(mine, recipe, "r000"), "again")
+    decide(mine, rounds.record(mine, recipe, "r000"), "again")
     then = {row["candidate_id"]: row for row in mine.query("SELECT * FROM decisions WHERE round = 'r000'")}
     pairs = [(row["accepted"], then[row["candidate_id"]]["accepted"]) for row in was]
     assert vars(answer.agreement) | {"only_was_ids": (), "only_would_ids": ()} == {
@@ -315,7 +317,7 @@ def test_a_prompt_that_was_changed_is_named_and_one_with_a_new_reference_is_only
     assert {(f.kind, f.ids) for f in findings if "prompts (by prompt id)" in f.what} == {("data", (prompt,))}
     # As `prompts` would write it when the source has another reference.
     row = mine.query("SELECT * FROM prompts WHERE prompt_id = ?", [prompt])[0]
-    content = steps.lineage.digest([row["text"], "z", json.loads(row["fields"])])
+    content = lineage.digest([row["text"], "z", json.loads(row["fields"])])
     change(mine, "UPDATE prompts SET content = ? WHERE prompt_id = ?", content, prompt)
     answer = replayed(mine, recipe)
     assert answer.ok

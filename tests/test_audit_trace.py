@@ -14,7 +14,7 @@ from assets import outside
 from assets.shared import rounds_of
 from automation.jobs import job_name
 from cli.main import app
-from rsft_pipeline import gates, lineage, merkle, rounds, steps
+from rsft_pipeline import gates, lineage, merkle, rounds
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
@@ -24,6 +24,9 @@ from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import load
 from rsft_pipeline.rounds import RoundError
+from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.ingest import ingest
+from rsft_pipeline.steps.rows import ACCEPTED, of_training
 from rsft_pipeline.store import Store
 
 NAME = "letters_loop"
@@ -264,8 +267,8 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         rounds.starting_weights(mine, recipe, Home.here(), "r002", "champion")
     old = rounds.record(mine, recipe, "r001")
     assert not gates.nothing_revoked(mine, old).passed
-    of_old = steps.of_training(rounds.record(mine, recipe, "r000"))
-    left = {row["candidate_id"] for row in mine.query(steps.ACCEPTED, of_old)}
+    of_old = of_training(rounds.record(mine, recipe, "r000"))
+    left = {row["candidate_id"] for row in mine.query(ACCEPTED, of_old)}
     assert left and not left & {candidate, other}  # though the decisions are still those of before
 
     with dg.DagsterInstance.ephemeral() as instance:
@@ -305,7 +308,7 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
     late = mine.query("SELECT * FROM candidates WHERE round = 'r001' AND text = 'd' AND split = 'train' LIMIT 1")[0]
     mine.commit(lambda c: c.execute("UPDATE candidates SET text = 'cd' WHERE candidate_id = ?", [late["candidate_id"]]))
     mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'checkpoint'"))
-    steps.decide(mine, round_, "again")
+    decide(mine, round_, "again")
     rows = mine.query(
         """SELECT c.text, p.text AS prompt, d.reason FROM decisions d JOIN candidates c USING (candidate_id)
            JOIN prompts p ON p.prompt_id = d.prompt_id WHERE d.round = 'r001'"""
@@ -315,7 +318,7 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
 
     revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
     with pytest.raises(RoundError, match=r"scorer `answer`, version [0-9a-f]+, was revoked by me: it was wrong"):
-        steps.decide(mine, round_, "again")
+        decide(mine, round_, "again")
 
 
 def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(mine, recipe):
@@ -379,7 +382,7 @@ def test_an_erased_prompt_does_not_come_back_with_its_source(mine, recipe):
     revoke(mine, ids.thing(mine, prompt.prompt_id), who="me", why="the law", erase=True)
     rows = "SELECT count(*) FROM prompts WHERE active"
     assert mine.value(rows) == 99
-    steps.ingest(mine, recipe, Home.here(), "again", lambda *_: None)
+    ingest(mine, recipe, Home.here(), "again", lambda *_: None)
     assert mine.value(rows) == 99
     assert mine.query("SELECT text, active FROM prompts WHERE prompt_id = ?", [prompt.prompt_id]) == [
         {"text": None, "active": False}

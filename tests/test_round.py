@@ -9,9 +9,11 @@ import pytest
 import definitions
 from assets.shared import OVERRIDES, rounds_of
 from automation.jobs import job_name
-from rsft_pipeline import lineage, models, prompts, rounds, steps
+from rsft_pipeline import lineage, models, prompts, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import load
+from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.rows import of_round
 from rsft_pipeline.store import Store
 
 
@@ -159,7 +161,7 @@ def test_a_changed_setting_reuses_no_stale_candidate(home, instance, recipe):
         )
         assert len(decided) == 1
         recorded = rounds.record(store, recipe, "r000").recipe
-        assert decided[0]["settings"] == steps.of_round(rounds.record(store, recipe, "r000"))["settings"]
+        assert decided[0]["settings"] == of_round(rounds.record(store, recipe, "r000"))["settings"]
         assert recorded.sampling.temperature == 0.5
 
 
@@ -237,7 +239,7 @@ def test_every_rule_runs_a_round_and_its_decisions_replay_to_the_bit(home, insta
         before = store.query(query)
         reasons = {row["reason"] for row in before}
         assert "accepted" in reasons and len(reasons) > 1
-        steps.decide(store, rounds.record(store, recipe, "r000"), "again")
+        decide(store, rounds.record(store, recipe, "r000"), "again")
         assert store.query(query) == before
 
 

@@ -10,10 +10,11 @@ import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from rsft_pipeline import recipe, scoring, steps
+from rsft_pipeline import recipe, scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.scoring import Sample, dialogue, embedding
+from rsft_pipeline.steps import score
 from rsft_pipeline.store import Store
 
 CPU = Device("cpu", "float32")
@@ -278,8 +279,8 @@ def test_a_round_is_judged_by_what_earlier_rounds_accepted_and_no_other(make, tm
             round_ = Round(made, key, "policy", "base", "policy", "none")
             candidates = f"SELECT * FROM candidates WHERE recipe = $recipe AND candidate_id = '{key}'"
             how = {"device": CPU, "run_id": "run", "show": lambda *_: None}
-            done = steps.score(store, round_, candidates, named, **how)
-            version = steps.versions(store, round_)["it"]
+            done = score.score(store, round_, candidates, named, **how)
+            version = score.versions(store, round_)["it"]
             value = store.value("SELECT value FROM scores WHERE candidate_id = ? AND version = ?", [key, version])
             return done, value, version
 

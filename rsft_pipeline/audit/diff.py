@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsft_pipeline import acceptance, rounds, steps
+from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.evaluation import PromptResult, interval
 from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.evaluate import recorded_results
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
 from rsft_pipeline.store import Store
 
 
@@ -75,7 +77,7 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
     rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
     level = rounds_[1].recipe.evaluation.confidence
     drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)
-    evaluated = [steps.recorded_results(store, round_, "checkpoint") for round_ in rounds_]
+    evaluated = [recorded_results(store, round_, "checkpoint") for round_ in rounds_]
     held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
     return Diff(recipe.name, before, after, drawn, held_out, _notes(store, *rounds_))
 
@@ -95,7 +97,7 @@ def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
 _DRAWN = f"""
     SELECT c.prompt_id, count(*) AS draws, count(*) FILTER (d.accepted) AS passes, avg(d.score) AS score,
         count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
-    FROM ({steps.ROUND_CANDIDATES}) c
+    FROM ({ROUND_CANDIDATES}) c
     JOIN decisions d ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round
     GROUP BY c.prompt_id ORDER BY c.prompt_id
 """
@@ -103,7 +105,7 @@ _DRAWN = f"""
 
 def _drawn(store: Store, round_: Round) -> list[PromptResult]:
     """The round's candidates by prompt, as evaluation has results: `passes` are the accepted."""
-    return [PromptResult(**row) for row in store.query(_DRAWN, steps.of_round(round_))]
+    return [PromptResult(**row) for row in store.query(_DRAWN, of_round(round_))]
 
 
 def _compared(store: Store, recipe: Recipe, results: Sequence[Sequence[PromptResult]], level: float) -> Compared:

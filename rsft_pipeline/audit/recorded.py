@@ -1,7 +1,7 @@
 """Recorded: a round's candidates with the scores that they were decided by, as the store has them.
 
 Belongs here: which versions of its scorers a round went by, and its rows in the form that acceptance.decisions_sql
-reads. steps.scored gives the same for a round under way, by the scorers of today. Not: what is then asked of the
+reads. decide.scored gives the same for a round under way, by the scorers of today. Not: what is then asked of the
 rows (replay.py, whatif.py, diff.py).
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import steps
 from rsft_pipeline.recipe import RejectionRule
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 
 TABLES = ("rounds", "candidates", "prompts", "scores", "decisions", "round_prompts")  # what it reads
 DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
@@ -45,15 +45,15 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
         CREATE OR REPLACE TEMP TABLE recorded AS
         SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p, s.value AS score, s.passed,
             {target} AS target, c.policy, c.settings, c.seed, s.content, p.content AS now
-        FROM ({steps.ROUND_CANDIDATES}) c
+        FROM ({ROUND_CANDIDATES}) c
         LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.round = $round
             AND s.scorer = $combined AND s.version = $version
         LEFT JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
         {joined}"""
     given: dict[str, Any] = {
-        **steps.of_round(round_),
-        "combined": steps.COMBINED,
-        "version": version_of.get(steps.COMBINED),
+        **of_round(round_),
+        "combined": COMBINED,
+        "version": version_of.get(COMBINED),
     }
     if joined:
         given |= {"target": rule.target, "target_version": version_of.get(rule.target)}

@@ -16,7 +16,7 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import acceptance, lineage, models, prompts, rounds, scoring, steps, tasks
+from rsft_pipeline import acceptance, lineage, models, prompts, rounds, scoring, tasks
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.devices import Device, release
@@ -25,6 +25,8 @@ from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.scoring import ScoringError
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.score import accepted_before, judged_sample
 from rsft_pipeline.store import Store
 from rsft_pipeline.training import Sample
 
@@ -111,7 +113,7 @@ def _stored(
     _ids(connection, round_, candidates, note)
     facts = _decisions(connection, round_, note)
     _combined(connection, round_, version_of, note)
-    rows = connection.execute(_CLOSER, {**steps.of_round(round_), "judged": judged, **_versions(version_of)})
+    rows = connection.execute(_CLOSER, {**of_round(round_), "judged": judged, **_versions(version_of)})
     rows = rows.to_arrow_table().to_pylist()
     connection.execute("DROP TABLE recorded")
     return facts, rows, version_of
@@ -271,7 +273,7 @@ _CLOSER = f"""
     SELECT r.content = r.now AS unchanged, c.*, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
         s.scorers, s.scores
     FROM looked_at r
-    JOIN ({steps.ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
+    JOIN ({ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
     JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
     LEFT JOIN single s ON s.candidate_id = r.candidate_id
     WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- those of a revocation may have been erased
@@ -311,7 +313,7 @@ def _scorers(
     note: Notes,
 ) -> None:
     """What today's scorers give, where they are those of then."""
-    before = steps.accepted_before(store, round_)
+    before = accepted_before(store, round_)
     rows = [row for row in rows if row["unchanged"]]
     for config in round_.recipe.scoring.scorers:
         name, then = f"scorer {config.label}", version_of.get(config.label)
@@ -328,7 +330,7 @@ def _scorers(
             continue
         again = rows[:forced] if config.kind in ASK_A_MODEL else rows
         try:
-            values = scoring.score({config.label: judge}, [steps.judged_sample(row) for row in again])[config.label]
+            values = scoring.score({config.label: judge}, [judged_sample(row) for row in again])[config.label]
         except ScoringError as error:
             note(Check(name, 0, None, f"it failed: {error}"))
             continue

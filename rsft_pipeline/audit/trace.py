@@ -11,12 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rsft_pipeline import sampling, steps
+from rsft_pipeline import sampling
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import Query, at_once
 from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.revocations import said
+from rsft_pipeline.steps.rows import COMBINED
 from rsft_pipeline.store import Store
 
 
@@ -243,7 +244,7 @@ def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
         recipe = Recipe.model_validate_json(recorded)
     except ValidationError:  # of another version of this program
         return None
-    how = recipe.sampling if drawn["split"] == "train" else steps.evaluation_sampling(recipe)
+    how = recipe.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(recipe)
     return recipe if sampling.settings(how, recipe.seed) == drawn["settings"] else None
 
 
@@ -252,7 +253,7 @@ def _draw(drawn: Mapping, settings: Recipe | None, gaps: list[str]) -> Draw:
     if settings is None:
         gaps.append(f"the settings that hash to {drawn['settings']} are not recorded: it was drawn by another recipe")
     else:
-        how = settings.sampling if drawn["split"] == "train" else steps.evaluation_sampling(settings)
+        how = settings.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(settings)
         how = {**how.model_dump(mode="json", exclude={"wave_size", "batch_size", "prompts"}), "seed": settings.seed}
     columns = Draw.__annotations__.keys() - {"sampling"}
     return Draw(**{name: drawn[name] for name in columns}, sampling=how)
@@ -271,7 +272,7 @@ _EVALUATED = """SELECT DISTINCT round FROM evaluations
 
 def _scores(rows: list[dict], round_: Mapping | None, decision: Decision | None, gaps: list[str]) -> list[Score]:
     resting = set(json.loads((round_ and round_["scorers"]) or "{}").values())
-    if not any(row["scorer"] == steps.COMBINED for row in rows):
+    if not any(row["scorer"] == COMBINED for row in rows):
         gaps.append("it has no combined score")
     elif decision and not any(row["version"] in resting for row in rows):
         gaps.append("no score is of the versions that the round was decided by")

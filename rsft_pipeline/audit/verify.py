@@ -15,12 +15,13 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import merkle, models, steps
+from rsft_pipeline import merkle, models
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import Recipe
 from rsft_pipeline.revocations import ALLOWED
+from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
 
 TABLES = (
@@ -179,7 +180,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
     with _at(connection, made["snapshot"] if there else None):
         then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
         settings = Recipe.model_validate_json(connection.execute(then, of).fetchone()[0])
-        rows, given = steps.training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
+        rows, given = training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
     revoked = _revoked(connection, made)

@@ -1,0 +1,81 @@
+"""Decide: which of a round's candidates are accepted.
+
+Belongs here: a round's candidates beside their scores, and the decisions on them, written or only counted. Not: the
+rules (acceptance.py), nor which of the accepted a checkpoint is trained on (rows.py).
+"""
+
+import json
+
+from rsft_pipeline import acceptance, revocations, rounds
+from rsft_pipeline.recipe import RejectionRule
+from rsft_pipeline.rounds import Round, RoundError
+from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.score import check_not_revoked, versions
+from rsft_pipeline.store import Store
+
+
+def scored(store: Store, round_: Round) -> str:
+    """SQL of a round's candidates with their scores: the columns that acceptance.decisions_sql reads."""
+    recipe, version_of = round_.recipe, versions(store, round_)
+    target, joined = "c.log_p", ""
+    if isinstance(recipe.acceptance, RejectionRule) and recipe.acceptance.target != "policy":
+        target = "t.value"
+        joined = f"""LEFT JOIN scores t
+            ON t.candidate_id = c.candidate_id AND t.recipe = $recipe AND t.content = p.content
+            AND t.scorer = '{recipe.acceptance.target}' AND t.version = '{version_of[recipe.acceptance.target]}'"""
+    return f"""
+        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p,
+               s.value AS score, s.passed, {target} AS target
+        FROM ({ROUND_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+        LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
+            AND s.scorer = '{COMBINED}' AND s.version = '{version_of[COMBINED]}'
+        {joined}"""
+
+
+def decide(store: Store, round_: Round, run_id: str) -> dict:
+    """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters."""
+    check_not_revoked(store, round_)
+    recipe, candidates, version_of = round_.recipe, scored(store, round_), versions(store, round_)
+
+    def work(connection):
+        parameters, decisions = _decisions(connection, round_, candidates, recipe.sampling.most_draws)
+        connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
+        connection.execute(
+            f"""INSERT INTO decisions BY NAME
+                SELECT ? AS recipe, ? AS round, *, ? AS parameters, ? AS dagster_run_id FROM ({decisions})""",
+            [recipe.name, round_.key, json.dumps(parameters), run_id],
+        )
+        connection.execute(
+            "UPDATE rounds SET scorers = ? WHERE recipe = ? AND round = ?",
+            [json.dumps(version_of), recipe.name, round_.key],
+        )
+        connection.execute("DROP TABLE scored")
+        return parameters
+
+    return store.commit(work)
+
+
+def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
+    """How many of each prompt's first draws would be accepted, were it decided on them alone. Writes nothing."""
+    candidates = scored(store, round_)
+
+    def work(connection):
+        _, decisions = _decisions(connection, round_, candidates, draws)
+        counted = connection.execute(f"SELECT prompt_id, count(*) FROM ({decisions}) WHERE accepted GROUP BY ALL")
+        found = dict(counted.fetchall())
+        connection.execute("DROP TABLE scored")
+        return found
+
+    return store.commit(work)
+
+
+def _decisions(connection, round_: Round, candidates: str, draws: int) -> tuple[dict, str]:
+    """The rule's parameters, and a SELECT of the decisions on the temporary table `scored`, which is made for it."""
+    recipe = round_.recipe
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
+    (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
+    if twice:
+        raise RoundError(f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided")
+    revoked = revocations.set_aside(connection, recipe.name, recipe.seed)
+    parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
+    return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"

@@ -1,0 +1,116 @@
+"""Draw: the candidates of a round, and those of its evaluation.
+
+Belongs here: which prompts a round asks, which of their draws the store still misses, and persisting a wave as it
+comes. Not: how candidates are drawn (sampling.py), nor drawing until enough is accepted (until.py).
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from rsft_pipeline import prompts, sampling
+from rsft_pipeline.progress import Show
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.sampling import EVALUATION, Asked, Session, evaluation_sampling
+from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
+from rsft_pipeline.steps.score import check_not_revoked
+from rsft_pipeline.store import Store
+
+
+def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
+    """The prompts of a split that are in the sources now."""
+    return store.query("SELECT * FROM prompts WHERE recipe = ? AND split = ? AND active", [recipe.name, split])
+
+
+def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> list[Asked]:
+    """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`."""
+    check_not_revoked(store, round_)  # before anything is drawn in vain
+    recipe = round_.recipe
+    scope = round_.key if split == "train" else EVALUATION
+    number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts
+    chosen = sampling.choose(prompts_of(store, recipe, split), number, f"{recipe.seed} {scope}")
+    of = {"recipe": recipe.name, "round": round_.key, "split": split}
+    rows = [{**of, "prompt_id": row["prompt_id"], "dagster_run_id": run_id} for row in chosen]
+    store.replace("round_prompts", rows, **of)
+    return [
+        Asked(row["prompt_id"], tuple(ids), row["reference"])
+        for row in chosen
+        for ids in [prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)]
+    ]
+
+
+def plan(
+    store: Store, round_: Round, policy: str, asked: Sequence[Asked], *, split: str, draws: range
+) -> list[tuple[int, list[sampling.Request]]]:
+    """The waves of these draws that are missing: of the round (split `train`), or of evaluating a policy (`eval`)."""
+    recipe = round_.recipe
+    if split == "train":
+        scope, how, there = round_.key, recipe.sampling, (ROUND_CANDIDATES, of_round(round_))
+    else:
+        scope, how = EVALUATION, evaluation_sampling(recipe)
+        there = EVALUATION_CANDIDATES, of_evaluation(round_, policy)
+    waves = sampling.waves(recipe, scope, policy, asked, how, draws)
+    sql, parameters = there
+    drawn = set(store.arrow(f"SELECT candidate_id FROM ({sql})", parameters)["candidate_id"].to_pylist())
+    return list(sampling.pending(waves, drawn))
+
+
+def draw(
+    store: Store,
+    round_: Round,
+    policy: str,
+    session: Session,
+    waves: Sequence[tuple[int, list[sampling.Request]]],
+    *,
+    split: str,
+    run_id: str,
+    show: Show,
+) -> int:
+    """Draw the waves and persist each, whole, as soon as it is drawn. Returns the tokens drawn."""
+    recipe = round_.recipe
+    how = recipe.sampling if split == "train" else evaluation_sampling(recipe)
+    hashed, tokens, done, began = sampling.settings(how, recipe.seed), 0, 0, time.monotonic()
+    for number, requests in waves:
+        drawn = session.draw(requests, how)
+        store.append(
+            "candidates",
+            [
+                {
+                    "recipe": recipe.name,
+                    "round": round_.key,
+                    "candidate_id": one.request.candidate_id,
+                    "prompt_id": one.request.asked.prompt_id,
+                    "split": split,
+                    "origin": how.source,
+                    "policy": policy,
+                    "draw": one.request.draw,
+                    "wave": number,
+                    "text": one.text,
+                    "token_ids": one.token_ids,
+                    "tokens": len(one.token_ids),
+                    "finish_reason": one.finish_reason,
+                    "log_q": one.log_q,
+                    "log_p": one.log_p,
+                    "seed": one.request.seed,
+                    "settings": hashed,
+                    "dagster_run_id": run_id,
+                }
+                for one in drawn
+            ],
+        )
+        tokens += sum(len(one.token_ids) for one in drawn)
+        done += len(drawn)
+        show(done, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+    return tokens
+
+
+def draw_all(
+    store: Store, round_: Round, session: Session, asked: Sequence[Asked], *, run_id: str, show: Show
+) -> tuple[int, int]:
+    """Draw the same number for each of the round's prompts. Returns how many candidates this call drew, and tokens."""
+    (draws,) = sampling.passes(round_.recipe.sampling)
+    waves = plan(store, round_, round_.drawn_from, asked, split="train", draws=draws)
+    missing = sum(len(requests) for _, requests in waves)
+    show = partial(show, total=missing)
+    return missing, draw(store, round_, round_.drawn_from, session, waves, split="train", run_id=run_id, show=show)

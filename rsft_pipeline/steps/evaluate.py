@@ -1,0 +1,159 @@
+"""Evaluate: a checkpoint against the weights that it has to beat, and the end of a round.
+
+Belongs here: who is compared, their results by prompt, what is recorded of the comparison, and finishing the round's
+record. Not: drawing and scoring the held-out candidates (draw.py, score.py), nor the statistics (evaluation.py).
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from rsft_pipeline import acceptance, revocations, rounds
+from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
+from rsft_pipeline.home import Home
+from rsft_pipeline.rounds import Round, RoundError, starting_weights
+from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
+from rsft_pipeline.steps.score import versions
+from rsft_pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The weights that a round evaluates: digests, by role."""
+
+    policy: str
+    checkpoint: str
+    champion: str  # before the round
+    controls: dict[str, str]  # `random`, `everything`: those that the recipe asks for
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """All of them by role."""
+        return {"policy": self.policy, "checkpoint": self.checkpoint, "champion": self.champion, **self.controls}
+
+    @property
+    def weights(self) -> list[str]:
+        """Each of them once."""
+        return list(dict.fromkeys(self.roles.values()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found."""
+
+    summaries: dict[str, Summary]  # by role
+    comparison: Comparison  # of the checkpoint with the champion
+    controls: dict[str, Comparison]  # of the checkpoint with each control
+    promoted: bool
+    verdict: str
+
+
+def contest(store: Store, round_: Round, home: Home) -> Contest:
+    """Who is evaluated in a round. Raises RoundError where it has no checkpoint."""
+    row = rounds.raw(store, round_.recipe.name, round_.key)
+    made, controls = row["checkpoint"], json.loads(row["controls"] or "{}")
+    if made is None:
+        raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")
+    if missing := set(round_.recipe.controls) - set(controls):
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first"
+        )
+    if why := revocations.of_checkpoint(store, round_.recipe.name, made):
+        raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its beginning")
+    champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
+    return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
+
+
+def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome:
+    """Compare the contest's weights on the held-out prompts. Writes `evaluations`."""
+    recipe, how = round_.recipe, round_.recipe.evaluation
+    found = {role: results(store, round_, digest) for role, digest in contest.roles.items()}
+    rows = [
+        {
+            "recipe": recipe.name,
+            "round": round_.key,
+            "role": role,
+            "checkpoint": contest.roles[role],
+            "prompt_id": result.prompt_id,
+            "draws": result.draws,
+            "passes": result.passes,
+            "score": result.score,
+            "distinct_texts": result.distinct,
+            "tokens": result.tokens,
+            "dagster_run_id": run_id,
+        }
+        for role, each in found.items()
+        for result in each
+    ]
+    store.replace("evaluations", rows, recipe=recipe.name, round=round_.key)
+    summaries = {role: summarise(each, k=how.k, confidence=how.confidence) for role, each in found.items()}
+    compared = {
+        role: compare(found[role], found["checkpoint"], recipe.promotion.metric, k=how.k, confidence=how.confidence)
+        for role in ("champion", *contest.controls)
+    }
+    comparison = compared.pop("champion")
+    won, verdict = promoted(comparison, recipe.promotion)
+    return Outcome(summaries, comparison, compared, won, verdict)
+
+
+def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
+    """How a policy did on each of the round's held-out prompts."""
+    recipe = round_.recipe
+    rows = store.query(
+        f"""SELECT c.prompt_id, count(*) AS draws,
+                count(*) FILTER (s.value > $above AND s.passed) AS passes, avg(s.value) AS score,
+                count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
+            FROM ({EVALUATION_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
+                AND s.scorer = '{COMBINED}' AND s.version = $version
+            GROUP BY c.prompt_id ORDER BY c.prompt_id""",
+        {
+            **of_evaluation(round_, policy),
+            "above": recipe.evaluation.pass_above,
+            "version": versions(store, round_)[COMBINED],
+        },
+    )
+    return [PromptResult(**row) for row in rows]
+
+
+def recorded_results(store: Store, round_: Round, role: str) -> list[PromptResult]:
+    """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
+    rows = store.query(
+        """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens FROM evaluations
+           WHERE recipe = ? AND round = ? AND role = ? ORDER BY prompt_id""",
+        [round_.recipe.name, round_.key, role],
+    )
+    return [PromptResult(**row) for row in rows]
+
+
+def conclude(store: Store, round_: Round, contest: Contest, outcome: Outcome) -> None:
+    """Finish the round's record: the point from which the round counts as done."""
+    counts = store.query(
+        f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
+                count(*) FILTER (d.accepted) AS accepted,
+                count(DISTINCT CASE WHEN d.accepted THEN c.prompt_id || {acceptance.normalised("c.text")} END)
+                    AS distinct_accepted
+            FROM ({ROUND_CANDIDATES}) c LEFT JOIN decisions d
+                ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round""",
+        of_round(round_),
+    )[0]
+    as_json = {role: json.dumps(_finite(asdict(summary))) for role, summary in outcome.summaries.items()}
+    rounds.finish(
+        store,
+        round_,
+        checkpoint=contest.checkpoint,
+        champion=contest.checkpoint if outcome.promoted else contest.champion,
+        promoted=outcome.promoted,
+        verdict=outcome.verdict,
+        policy_eval=as_json["policy"],
+        checkpoint_eval=as_json["checkpoint"],
+        champion_eval=as_json["checkpoint" if outcome.promoted else "champion"],
+        **counts,
+    )
+
+
+def _finite(value):
+    """The same with None for what JSON has no number for: the open end of an interval."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,80 @@
+"""Ingest: a recipe's prompts into the store, and the rows that cannot be prompts into quarantine.
+
+Belongs here: what is kept of the prompts that are there already. Not: how a row becomes a prompt (prompts.py), nor
+which prompts a round asks (draw.py).
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+from rsft_pipeline import lineage, models, prompts, revocations
+from rsft_pipeline.home import Home
+from rsft_pipeline.progress import Show
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.store import Store, insert
+from rsft_pipeline.store import replace as store_replace
+
+
+def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) -> prompts.Ingest:
+    """Read the recipe's prompts into `prompts` and `quarantine`.
+
+    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. One
+    that is known keeps its split for ever, whatever `eval_fraction` has become.
+    """
+    prompts.check(recipe)  # before a model is made or fetched for them
+    base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
+    tokenizer = models.tokenizer(base.path)
+    read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, models.context_length(base.path)))
+    sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
+    read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
+    if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
+        raise prompts.PromptError(
+            f"{recipe.name}: none of {len(read.prompts)} prompts is in the {empty.pop()} split: give more prompts, "
+            "or change prompts.eval_fraction"
+        )
+    known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
+    kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
+    if known == [{"source_digest": read.digest}] and Counter(map(_values, kept)) == Counter(
+        map(_values, map(vars, read.refused))
+    ):
+        return read
+    usable = [
+        {
+            "recipe": recipe.name,
+            "prompt_id": prompt.prompt_id,
+            "text": prompt.text,
+            "chat": prompt.messages is not None and tokenizer.chat_template is not None,
+            "messages": json.dumps(prompt.messages) if prompt.messages else None,
+            "reference": prompt.reference,
+            "fields": json.dumps(prompt.fields, ensure_ascii=False),
+            "split": prompt.split,
+            "source": prompt.source,
+            "line": prompt.line,
+            "content": lineage.digest([prompt.text, prompt.reference, prompt.fields]),
+            "source_digest": read.digest,
+            "active": True,
+            "dagster_run_id": run_id,
+        }
+        for prompt in read.prompts
+    ]
+    refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
+
+    def work(connection):
+        ids = [row["prompt_id"] for row in usable]
+        connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe.name])
+        connection.execute(
+            "DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe.name, ids]
+        )
+        insert(connection, "prompts", usable)
+        store_replace(connection, "quarantine", refused, recipe=recipe.name)
+
+    store.commit(work)
+    return read
+
+
+_SIDES = "SELECT prompt_id, split FROM prompts WHERE recipe = ?"
+
+
+def _values(row: dict) -> tuple:
+    return tuple(row[name] for name in ("source", "line", "raw", "reason", "detail"))

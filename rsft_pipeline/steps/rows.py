@@ -1,0 +1,98 @@
+"""Rows: which rows of the store are a round's.
+
+Belongs here: SQL that says which candidates a round drew, was evaluated by, or is trained on, and the parameters
+that it takes. Not: reading or writing any of them (the steps beside this file, and who looks at what they wrote).
+"""
+
+from typing import Any, Literal
+
+from rsft_pipeline import acceptance, merkle, revocations, sampling
+from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.rounds import Round
+
+COMBINED = "combined"  # the scorer name of the combined score
+TrainedOn = Literal["accepted", "random", "everything"]  # the last two are controls
+# Joins are on ids alone and every table is filtered by the recipe itself: with `a.recipe = b.recipe` as a
+# join condition the planner may take it for one worth joining by, and builds the cross product.
+
+# The candidates that a round drew to be trained on. A candidate of older settings, of a policy that has been
+# superseded, or of a prompt that the round no longer asks stays in the table but is not the round's.
+ROUND_CANDIDATES = """
+    SELECT * FROM candidates
+    WHERE recipe = $recipe AND round = $round AND split = 'train'
+      AND policy = $policy AND settings = $settings AND draw < $draws AND prompt_id IN (
+        SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'train')
+"""
+# What one policy answered to the round's held-out prompts, in whichever round it was drawn.
+EVALUATION_CANDIDATES = """
+    SELECT * FROM candidates
+    WHERE recipe = $recipe AND split = 'eval' AND policy = $policy AND settings = $settings AND draw < $draws
+      AND prompt_id IN (
+        SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'eval')
+"""
+
+
+def of_round(round_: Round) -> dict:
+    """Parameters of ROUND_CANDIDATES."""
+    recipe = round_.recipe
+    return {
+        "recipe": recipe.name,
+        "round": round_.key,
+        "policy": round_.drawn_from,
+        "settings": sampling.settings(recipe.sampling, recipe.seed),
+        "draws": recipe.sampling.most_draws,
+    }
+
+
+def of_evaluation(round_: Round, policy: str) -> dict:
+    """Parameters of EVALUATION_CANDIDATES."""
+    drawn = sampling.evaluation_sampling(round_.recipe)
+    settings = sampling.settings(drawn, round_.recipe.seed)
+    return {**of_round(round_), "policy": policy, "settings": settings, "draws": drawn.draws}
+
+
+# --- training sets ---------------------------------------------------------------------------
+
+# The candidates that were decided on and may be trained on, of one round or of all up to it.
+_DECIDED = f"""
+    SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
+        d.prompt_id, p.split
+    FROM decisions d
+    JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
+    JOIN (SELECT *, {merkle.PROMPT} AS prompt_hash FROM prompts WHERE recipe = $recipe) p ON p.prompt_id = d.prompt_id
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $last AND {revocations.ALLOWED}
+"""
+# Those of them that a checkpoint is trained on.
+ACCEPTED = f"{_DECIDED} AND d.accepted"
+# Those that a control is trained on: no score has a say, only the rule's distinctness.
+_EVERYTHING = f"""
+    SELECT * REPLACE (1::DOUBLE AS weight) FROM ({_DECIDED} AND d.reason <> 'revoked')
+    QUALIFY NOT $distinct OR row_number() OVER (
+        PARTITION BY prompt_id, md5_number({acceptance.normalised("text")}) ORDER BY md5($salt || candidate_id)) = 1
+"""
+_RANDOM = f"""
+    SELECT * FROM ({_EVERYTHING}) ORDER BY md5($salt || candidate_id), candidate_id
+    LIMIT (SELECT count(*) FROM ({ACCEPTED}))
+"""
+
+
+def of_training(round_: Round) -> dict:
+    """Parameters of ACCEPTED."""
+    return training_rows(round_.recipe.name, round_.key, round_.recipe)[1]
+
+
+def training_rows(
+    name: str, round_key: str, settings: Recipe, trained_on: TrainedOn = "accepted"
+) -> tuple[str, dict[str, Any]]:
+    """SQL of the rows that a checkpoint of a round is trained on, and its parameters.
+
+    Args:
+        name: the recipe's.
+        settings: its fields as the round recorded them.
+    """
+    first = round_key if settings.training.data == "round" else "r000"
+    parameters = {"recipe": name, "first": first, "last": round_key}
+    if trained_on == "accepted":
+        return ACCEPTED, parameters
+    chance = {"distinct": settings.acceptance.distinct, "salt": f"control:{settings.seed}:"}
+    return {"everything": _EVERYTHING, "random": _RANDOM}[trained_on], {**parameters, **chance}

@@ -1,0 +1,169 @@
+"""Train: a checkpoint from the accepted set, or from what a control is trained on.
+
+Belongs here: reading a training set as one snapshot, and writing the checkpoint with all that it came of. Not: which
+rows a training set is made of (rows.py), nor the training itself (training.py).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from rsft_pipeline import lineage, merkle, models, prompts, revocations, tasks
+from rsft_pipeline.card import card
+from rsft_pipeline.devices import Device
+from rsft_pipeline.home import Home
+from rsft_pipeline.progress import Show
+from rsft_pipeline.rounds import Round, Weights
+from rsft_pipeline.steps.rows import TrainedOn, of_training, training_rows
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, replace
+from rsft_pipeline.training import History, Sample, fit
+
+
+def training_set(
+    store: Store, round_: Round, tokenizer, trained_on: TrainedOn = "accepted"
+) -> tuple[list[Sample], pa.ChunkedArray, int]:
+    """What a checkpoint of the round is trained on, in the order of the ids, the leaf of each sample (merkle.py),
+    and the snapshot that they were read from."""
+    chosen, parameters = training_rows(round_.recipe.name, round_.key, round_.recipe, trained_on)
+
+    def work(connection):
+        sql = f"SELECT *, {merkle.LEAF} AS leaf FROM ({chosen}) ORDER BY candidate_id"
+        read = connection.execute(sql, parameters).to_arrow_table()
+        return read, connection.execute(NEWEST_SNAPSHOT).fetchone()[0]
+
+    read, snapshot = store.commit(work)
+    rows = read.to_pylist()
+    encoded = {(row["prompt"], row["chat"]): None for row in rows}
+    for text, chat in encoded:
+        encoded[text, chat] = prompts.encode(tokenizer, text, chat, round_.recipe.task)
+    samples = [
+        Sample(row["candidate_id"], encoded[row["prompt"], row["chat"]], row["token_ids"], row["weight"])
+        for row in rows
+    ]
+    return samples, read["leaf"], snapshot
+
+
+def _scorers(store: Store, round_: Round) -> list[str]:
+    """The scorer versions that the decisions on a training set rest on."""
+    rows = store.query(
+        "SELECT scorers FROM rounds WHERE recipe = $recipe AND round BETWEEN $first AND $last", of_training(round_)
+    )
+    return sorted({version for row in rows for version in json.loads(row["scorers"] or "{}").values()})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint and how it came to be."""
+
+    checkpoint: models.Checkpoint
+    parent: str
+    accepted_digest: str
+    merkle_root: str
+    samples: int
+    trainable: int
+    total: int
+    history: History
+
+
+def train(
+    store: Store,
+    round_: Round,
+    start: Weights,
+    home: Home,
+    device: Device,
+    run_id: str,
+    show: Show,
+    trained_on: TrainedOn = "accepted",
+) -> Trained:
+    """Fine-tune the starting weights on the accepted set, or as a control, save the checkpoint, and write its rows.
+
+    Writes `checkpoints` and `training_samples`. Killed, it goes on from its last saved step.
+    """
+    recipe = round_.recipe
+    tokenizer = models.tokenizer(start.path)
+    samples, leaves, snapshot = training_set(store, round_, tokenizer, trained_on)
+    model = models.load(start.path, device, train=True, task=recipe.task)
+    model, trainable, total = models.select_trainable(model, recipe.model, recipe.seed)
+    scratch = home.scratch / recipe.name / round_.key / trained_on
+    history = fit(
+        model,
+        samples,
+        recipe.training,
+        task=tasks.of(recipe),
+        start=lineage.digest([start.digest, recipe.model.model_dump(mode="json")]),
+        seed=recipe.seed,
+        device=device,
+        pad_id=tokenizer.pad_token_id,
+        scratch=scratch,
+        on_step=lambda step, steps, loss, tokens: show(step, f"loss {loss:.3f}", steps),
+    )
+    accepted = lineage.set_digest(sample.candidate_id for sample in samples)
+    meta = {
+        "kind": "checkpoint",
+        "recipe": recipe.name,
+        "round": round_.key,
+        "parent": start.digest,
+        "policy": round_.policy,
+        "trained_on": trained_on,
+        "accepted_digest": accepted,
+        "merkle_root": merkle.root(leaves),
+        "samples": len(samples),
+        "store_snapshot": snapshot,
+        "scorers": _scorers(store, round_),
+        "training": recipe.training.model_dump(mode="json"),
+        "recipe_digest": recipe.digest,
+        "steps": len(history.steps),
+        "tokens": history.tokens,
+        "loss": history.steps[-1].loss,
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+    checkpoint = models.save(model, tokenizer, home.checkpoints, meta, card(meta))
+    row = {
+        "recipe": recipe.name,
+        "round": round_.key,
+        "checkpoint": checkpoint.digest,
+        "parent": start.digest,
+        "policy": round_.policy,
+        "trained_on": trained_on,
+        "path": str(checkpoint.path),
+        "accepted_digest": accepted,
+        "samples": len(samples),
+        "steps": len(history.steps),
+        "loss": history.steps[-1].loss,
+        "snapshot": snapshot,
+        "meta": json.dumps(meta),
+        "mlflow_run_id": round_.mlflow_run_id,
+        "dagster_run_id": run_id,
+    }
+    members = [
+        {
+            "recipe": recipe.name,
+            "round": round_.key,
+            "checkpoint": checkpoint.digest,
+            "candidate_id": sample.candidate_id,
+            "weight": sample.weight,
+            "leaf": leaf,
+            "dagster_run_id": run_id,
+        }
+        for sample, leaf in zip(samples, leaves.to_pylist(), strict=True)
+    ]
+
+    def work(connection):
+        made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
+        replace(connection, "checkpoints", [row], **made)
+        replace(connection, "training_samples", members, **made)
+        revocations.lift(connection, checkpoint.digest)
+        told = "checkpoint = ?", checkpoint.digest
+        if trained_on != "accepted":
+            control = json.dumps({trained_on: checkpoint.digest})
+            told = "controls = json_merge_patch(coalesce(controls, '{}'), ?)", control
+        connection.execute(
+            f"UPDATE rounds SET {told[0]} WHERE recipe = ? AND round = ?", [told[1], recipe.name, round_.key]
+        )
+
+    store.commit(work)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Trained(checkpoint, start.digest, accepted, meta["merkle_root"], len(samples), trainable, total, history)
