@@ -28,7 +28,9 @@ from resources.sampler import TransformersSampler
 from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline.home import Home, settle_environment
-from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, load
+from rsft_pipeline.recipe.reading import RECIPES, load
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError
 
 log = logging.getLogger(__name__)
 

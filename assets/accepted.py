@@ -7,7 +7,7 @@ from resources import pages
 from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import report, rounds
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.decide import decide
 
 

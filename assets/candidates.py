@@ -12,7 +12,7 @@ from resources.store import StoreResource
 from rsft_pipeline import models, report, rounds, until
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.draw import ask, draw_all
 
 

@@ -10,7 +10,7 @@ from resources.tracking import Tracking
 from rsft_pipeline import gates, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.train import Trained, train
 
 

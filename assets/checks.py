@@ -8,7 +8,7 @@ from assets.shared import key
 from resources.store import StoreResource
 from rsft_pipeline import gates, rounds
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.store import Store
 

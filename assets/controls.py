@@ -9,7 +9,7 @@ from resources.tracking import Tracking
 from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.train import train
 
 

@@ -15,7 +15,7 @@ from rsft_pipeline.evaluation import Comparison, Summary
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps import draw, evaluate
 from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, of_evaluation
 from rsft_pipeline.steps.score import score

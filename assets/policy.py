@@ -11,7 +11,7 @@ from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import models, rounds
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 
 def policy(recipe: Recipe) -> dg.AssetsDefinition:

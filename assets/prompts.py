@@ -9,7 +9,7 @@ from resources.store import StoreResource
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import table
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.ingest import ingest
 
 

@@ -7,7 +7,7 @@ from resources.accelerator import Accelerator
 from resources.store import StoreResource
 from rsft_pipeline import report, rounds
 from rsft_pipeline.progress import track
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
 from rsft_pipeline.steps.score import score
 

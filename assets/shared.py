@@ -5,7 +5,8 @@ from typing import Any
 
 import dagster as dg
 
-from rsft_pipeline.recipe import Recipe, load
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 
 OVERRIDES = "rsft/set"  # run tag: JSON of `a.b` → YAML text, as given to `rsft run --set`
 

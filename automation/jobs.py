@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.shared import key, rounds_of
 from rsft_pipeline import rounds
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 LOOP = "rsft/loop"  # run tag whose value is the recipe; dagster.yaml lets one run of each go at a time
 STEPS = ("prompts", "policy", "candidates", "scores", "accepted", "checkpoint", "evaluation")

@@ -8,7 +8,7 @@ import psutil
 
 from automation.jobs import LOOP
 from rsft_pipeline import rounds
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 PROCESS = "rsft/process"  # run tag: the process that a round started from the command line lives in

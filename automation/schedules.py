@@ -6,7 +6,7 @@ from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
 from automation.runs import due
 from resources.store import StoreResource
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 
 def schedules(recipe: Recipe) -> list[dg.ScheduleDefinition]:

@@ -12,7 +12,7 @@ from automation.runs import busy, due, failures
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.prompts import inbox_files
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 ATTEMPTS = 3  # at a round, before a person has to look
 

@@ -26,7 +26,8 @@ from rsft_pipeline import lineage, merkle, sampling
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.trace import trace
-from rsft_pipeline.recipe import Recipe, load
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps import score
 from rsft_pipeline.steps.decide import decide

@@ -28,14 +28,14 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
     """The same round with nothing around it."""
     import random
 
-    from rsft_pipeline import models, recipe, tasks, training
+    from rsft_pipeline import models, tasks, training
     from rsft_pipeline.devices import Device
     from rsft_pipeline.prompts import encode
-    from rsft_pipeline.recipe import load
+    from rsft_pipeline.recipe.reading import find, load
     from rsft_pipeline.sampling import Asked, Request
     from rsft_pipeline.scoring import answer
 
-    made, device = load(recipe.find("arithmetic"), overrides), Device("cpu", "float32")
+    made, device = load(find("arithmetic"), overrides), Device("cpu", "float32")
     task, how = tasks.of(made), made.sampling
     base = models.base(made, home)
     tokenizer, model = models.tokenizer(base.path), models.load(base.path, device)
@@ -116,9 +116,10 @@ def main() -> None:
         bare(arguments.home, overrides)
         return
     from resources.tracking import Tracking
-    from rsft_pipeline import models, recipe
+    from rsft_pipeline import models
+    from rsft_pipeline.recipe.reading import find, load
 
-    models.base(recipe.load(recipe.find("arithmetic"), overrides), arguments.home)  # made, or there already
+    models.base(load(find("arithmetic"), overrides), arguments.home)  # made, or there already
     turns = []
     for _ in range(arguments.turns):
         began = time.perf_counter()

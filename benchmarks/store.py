@@ -25,7 +25,8 @@ import duckdb
 from pydantic import TypeAdapter
 
 from rsft_pipeline import acceptance, lineage, sampling
-from rsft_pipeline.recipe import AnyRule, load
+from rsft_pipeline.recipe.acceptance import AnyRule
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.decide import scored
 from rsft_pipeline.steps.rows import ACCEPTED, COMBINED, of_round, of_training

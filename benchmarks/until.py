@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_pipeline import models, recipe, rounds, tasks, until
+from rsft_pipeline import models, rounds, tasks, until
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.lineage import set_digest
+from rsft_pipeline.recipe.reading import find, load
 from rsft_pipeline.sampling import InProcess
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.draw import ask, draw_all
@@ -37,9 +38,7 @@ CPU = Device("cpu", "float32")
 
 def measure(home: Home, overrides: dict[str, str]) -> dict:
     """One round's drawing, scoring and deciding, in a store of its own."""
-    made = recipe.load(
-        recipe.find("arithmetic"), {"acceptance.cap": "null", "acceptance.distinct": "false", **overrides}
-    )
+    made = load(find("arithmetic"), {"acceptance.cap": "null", "acceptance.distinct": "false", **overrides})
     with tempfile.TemporaryDirectory() as folder, Store.at(Path(folder)) as store:
         ingest(store, made, home, "benchmark", lambda *_: None)
         policy = rounds.starting_weights(store, made, home, "r000", "base")

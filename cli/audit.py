@@ -20,7 +20,6 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cli.run import SetOption, _find, _overrides, _store
-from rsft_pipeline import recipe as recipes
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
@@ -28,7 +27,8 @@ from rsft_pipeline.audit import whatif as asking
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay, compare.", no_args_is_help=True)
@@ -51,7 +51,7 @@ def opened() -> Iterator[Store]:
 
 def recipe_named(name: str) -> Recipe:
     """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
-    return recipes.load(_find(name))
+    return load(_find(name))
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:

@@ -7,7 +7,7 @@ import typer
 from cli import audit, audit_ui, lineage, run, ui
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import settle_environment
-from rsft_pipeline.recipe import RecipeError
+from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import StoreError
 
 app = typer.Typer(

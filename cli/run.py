@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rsft_pipeline import prompts, rounds, scoring
-from rsft_pipeline import recipe as recipes
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
-from rsft_pipeline.recipe import Recipe, RecipeError
+from rsft_pipeline.recipe import reading
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
 
 console = Console()
@@ -42,7 +43,7 @@ def run(
 ) -> None:
     """Run rounds. One that was interrupted is finished first, from where it stopped."""
     overrides = _overrides(set_)
-    loaded = _linked(_checked(recipes.load(_find(recipe), overrides)))
+    loaded = _linked(_checked(reading.load(_find(recipe), overrides)))
     _device()
     watch()
     with Home.here().lock("instance", wait=True):
@@ -88,13 +89,13 @@ def status(
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say whether a recipe can run: its fields, its prompt source, its scorers."""
-    loaded = _checked(recipes.load(_find(recipe), _overrides(set_)))
+    loaded = _checked(reading.load(_find(recipe), _overrides(set_)))
     console.print(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})", soft_wrap=True, highlight=False)
 
 
 def schema() -> None:
     """JSON Schema of recipes, for editors that complete and check YAML."""
-    print(json.dumps(recipes.schema(), indent=2))
+    print(json.dumps(reading.schema(), indent=2))
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def _store() -> Store:
 
 
 def _find(name: str) -> Path:
-    return recipes.find(name, (recipes.RECIPES, Home.here().recipes))
+    return reading.find(name, (reading.RECIPES, Home.here().recipes))
 
 
 def _device() -> None:
@@ -190,7 +191,7 @@ def _checked(recipe: Recipe) -> Recipe:
 
 def _linked(recipe: Recipe) -> Recipe:
     """Make a recipe from elsewhere known to this home, so that Dagster's UI shows it."""
-    usual = recipes.RECIPES / recipe.file.name
+    usual = reading.RECIPES / recipe.file.name
     link = Home.here().recipes / recipe.file.name
     if recipe.file == usual.resolve():
         return recipe

@@ -13,7 +13,8 @@ import yaml
 from rsft_pipeline import models, prompts, scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.markdown import table
-from rsft_pipeline.recipe import Recipe, load
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 

@@ -1,4 +1,4 @@
-"""The field tables of docs/recipes.md, made from the descriptions in rsft_pipeline/recipe.py.
+"""The field tables of docs/recipes.md, made from the descriptions in rsft_pipeline/recipe/.
 
     python -m docs.tables            # writes them
     python -m docs.tables --check    # exits with 1 where the page is behind the code
@@ -15,15 +15,18 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from rsft_pipeline import recipe
+from rsft_pipeline.recipe import acceptance, evaluation, model, prompts, recipe, sampling, scoring, training
+from rsft_pipeline.recipe.section import Section
 
 PAGE = Path(__file__).with_name("recipes.md")
 MARKED = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+FILES = (model, prompts, sampling, scoring, acceptance, training, evaluation, recipe)
+SECTIONS = {name: section for file in FILES for name, section in vars(file).items()}
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "mapping"}
 
 
-def table(section: type[recipe.Section]) -> str:
+def table(section: type[Section]) -> str:
     """One row for each field that the section itself adds."""
     inherited = {name for base in section.__mro__[1:] for name in getattr(base, "model_fields", {})}
     rows = [
@@ -44,7 +47,7 @@ def kind(field: FieldInfo) -> str:
 
 def words(annotation: typing.Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, recipe.Section):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     if origin is typing.Annotated:
         return words(arguments[0])
@@ -66,7 +69,7 @@ def default(field: FieldInfo) -> str:
     match field.default:
         case None:
             return "none"
-        case recipe.Section():
+        case Section():
             return "its own"
         case tuple():
             return f"`{list(field.default)}`"
@@ -75,11 +78,11 @@ def default(field: FieldInfo) -> str:
 
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    made = MARKED.sub(lambda found: found[1] + table(getattr(recipe, found[2])) + found[3], page)
+    made = MARKED.sub(lambda found: found[1] + table(SECTIONS[found[2]]) + found[3], page)
     if "--check" not in sys.argv:
         PAGE.write_text(made, encoding="utf-8")
     elif made != page:
-        sys.exit(f"{PAGE} is behind rsft_pipeline/recipe.py: python -m docs.tables")
+        sys.exit(f"{PAGE} is behind rsft_pipeline/recipe/: python -m docs.tables")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import dagster as dg
 
 from rsft_pipeline import tasks
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.sampling import InProcess, Session
 
 

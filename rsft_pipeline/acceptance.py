@@ -35,7 +35,14 @@ import duckdb
 import numpy as np
 
 from rsft_pipeline import calibration
-from rsft_pipeline.recipe import AnyRule, BoltzmannRule, CalibratedRule, QuantileRule, RejectionRule, ThresholdRule
+from rsft_pipeline.recipe.acceptance import (
+    AnyRule,
+    BoltzmannRule,
+    CalibratedRule,
+    QuantileRule,
+    RejectionRule,
+    ThresholdRule,
+)
 
 # lineage.uniform: the low half of an MD5, its upper 53 bits. `{seed}` is to be filled in.
 UNIFORM_SQL = "(md5_number_lower('{seed}:' || candidate_id) >> 11) * pow(2, -53)"

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Bootstrap, Recipe, Training, WarmUp
+from rsft_pipeline.recipe.model import Bootstrap, WarmUp
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.training import Training
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from scipy.special import betainc
 
 from rsft_pipeline import acceptance
 from rsft_pipeline.calibration import CalibrationError
-from rsft_pipeline.recipe import AnyRule
+from rsft_pipeline.recipe.acceptance import AnyRule
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps import decide, rows
 from rsft_pipeline.store import Store

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import stdtrit
 
-from rsft_pipeline.recipe import Promotion, Stop
+from rsft_pipeline.recipe.evaluation import Promotion, Stop
 
 Metric = Literal["pass_at_1", "pass_at_k", "mean_score"]
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from rsft_pipeline import lineage
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Model, Recipe
+from rsft_pipeline.recipe.model import Model
+from rsft_pipeline.recipe.recipe import Recipe
 
 # What a model's content is: weights, configuration, tokenizer, chat template.
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rsft_pipeline import functions, lineage
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rsft_pipeline import models, revocations
 from rsft_pipeline.evaluation import FinishedRound, stop_reason
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from rsft_pipeline import lineage, models
 from rsft_pipeline.devices import Device, release
-from rsft_pipeline.recipe import Recipe, Sampling
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.training import Sample
 
 EVALUATION = "evaluation"  # the scope of held-out draws: the same weights are drawn from once

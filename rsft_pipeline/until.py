@@ -5,7 +5,7 @@ scoring and deciding themselves (steps/).
 
 The prompts are gone through in passes. Each wave is scored as it comes, and a pass leaves out the prompts
 that have enough accepted by then. No decision is written here: a candidate's own decision never hangs on
-later draws (recipe.py refuses rules of which that is not true), so the one made at the end is the same. A
+later draws (recipe/recipe.py refuses rules of which that is not true), so the one made at the end is the same. A
 run that was killed goes on with the very waves that it would have drawn.
 """
 

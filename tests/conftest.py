@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import yaml
 
-from rsft_pipeline.recipe import load
+from rsft_pipeline.recipe.reading import load
 
 FUNCTIONS = '''
 def letters():

@@ -7,7 +7,7 @@ import conftest
 import yaml
 
 from rsft_pipeline import lineage, sampling
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 RECIPE = "letters"

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from rsft_pipeline import acceptance, lineage
-from rsft_pipeline.recipe import AnyRule
+from rsft_pipeline.recipe.acceptance import AnyRule
 
 # lineage.uniform of these candidate ids with seed 0, from smallest to largest:
 # a 0.19  d 0.32  f 0.38  e 0.45  c 0.74  b 0.87  h 0.95;  and g 0.29 between a and d.

@@ -27,7 +27,7 @@ from rsft_pipeline.audit.verify import find, verify
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import load
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store

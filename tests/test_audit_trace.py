@@ -22,7 +22,7 @@ from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import load
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from rsft_pipeline import bootstrap, classes, models, prompts
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Bootstrap, Sampling, load
+from rsft_pipeline.recipe.model import Bootstrap
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Asked, Request
 from rsft_pipeline.tasks import classification
 from rsft_pipeline.training import Sample

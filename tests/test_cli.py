@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rsft_pipeline.recipe import RECIPES
+from rsft_pipeline.recipe.reading import RECIPES
 
 
 def rsft(*words, cwd=None):

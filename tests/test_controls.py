@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rsft_pipeline import lineage, rounds
-from rsft_pipeline.recipe import load
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.store import Store
 from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
 

@@ -8,7 +8,7 @@ from toposort import CircularDependencyError
 
 import definitions
 from automation.schedules import schedules
-from rsft_pipeline.recipe import RECIPES, load
+from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.store import Store
 
 

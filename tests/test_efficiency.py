@@ -16,7 +16,8 @@ import definitions
 from assets.shared import rounds_of
 from automation.jobs import job_name
 from rsft_pipeline import acceptance, efficiency
-from rsft_pipeline.recipe import AnyRule, load
+from rsft_pipeline.recipe.acceptance import AnyRule
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import raw
 from rsft_pipeline.store import Store
 

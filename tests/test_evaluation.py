@@ -16,7 +16,7 @@ from rsft_pipeline.evaluation import (
     stop_reason,
     summarise,
 )
-from rsft_pipeline.recipe import Promotion, Stop
+from rsft_pipeline.recipe.evaluation import Promotion, Stop
 
 
 def result(prompt_id, passes=0, draws=4, score=0.5, distinct=1, tokens=10.0):

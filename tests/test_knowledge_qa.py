@@ -6,11 +6,11 @@ import math
 import pytest
 
 from rsft_pipeline import functions, rounds
-from rsft_pipeline import recipe as recipes
+from rsft_pipeline.recipe.reading import RECIPES, find, load
 from rsft_pipeline.store import Store
 from tests.test_round import instance, run  # noqa: F401 (a fixture)
 
-OFFLINE = recipes.find("knowledge_qa_offline")
+OFFLINE = find("knowledge_qa_offline")
 DATA = ("web_questions", "common_web_questions", "careless_web_answers")
 
 PAIRS = '''
@@ -38,7 +38,7 @@ def pairs(write_recipe):
     """The recipe with an acceptance section of its own, on a two-layer T5 and questions of two letters."""
 
     def make(**acceptance):
-        told = recipes.load(OFFLINE).model_dump(mode="json")
+        told = load(OFFLINE).model_dump(mode="json")
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2}
         corpus = {"corpus": "pairs:babble", "tokenizer": "characters", "steps": 60, "learning_rate": 0.01}
         bootstrap = told["model"]["bootstrap"]
@@ -56,7 +56,7 @@ def pairs(write_recipe):
             evaluation=told["evaluation"],
         )
         (path.parent / "pairs.py").write_text(PAIRS)
-        return recipes.load(path)
+        return load(path)
 
     return make
 
@@ -111,7 +111,7 @@ def test_web_questions_are_read_from_arrays_and_the_common_ones_picked(tmp_path,
     rows = [{"qText": f"what is spoken in land {i}?", "answers": ["Welsh", f"Dialect {i}"]} for i in range(8)]
     (tmp_path / "train.json").write_text(json.dumps([*rows, {"qText": "who was it?", "answers": ["Nobody"]}]))
     (tmp_path / "test.json").write_text(json.dumps([{"qText": "é?", "answers": ["Welsh"]}]))
-    of = {name: functions.load(f"knowledge_qa:{name}", recipes.RECIPES) for name in DATA}
+    of = {name: functions.load(f"knowledge_qa:{name}", RECIPES) for name in DATA}
     for function in of.values():
         monkeypatch.setitem(function.__globals__, "WEB_QUESTIONS", tmp_path)
     every = list(of["web_questions"]())

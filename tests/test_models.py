@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rsft_pipeline import bootstrap, lineage, models, prompts, recipe, training
+from rsft_pipeline import bootstrap, lineage, models, prompts, training
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.prompts import encode
-from rsft_pipeline.recipe import Bootstrap, Lora, Model
+from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.tasks import causal
 
 CPU = Device("cpu", "float32")
@@ -44,7 +46,7 @@ def tiny(config=LLAMA, **settings):
 def trained(model, tmp_path):
     """The model after a few real steps."""
     samples = [training.Sample("a", [1, 5, 6], [7, 8, 2]), training.Sample("b", [1, 9], [10, 2])]
-    settings = recipe.Training(epochs=4, batch_size=1, learning_rate=1e-2)
+    settings = Training(epochs=4, batch_size=1, learning_rate=1e-2)
     where = {"scratch": tmp_path / "scratch", "device": CPU}
     training.fit(model, samples, settings, task=causal, start="tiny", seed=0, pad_id=0, **where)
     return model
@@ -71,7 +73,7 @@ def a_recipe(folder, source="bootstrap", **bootstrapped):
     }
     file = folder / "letters.yaml"
     file.write_text(json.dumps(tree))  # JSON is YAML
-    return recipe.load(file)
+    return load(file)
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def test_two_builds_give_the_same_digest_and_another_seed_another(tmp_path, kind
     wanted = a_recipe(tmp_path, tokenizer=kind, vocabulary=300)
     first = models.base(wanted, tmp_path / "one")
     assert models.base(wanted, tmp_path / "two").digest == first.digest
-    reseeded = recipe.load(tmp_path / "letters.yaml", {"seed": "1"})
+    reseeded = load(tmp_path / "letters.yaml", {"seed": "1"})
     assert models.base(reseeded, tmp_path / "one").digest != first.digest
 
 

@@ -5,7 +5,8 @@ import torch
 
 from rsft_pipeline import models, prompts, rounds
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import RecipeError, load
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
 from tests.test_round import failure_of, instance, run  # noqa: F401 (a fixture)
 

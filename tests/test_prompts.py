@@ -11,7 +11,9 @@ import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rsft_pipeline import functions, lineage, prompts, recipe
+from rsft_pipeline import functions, lineage, prompts
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 
 
 def characters(post: str = "<s> $A", chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -29,7 +31,7 @@ def characters(post: str = "<s> $A", chat_template: str | None = None) -> PreTra
 def make(tmp_path):
     """A recipe in tmp_path whose `prompts` section is given; template and source have defaults."""
 
-    def make(sampling=None, **section) -> recipe.Recipe:
+    def make(sampling=None, **section) -> Recipe:
         section = {"source": "rows.jsonl", **section}
         if "messages" not in section:
             section.setdefault("template", "{q}")
@@ -42,7 +44,7 @@ def make(tmp_path):
             "acceptance": {"rule": "threshold", "threshold": 0},
         }
         (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
-        return recipe.load(tmp_path / "trial.yaml")
+        return load(tmp_path / "trial.yaml")
 
     return make
 
@@ -52,7 +54,7 @@ def write(path: Path, *lines: bytes) -> Path:
     return path
 
 
-def read(made: recipe.Recipe, context_length: int = 1000, tokenizer=None) -> prompts.Ingest:
+def read(made: Recipe, context_length: int = 1000, tokenizer=None) -> prompts.Ingest:
     ingest = prompts.read(made, tokenizer or characters(), context_length)
     assert ingest.rows == len(ingest.prompts) + len(ingest.refused)
     return ingest

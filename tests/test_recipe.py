@@ -4,7 +4,9 @@ import jsonschema
 import pytest
 import yaml
 
-from rsft_pipeline.recipe import RECIPES, Recipe, RecipeError, find, load, schema
+from rsft_pipeline.recipe.reading import RECIPES, find, load, schema
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError
 
 
 def changed(write_recipe, **sections):

@@ -13,7 +13,8 @@ import definitions
 from assets.shared import OVERRIDES, rounds_of
 from automation.jobs import job_name
 from rsft_pipeline import bootstrap, functions, models, rounds
-from rsft_pipeline.recipe import RECIPES, Bootstrap, find, load
+from rsft_pipeline.recipe.model import Bootstrap
+from rsft_pipeline.recipe.reading import RECIPES, find, load
 from rsft_pipeline.scoring import Sample
 from rsft_pipeline.scoring.blocklist import Blocklist
 from rsft_pipeline.store import Store

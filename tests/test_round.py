@@ -11,7 +11,7 @@ from assets.shared import OVERRIDES, rounds_of
 from automation.jobs import job_name
 from rsft_pipeline import lineage, models, prompts, rounds
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import load
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import of_round
 from rsft_pipeline.store import Store

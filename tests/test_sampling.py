@@ -1,7 +1,7 @@
 """Sampling: what a candidate's id depends on, and how waves are cut."""
 
 from rsft_pipeline import sampling
-from rsft_pipeline.recipe import Until
+from rsft_pipeline.recipe.sampling import Until
 
 PROMPTS = [sampling.Asked(f"p{i}", tuple(range(1 + i % 3)), None) for i in range(10)]
 

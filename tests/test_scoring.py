@@ -11,8 +11,10 @@ import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rsft_pipeline import recipe, scoring
+from rsft_pipeline import scoring
 from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.scoring import Sample, answer, blocklist, simple, symbolic
 
 CPU = Device("cpu", "float32")
@@ -26,7 +28,7 @@ def sample(completion: str, reference: str | None = None, prompt: str = "") -> S
 def make(tmp_path):
     """A recipe in tmp_path with the given scorers."""
 
-    def make(*scorers: dict, combine: str = "weighted") -> recipe.Recipe:
+    def make(*scorers: dict, combine: str = "weighted") -> Recipe:
         tree = {
             "description": "a trial",
             "model": {"source": "model"},
@@ -35,7 +37,7 @@ def make(tmp_path):
             "acceptance": {"rule": "threshold", "threshold": 0},
         }
         (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
-        return recipe.load(tmp_path / "trial.yaml")
+        return load(tmp_path / "trial.yaml")
 
     return make
 
@@ -247,7 +249,7 @@ def test_a_reward_model_that_cannot_be_used_is_named(make, reward_model, tmp_pat
 def mine(make, tmp_path):
     """A recipe whose only scorer is the function with the given body, called `mine`."""
 
-    def mine(body: str) -> recipe.Recipe:
+    def mine(body: str) -> Recipe:
         (tmp_path / "judges.py").write_text(f"def judge(samples, factor=1):\n    {body}\n")
         return make({"kind": "function", "function": "judges:judge", "name": "mine"})
 

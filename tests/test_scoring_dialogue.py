@@ -10,8 +10,10 @@ import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from rsft_pipeline import recipe, scoring
+from rsft_pipeline import scoring
 from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.scoring import Sample, dialogue, embedding
 from rsft_pipeline.steps import score
@@ -25,7 +27,7 @@ CLS, SEP, PAD = 0, 1, 2
 def make(tmp_path):
     """A recipe in tmp_path with the given scorer, called `it`."""
 
-    def make(messages: list[dict] | None = None, **scorer) -> recipe.Recipe:
+    def make(messages: list[dict] | None = None, **scorer) -> Recipe:
         tree = {
             "description": "a trial",
             "model": {"source": "model"},
@@ -34,7 +36,7 @@ def make(tmp_path):
             "acceptance": {"rule": "threshold", "threshold": 0},
         }
         (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
-        return recipe.load(tmp_path / "trial.yaml")
+        return load(tmp_path / "trial.yaml")
 
     return make
 

@@ -14,8 +14,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rsft_pipeline import recipe, scoring
+from rsft_pipeline import scoring
 from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.scoring import Sample, knowledge, squad
 
 CPU = Device("cpu", "float32")
@@ -34,7 +35,7 @@ def judge(tmp_path):
             "acceptance": {"rule": "threshold", "threshold": 0},
         }
         (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tree))
-        made = recipe.load(tmp_path / "trial.yaml")
+        made = load(tmp_path / "trial.yaml")
         return scoring.score(scoring.judges(made, CPU), samples)["it"]
 
     return judge

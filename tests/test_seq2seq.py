@@ -11,11 +11,13 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import decoding, lineage, models, prompts, recipe, shared_encoder, shared_prefix, tasks, training
+from rsft_pipeline import decoding, lineage, models, prompts, shared_encoder, shared_prefix, tasks, training
 from rsft_pipeline.decoding import Row, Shape, decode
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
-from rsft_pipeline.recipe import Lora, Model, Training
+from rsft_pipeline.recipe.model import Lora, Model
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.sampling import Asked, Request
 from rsft_pipeline.tasks import causal, seq2seq
 from rsft_pipeline.training import Sample, TrainingError
@@ -436,7 +438,7 @@ def made(tmp_path_factory):
         "acceptance": {"rule": "top_k", "k": 1},
     }
     (folder / "copy_letters.yaml").write_text(json.dumps(tree))
-    told = recipe.load(folder / "copy_letters.yaml")
+    told = load(folder / "copy_letters.yaml")
     return told, models.base(told, folder)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe import Training
+from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.tasks import causal
 from rsft_pipeline.training import Sample, TrainingError, factor, fit, parts, plan
 

@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
 
 def ours(model, samples: list[dict], request: dict, folder: str, clock: Clock) -> list[float]:
     from rsft_pipeline.devices import Device
-    from rsft_pipeline.recipe import Training
+    from rsft_pipeline.recipe.training import Training
     from rsft_pipeline.tasks import causal
     from rsft_pipeline.training import Sample, fit
 

@@ -14,7 +14,7 @@ from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.evaluation import PromptResult, interval
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.evaluate import recorded_results
 from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round

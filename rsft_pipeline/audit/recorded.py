@@ -10,7 +10,7 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline.recipe import RejectionRule
+from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 

@@ -21,7 +21,7 @@ from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.scoring import ScoringError

@@ -19,7 +19,7 @@ from rsft_pipeline import merkle, models
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import ALLOWED
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store

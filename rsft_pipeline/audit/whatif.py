@@ -18,7 +18,8 @@ from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.recipe import Recipe, Rule
+from rsft_pipeline.recipe.acceptance import Rule
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from rsft_pipeline import functions, models
 from rsft_pipeline.devices import Device
 from rsft_pipeline.lineage import digest, file_digest, set_digest
-from rsft_pipeline.recipe import AnyScorer, Recipe, Scoring
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.scoring import AnyScorer, Scoring
 from rsft_pipeline.scoring import (
     answer,
     blocklist,

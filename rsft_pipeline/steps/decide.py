@@ -7,7 +7,7 @@ rules (acceptance.py), nor which of the accepted a checkpoint is trained on (row
 import json
 
 from rsft_pipeline import acceptance, revocations, rounds
-from rsft_pipeline.recipe import RejectionRule
+from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 from rsft_pipeline.steps.score import check_not_revoked, versions

@@ -10,7 +10,7 @@ from functools import partial
 
 from rsft_pipeline import prompts, sampling
 from rsft_pipeline.progress import Show
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import EVALUATION, Asked, Session, evaluation_sampling
 from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round

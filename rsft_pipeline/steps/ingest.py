@@ -11,7 +11,7 @@ from dataclasses import replace
 from rsft_pipeline import lineage, models, prompts, revocations
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import Show
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store, insert
 from rsft_pipeline.store import replace as store_replace
 

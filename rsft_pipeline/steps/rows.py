@@ -7,7 +7,7 @@ that it takes. Not: reading or writing any of them (the steps beside this file, 
 from typing import Any, Literal
 
 from rsft_pipeline import acceptance, merkle, revocations, sampling
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 
 COMBINED = "combined"  # the scorer name of the combined score

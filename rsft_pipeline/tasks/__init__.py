@@ -12,7 +12,7 @@ What models that write have in common lies in writing.py.
 import importlib
 from types import ModuleType
 
-from rsft_pipeline.recipe import Recipe
+from rsft_pipeline.recipe.recipe import Recipe
 
 
 def of(recipe: Recipe) -> ModuleType:

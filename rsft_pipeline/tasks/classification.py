@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsft_pipeline.decoding import Shape, choose, right_padded, uniforms
-from rsft_pipeline.recipe import Sampling
+from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rsft_pipeline import models
 from rsft_pipeline.decoding import Row, Shape, decode
-from rsft_pipeline.recipe import Sampling
+from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 
 if TYPE_CHECKING:

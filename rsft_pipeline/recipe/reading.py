@@ -1,0 +1,165 @@
+"""Reading: from a name to a checked recipe, or to an error that a person can mend.
+
+Belongs here: finding the YAML file, what it `extends`, overrides, explaining what is wrong, and the JSON Schema. Not:
+what a recipe may say (the sections beside this file).
+"""
+
+import copy
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError, Section
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe's file. What a recipe needs, one that `extends` another may have from that."""
+    made = copy.deepcopy(Recipe.model_json_schema())  # pydantic keeps what it returns
+    made["properties"]["extends"] = {"type": "string", "description": "Name of the recipe beside it to start from."}
+    made["if"], made["then"] = {"not": {"required": ["extends"]}}, {"required": made.pop("required")}
+    return made
+
+
+def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
+    """The YAML file of a recipe given by name or path. Raises RecipeError with the nearest names."""
+    path = Path(name).expanduser()
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RecipeError(f"{path}: there is no such file")
+        return path.resolve()
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if str(name) not in known:
+        raise RecipeError(
+            f"no recipe is called {str(name)!r}.{_nearest(str(name), known)} Known: {', '.join(sorted(known))}"
+        )
+    return known[str(name)].resolve()
+
+
+def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file; its stem is the recipe's name.
+        overrides: `a.b` → value as YAML text, applied on top of the file.
+
+    Raises:
+        RecipeError: with file, field path, what was expected and the nearest valid name.
+    """
+    path = Path(path).resolve()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", path.stem):
+        raise RecipeError(
+            f"{path}: a recipe's file name is its name: lower-case letters, digits and _, starting with a letter"
+        )
+    tree = _read(path)
+    if "extends" in tree:
+        tree = _extended(tree, path)
+    for key, text in (overrides or {}).items():
+        _assign(tree, key, text, path)
+    try:
+        return Recipe.of_file(path, tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path)) from None
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of fields at the top level")
+    return tree
+
+
+def _extended(tree: dict, path: Path) -> dict:
+    """The fields of the recipe that this one `extends`, each replaced whole by this one's where it has it."""
+    other = path.parent / f"{tree['extends']}.yaml"
+    if not other.is_file():
+        near = _nearest(str(tree["extends"]), [file.stem for file in path.parent.glob("*.yaml")])
+        raise RecipeError(f"{path}: extends: there is no recipe {other}.{near}")
+    beneath = _read(other)
+    if "extends" in beneath:
+        raise RecipeError(f"{path}: extends: {other} extends another recipe itself; extend that one")
+    return {**beneath, **{name: value for name, value in tree.items() if name != "extends"}}
+
+
+def _assign(tree: dict, key: str, text: str, path: Path) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for i, part in enumerate(parents):
+        node = node[_index(node, part, key, path)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise RecipeError(f"{path}: cannot set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: cannot set {key}: {text!r} is not YAML: {error}") from None
+    node[_index(node, last, key, path) if isinstance(node, list) else last] = value
+
+
+def _index(node: list, part: str, key: str, path: Path) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise RecipeError(f"{path}: cannot set {key}: expected a list position from 0 to {len(node) - 1}, got {part!r}")
+    return int(part)
+
+
+_MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # of a union, in pydantic's paths
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = [f"{path}: this recipe cannot run:"]
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))) or "recipe"
+        message = problem["msg"].removeprefix("Value error, ")
+        match problem["type"]:
+            case "extra_forbidden":
+                fields = _fields_at(problem["loc"][:-1])
+                message = (
+                    f"unknown field.{_nearest(str(problem['loc'][-1]), fields)} Expected one of: {', '.join(fields)}"
+                )
+            case "missing":
+                message = "this field is required"
+            case "literal_error" | "union_tag_invalid":
+                expected = problem.get("ctx", {}).get("expected") or problem.get("ctx", {}).get("expected_tags", "")
+                options = re.findall(r"'([^']+)'", expected)
+                given = problem["ctx"].get("tag", problem["input"])
+                message = f"got {given!r}.{_nearest(str(given), options)} Expected one of: {', '.join(options)}"
+            case _ if not isinstance(problem["input"], dict):
+                message = f"{message} (got {problem['input']!r})"
+        lines.append(f"  {where}: {message}")
+    return "\n".join(lines)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that an error's location points into."""
+    sections: list[Any] = [Recipe]
+    for part in location:
+        found: list[Any] = []
+        for section in sections:
+            if isinstance(section, type) and issubclass(section, Section):
+                if part in section.model_fields:
+                    found += _sections_in(section.model_fields[part].annotation)
+                elif part in {v for f in section.model_fields.values() for v in typing.get_args(f.annotation)}:
+                    found.append(section)  # pydantic names the chosen member of a tagged union in the path
+        sections = found or sections
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]

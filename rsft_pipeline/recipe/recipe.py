@@ -1,0 +1,121 @@
+"""Recipe: the sections together, what they have to agree on, and the fields that are of none of them.
+
+Not: finding, reading and explaining a file (reading.py).
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from rsft_pipeline.lineage import digest
+from rsft_pipeline.recipe.acceptance import AnyRule, RejectionRule
+from rsft_pipeline.recipe.evaluation import Evaluation, Promotion, Stop
+from rsft_pipeline.recipe.model import Model
+from rsft_pipeline.recipe.prompts import Prompts
+from rsft_pipeline.recipe.sampling import Sampling, Until
+from rsft_pipeline.recipe.scoring import Scoring
+from rsft_pipeline.recipe.section import RecipeError, Section
+from rsft_pipeline.recipe.training import Training
+
+
+class Recipe(Section):
+    """One pipeline: prompts, a model, how to draw, judge, accept, train, compare, and when to stop."""
+
+    description: str = Field(description="One line for people.")
+    task: Literal["causal", "seq2seq", "classification"] = Field(
+        "causal", description="The kind of model; each is one module in rsft_pipeline/tasks."
+    )
+    model: Model = Field(description="Which weights, and which of them train.")
+    prompts: Prompts = Field(description="Where prompts come from.")
+    sampling: Sampling = Field(Sampling(), description="How candidates are drawn.")
+    scoring: Scoring = Field(description="How they are judged.")
+    acceptance: AnyRule = Field(description="Which are accepted.")
+    training: Training = Field(Training(), description="How the checkpoint is trained.")
+    evaluation: Evaluation = Field(Evaluation(), description="How it is compared.")
+    promotion: Promotion = Field(Promotion(), description="When it becomes the champion.")
+    stop: Stop = Field(Stop(), description="When the loop ends.")
+    policy: Literal["champion", "previous", "base"] = Field("champion", description="What a round samples from.")
+    controls: list[Literal["random", "everything"]] = Field(
+        [],
+        description="Checkpoints to measure the round's own against, trained as it is but on `random`: as many "
+        "candidates chosen without looking at their scores, or `everything`: all candidates.",
+    )
+    group_by: str | None = Field(
+        None, description="Column of the prompts by which accepted shares are tabled, such as an intent or a label."
+    )
+    acceptance_rate: tuple[float, float] = Field((0.01, 0.99), description="Bounds outside which a check warns.")
+    largest_share: float = Field(
+        0.1, gt=0, le=1, description="Share of the accepted set above which a prompt is over-represented."
+    )
+    schedule: str | None = Field(None, description="Cron line (UTC) that starts a round.")
+    owners: list[str] = Field([], description="E-mail addresses or `team:name`, shown in Dagster.")
+    seed: int = Field(0, ge=0, description="Every random choice follows from it.")
+
+    _path: Path | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        if isinstance(self.acceptance, RejectionRule):
+            known = ["policy", *(scorer.label for scorer in self.scoring.scorers)]
+            if self.acceptance.target not in known:
+                raise ValueError(f"acceptance.target is {self.acceptance.target!r}; expected one of {', '.join(known)}")
+        if (self.task == "classification") != bool(self.model.labels):
+            raise ValueError("`task: classification` and a list of `model.labels` go together")
+        if self.sampling.source == "reference" and self.prompts.reference is None:
+            raise ValueError("`sampling.source: reference` needs `prompts.reference`, the column of the answers")
+        if self.sampling.source == "reference" and isinstance(self.acceptance, RejectionRule):
+            raise ValueError("`rule: rejection` needs the q of a draw, and references are not drawn")
+        if self.sampling.until:
+            self._check_until(self.sampling.until)
+        return self
+
+    def _check_until(self, until: Until) -> None:
+        rule = self.acceptance
+        if not rule.per_candidate:
+            raise ValueError(
+                f"`sampling.until` needs a rule that decides on each candidate by itself; with `rule: {rule.rule}` "
+                "a later draw can change what was accepted (of boltzmann, give `r_max`)"
+            )
+        set_aside = isinstance(rule, RejectionRule) and rule.M == "estimate"
+        if rule.pilot_draws + set_aside > self.sampling.draws:
+            raise ValueError("`acceptance.pilot` has to fit into the `sampling.draws` of the first pass")
+        if rule.cap is not None and until.per_prompt is not None and rule.cap < until.per_prompt:
+            raise ValueError("`acceptance.cap` is below `sampling.until.per_prompt`, which could never be reached")
+
+    @property
+    def name(self) -> str:
+        """The file's name: what the recipe is called everywhere."""
+        if self._path is None:
+            raise RecipeError("this recipe was not loaded from a file and has no name")
+        return self._path.stem
+
+    @property
+    def file(self) -> Path:
+        """The YAML file that it was loaded from."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths and `module:function` are looked up in."""
+        return self._path.parent
+
+    @property
+    def digest(self) -> str:
+        """Content hash of every field: two runs with the same digest were told the same."""
+        return digest(self.model_dump(mode="json"))
+
+    @classmethod
+    def of_file(cls, path: Path, fields: dict[str, Any]) -> "Recipe":
+        """The recipe that a file's fields make. Raises pydantic's ValidationError."""
+        made = cls.model_validate(fields)
+        made._path = path
+        return made
+
+    def as_recorded(self, fields: dict[str, Any]) -> "Recipe":
+        """The same recipe with the fields that a round recorded."""
+        return Recipe.of_file(self._path, fields)
+
+    def path(self, name: str) -> Path:
+        """A path of the recipe, absolute."""
+        return (self.folder / Path(name).expanduser()).resolve()

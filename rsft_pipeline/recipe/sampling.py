@@ -1,0 +1,69 @@
+"""The section `sampling`: how candidates are drawn, how many, and from what.
+
+Not: drawing them (rsft_pipeline/sampling.py).
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rsft_pipeline.recipe.section import Section
+
+
+class Teacher(Section):
+    """Another model that candidates are drawn from; it must read and write with the policy's tokenizer."""
+
+    source: str = Field(description="A local folder, or a model id on the Hugging Face hub.")
+    revision: str | None = Field(None, description="Commit or tag on the hub; pin it to make rounds repeatable.")
+
+
+class Until(Section):
+    """Drawing again until enough is accepted, pass by pass, instead of a fixed number for every prompt."""
+
+    per_prompt: int | None = Field(
+        None, ge=1, description="A prompt with this many accepted candidates is drawn for no more."
+    )
+    accepted: int | None = Field(None, ge=1, description="Once the round has this many accepted, it draws no more.")
+    draws: int = Field(ge=1, description="Most candidates per prompt, accepted or not.")
+
+    @model_validator(mode="after")
+    def _ends(self):
+        if self.per_prompt is None and self.accepted is None:
+            raise ValueError("give `per_prompt:`, `accepted:`, or both")
+        return self
+
+
+class Sampling(Section):
+    """How candidates are drawn."""
+
+    source: Literal["policy", "teacher", "reference"] = Field(
+        "policy",
+        description="What candidates are: draws of the policy, draws of a teacher, or the reference answers as the "
+        "policy rates them. The lineage says which; they are never mixed in a round.",
+    )
+    teacher: Teacher | None = Field(None, description="With `source: teacher`: the model that is drawn from.")
+    draws: int = Field(8, ge=1, description="Candidates per prompt; with `until`, in each pass over the prompts.")
+    until: Until | None = Field(None, description="Draw in passes, until enough is accepted.")
+    prompts: int | None = Field(None, ge=1, description="Prompts per round, chosen by hash and round; default: all.")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
+    top_k: int | None = Field(None, ge=1, description="Keep the k most probable tokens.")
+    max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
+    stop: list[str] = Field([], description="Extra stop tokens, each exactly one token of the tokenizer.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Rows drawn at once, halved when memory runs out; default: what free memory holds."
+    )
+    wave_size: int = Field(2048, ge=1, description="Candidates persisted together; the most that a kill can cost.")
+
+    @model_validator(mode="after")
+    def _parts_agree(self):
+        if (self.source == "teacher") != (self.teacher is not None):
+            raise ValueError("`source: teacher` and a `teacher:` section go together")
+        if self.until and self.until.draws < self.draws:
+            raise ValueError("`until.draws`, the most per prompt, cannot be less than `draws`, those of one pass")
+        return self
+
+    @property
+    def most_draws(self) -> int:
+        """Candidates that a prompt can have."""
+        return self.until.draws if self.until else self.draws

@@ -1,0 +1,28 @@
+"""The section `training`: how a checkpoint is fine-tuned on the accepted set.
+
+Not: doing so (rsft_pipeline/training.py).
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rsft_pipeline.recipe.section import Section
+
+
+class Training(Section):
+    """How a checkpoint is fine-tuned on the accepted set."""
+
+    start: Literal["base", "champion", "previous"] = Field("champion", description="Weights that training starts from.")
+    data: Literal["round", "all_rounds"] = Field("round", description="This round's accepted set, or every round's.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    batch_size: int = Field(32, ge=1, description="Samples per optimiser step.")
+    accumulation: int = Field(
+        1, ge=1, description="Parts a step is computed in, to save memory; the result is the same."
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay after the warm-up.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that raise the rate from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    save_every: int = Field(200, ge=1, description="Steps between saved states; the most that a kill can cost.")
