@@ -78,7 +78,7 @@ def logits(
         "use_cache": False,
         "packing": _bands(nodes, first),
     }
-    with shared_prefix._attention_of(inner, NAME):
+    with shared_prefix.attention_of(inner, NAME):
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             return model(**inputs, logits_to_keep=wanted).logits[0]
         return model(**inputs).logits[0, wanted]

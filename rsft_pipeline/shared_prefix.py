@@ -318,7 +318,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextlib.contextmanager
-def _attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """The model with our attention function; afterwards with its own again."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
@@ -361,7 +361,7 @@ def draw(
         Unsupported: naming what the model does that this module does not compute.
     """
     loop = Loop(model, draws, shape, pad_id, rows)
-    with _attention_of(model):
+    with attention_of(model):
         yield from loop.run()
 
 

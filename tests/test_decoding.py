@@ -376,7 +376,7 @@ def test_state_bytes_count_what_is_allocated():
     # 2 (keys, values) · 2 layers · 2 heads · dimension 8 · 4 bytes = 256 bytes a token
     assert decoding.state_bytes(model, 1) == 256
     loop = shared_prefix.Loop(model, list(enumerate(rows)), settings, 0, 30)
-    with torch.inference_mode(), shared_prefix._attention_of(model):
+    with torch.inference_mode(), shared_prefix.attention_of(model):
         for _ in loop.run():
             pass
     suffixes = sum(layer.keys.nbytes + layer.values.nbytes for layer in loop.cache.layers)

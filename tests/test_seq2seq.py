@@ -238,7 +238,7 @@ def test_state_bytes_count_what_is_allocated(family, layers):
     loop = shared_encoder.Loop(model, list(enumerate(rows)), settings, 0, 30)
     with (
         torch.inference_mode(),
-        shared_prefix._attention_of(model, shared_encoder.NAME),
+        shared_prefix.attention_of(model, shared_encoder.NAME),
         shared_encoder._own_positions(model),
     ):
         assert len(list(loop.run())) == 30
