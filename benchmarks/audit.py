@@ -22,7 +22,7 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import lineage, merkle, sampling
+from rsft_pipeline import lineage, merkle, rounds, sampling
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.trace import trace
@@ -35,7 +35,7 @@ from rsft_pipeline.steps.rows import ACCEPTED, COMBINED
 from rsft_pipeline.store import Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
-ROUNDS, DRAWS = 20, 8
+DRAWS = 8
 RECIPE = """
 description: Made for the audit benchmark.
 model: {source: /nowhere}
@@ -52,22 +52,22 @@ acceptance: {rule: top_k, k: 2}
 # --- the store ---------------------------------------------------------------------------------
 
 
-def store(home: Path, candidates: int) -> tuple[Store, Recipe]:
-    """A store with that many candidates to train on in 20 rounds, and the recipe that they are of."""
+def store(home: Path, candidates: int, number: int) -> tuple[Store, Recipe]:
+    """A store with that many candidates to train on in that many rounds, and the recipe that they are of."""
     home.mkdir(parents=True, exist_ok=True)
     file = home / "benchmark.yaml"
     file.write_text(RECIPE)
     recipe, made = load(file), Store.at(home)
-    if made.value("SELECT count(*) FROM rounds WHERE state = 'finished'") == ROUNDS:
+    if made.value("SELECT count(*) FROM rounds WHERE state = 'finished'") == number:
         return made, recipe
     made.close()
     shutil.rmtree(home / "store")
     made = Store.at(home)
-    prompts = candidates // ROUNDS // DRAWS
+    prompts = candidates // number // DRAWS
     made.commit(lambda connection: connection.execute(_PROMPTS, {"recipe": recipe.name, "prompts": prompts}))
     policy = base = lineage.digest("base")
-    for number in range(ROUNDS):
-        policy = _round(made, recipe, number, policy, base)
+    for i in range(number):
+        policy = _round(made, recipe, i, policy, base)
     made.compact()
     return made, recipe
 
@@ -102,7 +102,7 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
             execute(connection, _SCORES, scorer=config.name, version=versions[config.name], pattern=config.pattern)
         execute(connection, _COMBINED, version=versions[COMBINED])
 
-    def trained(connection):
+    def trained(connection) -> int:
         accepted = {"first": round_.key, "last": round_.key, "recipe": recipe.name}
         rows = f"SELECT candidate_id, weight, {merkle.LEAF} AS leaf FROM ({ACCEPTED}) ORDER BY candidate_id"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE chosen AS {rows}", accepted)
@@ -126,24 +126,30 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
             meta=json.dumps(meta),
             mlflow=round_.mlflow_run_id,
         )
-        summary = json.dumps({"pass_at_1": {"value": number / ROUNDS, "low": 0.0, "high": 1.0, "n": 100}})
-        execute(
-            connection,
-            _ROUNDS,
-            source=source,
-            scorers=json.dumps(versions),
-            accepted=chosen.num_rows,
-            summary=summary,
-            recorded=recipe.model_dump_json(),
-            digest=recipe.digest,
-            mlflow=round_.mlflow_run_id,
-        )
+        return chosen.num_rows
 
+    rounds.begin(made, round_, run)
     made.commit(drawn)
     made.commit(judged)
     decide(made, round_, run)
     snapshot = made.snapshot()
-    made.commit(trained)
+    accepted = made.commit(trained)
+    drawn_of = "SELECT count(*) AS n, sum(tokens)::BIGINT AS tokens FROM candidates WHERE recipe = ? AND round = ?"
+    (counted,) = made.query(drawn_of, [recipe.name, round_.key])
+    summary = json.dumps({"pass_at_1": {"value": number / 100, "low": 0.0, "high": 1.0, "n": 100}})
+    rounds.finish(
+        made,
+        round_,
+        checkpoint=checkpoint,
+        champion=checkpoint,
+        promoted=True,
+        verdict="made",
+        candidates=counted["n"],
+        accepted=accepted,
+        distinct_accepted=accepted,
+        tokens=counted["tokens"],
+        **dict.fromkeys(("policy_eval", "checkpoint_eval", "champion_eval"), summary),
+    )
     return checkpoint
 
 
@@ -153,9 +159,10 @@ def _digest(*values: str, digits: int = 32) -> str:
     return f"substr(sha256(concat('[', concat_ws(',', {written}), ']')), 1, {digits})"
 
 
+_CONTENT = "substr(sha256(concat('[', to_json(text), ',null,', json_object('question', text), ']')), 1, 32)"
 _PROMPTS = f"""INSERT INTO prompts BY NAME
     SELECT $recipe AS recipe, {_digest("'prompt'", "text")} AS prompt_id, text, false AS chat,
-        json_object('question', text) AS fields, 'train' AS split, md5(text) AS content,
+        json_object('question', text) AS fields, 'train' AS split, {_CONTENT} AS content,
         'questions.jsonl' AS source, n + 1 AS line, 'made' AS source_digest, true AS active, 'made' AS dagster_run_id
     FROM (SELECT n, concat('what comes of number ', n, ' when it is ', md5(n::VARCHAR), '?') AS text
           FROM range($prompts) t(n)) ORDER BY n"""
@@ -188,14 +195,6 @@ _CHECKPOINTS = """INSERT INTO checkpoints BY NAME
     SELECT $recipe AS recipe, $round AS round, $checkpoint AS checkpoint, $policy AS parent, $policy AS policy,
         'accepted' AS trained_on, '/nowhere' AS path, $digest AS accepted_digest, $samples AS samples, 1 AS steps,
         1.0 AS loss, $snapshot AS snapshot, $meta AS meta, $mlflow AS mlflow_run_id, $run AS dagster_run_id"""
-_ROUNDS = """INSERT INTO rounds BY NAME
-    SELECT $recipe AS recipe, $round AS round, 'finished' AS state, $policy AS policy, $source AS policy_source,
-        $policy AS drawn_from, $checkpoint AS checkpoint, $checkpoint AS champion, $scorers AS scorers,
-        true AS promoted, 'made' AS verdict, count(*) AS candidates, $accepted AS accepted,
-        $accepted AS distinct_accepted, sum(tokens)::BIGINT AS tokens, $summary AS policy_eval,
-        $summary AS checkpoint_eval, $summary AS champion_eval, $recorded AS settings, $digest AS recipe_digest,
-        now() AS started_at, now() AS finished_at, $mlflow AS mlflow_run_id, $run AS dagster_run_id
-    FROM candidates WHERE recipe = $recipe AND round = $round"""
 
 
 # --- questions ---------------------------------------------------------------------------------
@@ -254,12 +253,13 @@ def measure(asked: dict[str, list[Callable[[], Any]]], repeats: int) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=5_000_000)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--home", type=Path, default=None, help="default: a folder in the temporary directory")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    home = given.home or Path(os.environ.get("TMPDIR", "/tmp")) / f"rsft-audit-{given.candidates}"
+    home = given.home or Path(os.environ.get("TMPDIR", "/tmp")) / f"rsft-audit-{given.candidates}-{given.rounds}"
     began = time.perf_counter()
-    made, recipe = store(home, given.candidates)
+    made, recipe = store(home, given.candidates, given.rounds)
     built = time.perf_counter() - began
     print(f"{made.value('SELECT count(*) FROM candidates'):,} candidates in {home}, {built:.0f} s", flush=True)
     print("   first   median    least processor  seconds", flush=True)

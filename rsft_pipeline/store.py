@@ -12,8 +12,8 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,23 +90,40 @@ class Store:
         """The number of the newest snapshot: `SELECT … FROM t AT (VERSION => n)` reads it for ever."""
         return self.value(NEWEST_SNAPSHOT)
 
+    @contextmanager
+    def connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of one's own, for temporary tables of many rows, outside any transaction.
+
+        All threads read such a table; one that the transaction under way has made is read by a single thread.
+        """
+        cursor = self._connection.cursor()
+        try:
+            cursor.execute("USE lake")
+            yield cursor
+        finally:
+            cursor.close()
+
     # --- writing ----------------------------------------------------------------------------
 
-    def commit(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
-        """Run `work` in one transaction: all of it, or nothing. It may run again after a conflict."""
+    def commit(
+        self, work: Callable[[duckdb.DuckDBPyConnection], T], connection: duckdb.DuckDBPyConnection | None = None
+    ) -> T:
+        """Run `work` in one transaction: all of it, or nothing. It may run again after a conflict.
+
+        Args:
+            connection: one of one's own, whose temporary tables the work reads.
+        """
 
         def attempt() -> T:
-            cursor = self._connection.cursor()
-            cursor.execute("USE lake; BEGIN")
-            try:
-                result = work(cursor)
-                cursor.execute("COMMIT")
-                return result
-            except BaseException:
-                _roll_back(cursor)
-                raise
-            finally:
-                cursor.close()
+            with nullcontext(connection) if connection else self.connection() as cursor:
+                cursor.execute("BEGIN")
+                try:
+                    result = work(cursor)
+                    cursor.execute("COMMIT")
+                    return result
+                except BaseException:
+                    _roll_back(cursor)
+                    raise
 
         return self._patiently(attempt)
 

@@ -1,12 +1,17 @@
 """Reading: an answer from one snapshot of the store, however many queries it takes.
 
-Belongs here: that alone. In a transaction DuckLake also looks up its catalog once, not for every query.
+Belongs here: that alone, in two ways. `at_once` asks in one transaction, in which DuckLake looks up its catalog once:
+for answers of a few rows. `as_of` names the snapshot and needs none: for answers that make temporary tables of
+millions, which all threads read then (see Store.connection).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rsft_pipeline.store import Store
+import duckdb
+
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store
 
 T = TypeVar("T")
 Query = Callable[..., list[dict[str, Any]]]  # (sql, parameters) → rows
@@ -29,3 +34,20 @@ def on(connection) -> Query:
         return connection.execute(sql, used or None).to_arrow_table().to_pylist()
 
     return query
+
+
+@contextmanager
+def as_of(connection: duckdb.DuckDBPyConnection, tables: Sequence[str], snapshot: int | None = None) -> Iterator[None]:
+    """These tables as they were at a snapshot, the newest by default, under their own names.
+
+    A temporary view is found before a table.
+    """
+    if snapshot is None:
+        (snapshot,) = connection.execute(NEWEST_SNAPSHOT).fetchone()
+    for table in tables:
+        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM lake.{table} AT (VERSION => {int(snapshot)})")
+    try:
+        yield
+    finally:
+        for table in tables:
+            connection.execute(f"DROP VIEW temp.{table}")
