@@ -28,6 +28,11 @@ ALLOWED = f"""
     AND c.policy NOT IN (SELECT what FROM revocations WHERE kind = 'checkpoint')"""
 
 
+def _any(store: Store) -> bool:
+    """Whether anything was revoked: mostly nothing was, and this is answered soonest."""
+    return store.value("SELECT count(*) FROM revocations") > 0
+
+
 # --- prompts ---------------------------------------------------------------------------------
 
 
@@ -84,6 +89,8 @@ _REVOKED = f"""
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:
     """Why a round of these weights and scorer versions cannot go on, in words; None where it can."""
+    if not _any(store):
+        return None
     rows = store.query(
         """SELECT * FROM revocations WHERE (kind = 'checkpoint' AND list_contains($weights, what))
            OR (kind = 'scorer' AND list_contains($versions, what)) ORDER BY revoked_at LIMIT 1""",
@@ -105,6 +112,8 @@ def of_weights(store: Store, digest: str) -> str | None:
 
 def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
     """The same of a checkpoint, which may have been trained while the revocation was written."""
+    if not _any(store):
+        return None
     if why := of_weights(store, digest):
         return why
     made = {"recipe": recipe, "checkpoint": digest}

@@ -74,7 +74,9 @@ class Store:
 
     def arrow(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> pa.Table:
         """The rows of a query, as an Arrow table."""
-        return self._connection.cursor().execute(f"USE lake; {sql}", parameters or None).to_arrow_table()
+        with self._connection.cursor() as cursor:
+            cursor.execute("BEGIN READ ONLY; USE lake")  # outside a transaction USE would be one more of its own
+            return cursor.execute(sql, parameters or None).to_arrow_table()
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """The rows of a query, as dictionaries."""
@@ -97,7 +99,7 @@ class Store:
 
         def attempt() -> T:
             cursor = self._connection.cursor()
-            cursor.execute("USE lake; BEGIN")
+            cursor.execute("BEGIN; USE lake")
             try:
                 result = work(cursor)
                 cursor.execute("COMMIT")
