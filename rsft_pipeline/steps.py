@@ -28,7 +28,7 @@ from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe import Recipe, RejectionRule, Sampling
 from rsft_pipeline.rounds import Round, RoundError, Weights, starting_weights
 from rsft_pipeline.sampling import EVALUATION, Asked, Session
-from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, insert
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, columns, insert
 from rsft_pipeline.store import replace as store_replace
 from rsft_pipeline.training import History, Sample, fit
 
@@ -209,29 +209,27 @@ def draw(
         drawn = session.draw(requests, how)
         store.append(
             "candidates",
-            [
-                {
-                    "recipe": recipe.name,
-                    "round": round_.key,
-                    "candidate_id": one.request.candidate_id,
-                    "prompt_id": one.request.asked.prompt_id,
-                    "split": split,
-                    "origin": how.source,
-                    "policy": policy,
-                    "draw": one.request.draw,
-                    "wave": number,
-                    "text": one.text,
-                    "token_ids": one.token_ids,
-                    "tokens": len(one.token_ids),
-                    "finish_reason": one.finish_reason,
-                    "log_q": one.log_q,
-                    "log_p": one.log_p,
-                    "seed": one.request.seed,
-                    "settings": hashed,
-                    "dagster_run_id": run_id,
-                }
-                for one in drawn
-            ],
+            columns(
+                len(drawn),
+                recipe=recipe.name,
+                round=round_.key,
+                candidate_id=[one.request.candidate_id for one in drawn],
+                prompt_id=[one.request.asked.prompt_id for one in drawn],
+                split=split,
+                origin=how.source,
+                policy=policy,
+                draw=[one.request.draw for one in drawn],
+                wave=number,
+                text=[one.text for one in drawn],
+                token_ids=[one.token_ids for one in drawn],
+                tokens=[len(one.token_ids) for one in drawn],
+                finish_reason=[one.finish_reason for one in drawn],
+                log_q=[one.log_q for one in drawn],
+                log_p=[one.log_p for one in drawn],
+                seed=[one.request.seed for one in drawn],
+                settings=hashed,
+                dagster_run_id=run_id,
+            ),
         )
         tokens += sum(len(one.token_ids) for one in drawn)
         done += len(drawn)
@@ -317,20 +315,31 @@ def score(
     judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
     for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
         rows = batch.to_pylist()
-        new = []
+        new: list[tuple[dict, str, float | None, bool | None]] = []
         for scorer, judge in judges.items():
             missing = [row for row in rows if (row["candidate_id"], scorer) not in value_of]
             values = scoring.score({scorer: judge}, [judged_sample(row) for row in missing])[scorer]
             value_of |= {(row["candidate_id"], scorer): value for row, value in zip(missing, values, strict=True)}
-            new += [{**_of(row), "scorer": scorer, "value": value} for row, value in zip(missing, values, strict=True)]
-        columns = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
+            new += [(row, scorer, value, None) for row, value in zip(missing, values, strict=True)]
+        judged = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
         new += [
-            {**_of(row), "scorer": COMBINED, "value": value, "passed": passed}
-            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, columns), strict=True)
+            (row, COMBINED, value, passed)
+            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, judged), strict=True)
         ]
-        written = {"recipe": recipe.name, "dagster_run_id": run_id}
         store.append(
-            "scores", [{"passed": None, **row, **written, "version": version_of[row["scorer"]]} for row in new]
+            "scores",
+            columns(
+                len(new),
+                recipe=recipe.name,
+                round=[row["round"] for row, *_ in new],
+                candidate_id=[row["candidate_id"] for row, *_ in new],
+                scorer=[scorer for _, scorer, *_ in new],
+                version=[version_of[scorer] for _, scorer, *_ in new],
+                content=[row["content"] for row, *_ in new],
+                value=[value for *_, value, _ in new],
+                passed=[passed for *_, passed in new],
+                dagster_run_id=run_id,
+            ),
         )
         done += len(rows)
         show(done)
@@ -358,10 +367,6 @@ def judged_sample(row: dict) -> scoring.Sample:
         messages=None if row["messages"] is None else json.loads(row["messages"]),
         ended=row["finish_reason"] == "stop",
     )
-
-
-def _of(row: dict) -> dict:
-    return {"round": row["round"], "candidate_id": row["candidate_id"], "content": row["content"]}
 
 
 # --- decisions -------------------------------------------------------------------------------
@@ -438,6 +443,7 @@ def _decisions(connection, round_: Round, candidates: str, draws: int) -> tuple[
 
 # The candidates that were decided on and may be trained on, of one round or of all up to it.
 _DECIDED = f"""
+    WITH {revocations.NAMED}
     SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
         d.prompt_id, p.split
     FROM decisions d
@@ -598,18 +604,16 @@ def train(
         "mlflow_run_id": round_.mlflow_run_id,
         "dagster_run_id": run_id,
     }
-    members = [
-        {
-            "recipe": recipe.name,
-            "round": round_.key,
-            "checkpoint": checkpoint.digest,
-            "candidate_id": sample.candidate_id,
-            "weight": sample.weight,
-            "leaf": leaf,
-            "dagster_run_id": run_id,
-        }
-        for sample, leaf in zip(samples, leaves.to_pylist(), strict=True)
-    ]
+    members = columns(
+        len(samples),
+        recipe=recipe.name,
+        round=round_.key,
+        checkpoint=checkpoint.digest,
+        candidate_id=[sample.candidate_id for sample in samples],
+        weight=[sample.weight for sample in samples],
+        leaf=leaves,
+        dagster_run_id=run_id,
+    )
 
     def work(connection):
         made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}

@@ -170,6 +170,14 @@ class Store:
                 time.sleep(random.uniform(0.02, 0.2))
 
 
+def columns(number: int, **values: Any) -> pa.Table:
+    """So many rows, by column: a list or array of their values, or the one value that all of them have."""
+    several = list, pa.Array, pa.ChunkedArray
+    return pa.table(
+        {name: value if isinstance(value, several) else pa.repeat(value, number) for name, value in values.items()}
+    )
+
+
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:
     """Insert rows by column name, inside the caller's transaction."""
     batch = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
