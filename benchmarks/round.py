@@ -1,15 +1,17 @@
 """A round's overhead: `rsft run` against a bare script that does the same drawing and training.
 
-    python -m benchmarks.round
+    python -m benchmarks.round                    # the recipe's 2,000 prompts of 8 draws
+    python -m benchmarks.round --prompts 20000    # a longer round, to see what grows with it
 
 Both are whole processes, from the interpreter's start to its end, in turns. The bare script has no Dagster, no
 store, no MLflow, no lineage: it draws with the same sampler, compares answers, trains with the same loop, and draws
 again to evaluate. The base model is made before, and MLflow's empty database is there. What a round
-spends where is read from Dagster's own events.
-Results go to docs/benchmarks: JSON and a Markdown table.
+spends where is read from Dagster's own events, and stands beside what the bare script says of itself.
+Results go to docs/benchmarks: JSON and Markdown tables.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +27,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def bare(home: Path, overrides: dict[str, str]) -> None:
-    """The same round with nothing around it."""
+    """The same round with nothing around it. Prints the seconds of each part as the last line, in JSON."""
+    import psutil
+
+    parts, at = {}, psutil.Process().create_time()
+
+    def done(part: str) -> None:
+        nonlocal at
+        parts[part] = parts.get(part, 0.0) + time.time() - at
+        at = time.time()
+
     import random
 
     from rsft_pipeline import models, tasks, training
@@ -39,10 +50,8 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
     task, how = tasks.of(made), made.sampling
     base = models.base(made, home)
     tokenizer, model = models.tokenizer(base.path), models.load(base.path, device)
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import arithmetic
-
-    rows = list(arithmetic.sums())
+    done("imports and model")
+    rows = [json.loads(line) for line in Path(made.prompts.source).read_text("utf-8").splitlines()]
     random.Random(0).shuffle(rows)
     held_out, train = rows[: made.evaluation.prompts], rows[made.evaluation.prompts :][: how.prompts]
 
@@ -55,7 +64,9 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
         return [(one, answer.exact(one.text, one.request.asked.reference)) for one in drawn]
 
     right = {(one.request.prompt_ids, one.text): one for one, score in draw(model, train, how.draws) if score}
+    done("candidates and scores")
     before = draw(model, held_out, made.evaluation.draws)
+    done("evaluation")
     model = models.load(base.path, device, train=True)
     model, _, _ = models.select_trainable(model, made.model, made.seed)
     samples = [
@@ -73,8 +84,23 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
         scratch=home / "scratch-bare",
     )
     model.save_pretrained(home / "bare")
+    done("checkpoint")
     after = draw(model.eval(), held_out, made.evaluation.draws)
+    done("evaluation")
     print(sum(score for _, score in before) / len(before), sum(score for _, score in after) / len(after))
+    print(json.dumps(parts))
+
+
+def questions(prompts: int, file: Path) -> dict[str, str]:
+    """Write as many sums as a round of so many prompts needs. Returns what to override, for both sides alike.
+
+    They begin with the recipe's own; the model knows nothing of larger numbers, and answers all the same.
+    """
+    largest = next(n for n in itertools.count(49) if (n + 1) ** 2 * 0.88 >= prompts)  # a tenth is held out
+    pairs = itertools.product(range(largest + 1), repeat=2)
+    rows = (json.dumps({"question": f"{a}+{b}=", "answer": str(a + b)}) for a, b in pairs)
+    file.write_text("".join(f"{row}\n" for row in rows), "utf-8")
+    return {"sampling.prompts": str(prompts), "prompts.source": str(file)}
 
 
 def pipeline(home: Path, overrides: dict[str, str]) -> dict[str, float]:
@@ -103,6 +129,15 @@ def pipeline(home: Path, overrides: dict[str, str]) -> dict[str, float]:
     return seconds
 
 
+def table(rows: dict[str, float], head: str) -> list[str]:
+    return [
+        "",
+        f"| {head} | seconds |",
+        "| --- | --- |",
+        *(f"| {name} | {value:.1f} |" for name, value in rows.items()),
+    ]
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--turns", type=int, default=3)
@@ -111,7 +146,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=RESULTS / "round_cpu")
     options.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
-    overrides = {"sampling.prompts": str(arguments.prompts)}
+    arguments.home.mkdir(parents=True, exist_ok=True)
+    overrides = questions(arguments.prompts, arguments.home / "sums.jsonl")
     if arguments.bare:
         bare(arguments.home, overrides)
         return
@@ -124,24 +160,26 @@ def main() -> None:
     for _ in range(arguments.turns):
         began = time.perf_counter()
         same = ["--bare", "--prompts", str(arguments.prompts), "--home", str(arguments.home)]
-        subprocess.run([sys.executable, "-m", "benchmarks.round", *same], cwd=ROOT, check=True, capture_output=True)
+        told = subprocess.run(
+            [sys.executable, "-m", "benchmarks.round", *same], cwd=ROOT, check=True, capture_output=True, text=True
+        )
         alone = time.perf_counter() - began
+        parts = json.loads(told.stdout.splitlines()[-1])
         with tempfile.TemporaryDirectory() as folder:
             home = Path(folder) / "home"
             shutil.copytree(arguments.home / "models", home / "models")
             (home / "mlflow").mkdir()
             Tracking(uri=f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").client().search_experiments()  # migrated once
-            turns.append({"bare": alone, **pipeline(home, overrides)})
-    rows = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-    overhead = statistics.median(turn["whole"] - turn["bare"] for turn in turns)
-    share = statistics.median(turn["whole"] / turn["bare"] - 1 for turn in turns)
+            turns.append({"bare": {"whole": alone, **parts}, "pipeline": pipeline(home, overrides)})
+    wholes = [(turn["pipeline"]["whole"], turn["bare"]["whole"]) for turn in turns]
+    overhead = statistics.median(whole - alone for whole, alone in wholes)
+    share = statistics.median(whole / alone - 1 for whole, alone in wholes)
     lines = [
-        f"overhead: {overhead:.1f} s, {share:.0%} (median of {len(turns)} turns)",
-        "",
-        "| where | seconds |",
-        "| --- | --- |",
-        *(f"| {name} | {value:.1f} |" for name, value in rows.items()),
+        f"overhead: {overhead:.1f} s, {share:.0%} (median of {len(turns)} turns, {arguments.prompts:,} prompts)",
     ]
+    for side, head in (("bare", "bare script"), ("pipeline", "`rsft run`")):
+        rows = {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}
+        lines += table(rows, head)
     arguments.out.with_suffix(".json").write_text(json.dumps(turns, indent=2) + "\n", "utf-8")
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))

@@ -116,7 +116,9 @@ def _shape(recipe: Recipe) -> list:
 
 def _rows(recipe: Recipe, corpus: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows that are trained on. Those whose prompt is in the evaluation split are left out."""
-    return [row for row in corpus if not row["prompt"] or not prompts.held_out(recipe, row["prompt"])]
+    asked = {row["prompt"] for row in corpus} - {""}  # each is asked many times, and hashed once
+    left_out = {prompt for prompt in asked if prompts.held_out(recipe, prompt)}
+    return [row for row in corpus if row["prompt"] not in left_out]
 
 
 def _warm_up(

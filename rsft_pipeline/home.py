@@ -1,6 +1,7 @@
 """Home: where all state lives. One folder, `$RSFT_HOME`, by default `var` beside the code."""
 
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def settle_environment() -> None:
-    """Set what libraries read from the environment when they are first imported, unless somebody has.
+    """Prepare a process: set what libraries read from the environment when first imported, unless somebody has.
 
-    No telemetry; and threads that wait sleep, where spinning would slow a second process threefold.
+    No telemetry. Cyclic garbage is looked for less often: a round makes objects by the million that stay. And
+    OpenMP's threads that wait soon go to sleep: spinning for milliseconds, as they do by themselves, slows two
+    processes on the same cores fivefold, and sleeping at once slows a small model by half.
     """
     for name in ("DAGSTER_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.set_threshold(20_000)  # new objects; on its own Python looks after 700
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # GNU's OpenMP goes by this instead: some microseconds
 
 
 @dataclass(frozen=True)

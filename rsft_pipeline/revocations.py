@@ -22,10 +22,18 @@ REASON = "revoked"  # of a decision, and of a row in quarantine
 
 _CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
 _PROMPTS = "SELECT what FROM revocations WHERE kind = 'prompt' AND recipe = $recipe"
-# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on.
-ALLOWED = f"""
-    d.candidate_id NOT IN ({_CANDIDATES}) AND d.prompt_id NOT IN ({_PROMPTS})
-    AND c.policy NOT IN (SELECT what FROM revocations WHERE kind = 'checkpoint')"""
+# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on, after `WITH` NAMED: DuckLake
+# opens the table once then, which takes longer than to read it.
+NAMED = "named AS MATERIALIZED (SELECT recipe, kind, what FROM revocations)"
+ALLOWED = """
+    d.candidate_id NOT IN (SELECT what FROM named WHERE kind = 'candidate')
+    AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND recipe = $recipe)
+    AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
+
+
+def _any(store: Store) -> bool:
+    """Whether anything was revoked: mostly nothing was, and this is answered soonest."""
+    return store.value("SELECT count(*) FROM revocations") > 0
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -84,6 +92,8 @@ _REVOKED = f"""
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:
     """Why a round of these weights and scorer versions cannot go on, in words; None where it can."""
+    if not _any(store):
+        return None
     rows = store.query(
         """SELECT * FROM revocations WHERE (kind = 'checkpoint' AND list_contains($weights, what))
            OR (kind = 'scorer' AND list_contains($versions, what)) ORDER BY revoked_at LIMIT 1""",
@@ -105,6 +115,8 @@ def of_weights(store: Store, digest: str) -> str | None:
 
 def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
     """The same of a checkpoint, which may have been trained while the revocation was written."""
+    if not _any(store):
+        return None
     if why := of_weights(store, digest):
         return why
     made = {"recipe": recipe, "checkpoint": digest}

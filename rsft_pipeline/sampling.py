@@ -95,11 +95,11 @@ def waves(
         policy: digest of the weights.
         draws: which of each prompt.
     """
-    hashed = settings(sampling, recipe.seed)
+    name, seed, hashed = recipe.name, recipe.seed, settings(sampling, recipe.seed)
 
     def of(prompt: Asked) -> list[Request]:
-        ids = [lineage.candidate_id(recipe.name, scope, policy, prompt.prompt_id, n, hashed) for n in draws]
-        return [Request(i, prompt, n, lineage.seed_of(i, recipe.seed)) for n, i in zip(draws, ids, strict=True)]
+        ids = [lineage.candidate_id(name, scope, policy, prompt.prompt_id, n, hashed) for n in draws]
+        return [Request(i, prompt, n, lineage.seed_of(i, seed)) for n, i in zip(draws, ids, strict=True)]
 
     def by_length(prompt: Asked) -> tuple:
         return len(prompt.prompt_ids), prompt.prompt_id

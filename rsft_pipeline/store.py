@@ -74,7 +74,9 @@ class Store:
 
     def arrow(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> pa.Table:
         """The rows of a query, as an Arrow table."""
-        return self._connection.cursor().execute(f"USE lake; {sql}", parameters or None).to_arrow_table()
+        with self._connection.cursor() as cursor:
+            cursor.execute("BEGIN READ ONLY; USE lake")  # outside a transaction USE would be one more of its own
+            return cursor.execute(sql, parameters or None).to_arrow_table()
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """The rows of a query, as dictionaries."""
@@ -96,12 +98,9 @@ class Store:
 
         All threads read such a table; one that the transaction under way has made is read by a single thread.
         """
-        cursor = self._connection.cursor()
-        try:
+        with self._connection.cursor() as cursor:
             cursor.execute("USE lake")
             yield cursor
-        finally:
-            cursor.close()
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -115,8 +114,8 @@ class Store:
         """
 
         def attempt() -> T:
-            with nullcontext(connection) if connection else self.connection() as cursor:
-                cursor.execute("BEGIN")
+            with nullcontext(connection) if connection else self._connection.cursor() as cursor:
+                cursor.execute("BEGIN; USE lake")
                 try:
                     result = work(cursor)
                     cursor.execute("COMMIT")
@@ -183,6 +182,14 @@ class Store:
                         f"the store at {self.catalog} stayed locked for {patience:.0f} s: {error}"
                     ) from error
                 time.sleep(random.uniform(0.02, 0.2))
+
+
+def columns(number: int, **values: Any) -> pa.Table:
+    """So many rows, by column: a list or array of their values, or the one value that all of them have."""
+    several = list, pa.Array, pa.ChunkedArray
+    return pa.table(
+        {name: value if isinstance(value, several) else pa.repeat(value, number) for name, value in values.items()}
+    )
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:

@@ -20,7 +20,7 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.revocations import ALLOWED
+from rsft_pipeline.revocations import ALLOWED, NAMED
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
 
@@ -211,7 +211,7 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
     """Which of the training set may be trained on no more, as it is now."""
     if connection.execute("SELECT count(*) FROM revocations").fetchone() == (0,):
         return set()
-    sql = f"""SELECT d.candidate_id FROM recorded d
+    sql = f"""WITH {NAMED} SELECT d.candidate_id FROM recorded d
         JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
             ON c.candidate_id = d.candidate_id
         WHERE NOT ({ALLOWED.replace("d.prompt_id", "c.prompt_id")})"""

@@ -15,7 +15,7 @@ from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import EVALUATION, Asked, Session, evaluation_sampling
 from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import check_not_revoked
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Store, columns
 
 
 def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
@@ -75,29 +75,27 @@ def draw(
         drawn = session.draw(requests, how)
         store.append(
             "candidates",
-            [
-                {
-                    "recipe": recipe.name,
-                    "round": round_.key,
-                    "candidate_id": one.request.candidate_id,
-                    "prompt_id": one.request.asked.prompt_id,
-                    "split": split,
-                    "origin": how.source,
-                    "policy": policy,
-                    "draw": one.request.draw,
-                    "wave": number,
-                    "text": one.text,
-                    "token_ids": one.token_ids,
-                    "tokens": len(one.token_ids),
-                    "finish_reason": one.finish_reason,
-                    "log_q": one.log_q,
-                    "log_p": one.log_p,
-                    "seed": one.request.seed,
-                    "settings": hashed,
-                    "dagster_run_id": run_id,
-                }
-                for one in drawn
-            ],
+            columns(
+                len(drawn),
+                recipe=recipe.name,
+                round=round_.key,
+                candidate_id=[one.request.candidate_id for one in drawn],
+                prompt_id=[one.request.asked.prompt_id for one in drawn],
+                split=split,
+                origin=how.source,
+                policy=policy,
+                draw=[one.request.draw for one in drawn],
+                wave=number,
+                text=[one.text for one in drawn],
+                token_ids=[one.token_ids for one in drawn],
+                tokens=[len(one.token_ids) for one in drawn],
+                finish_reason=[one.finish_reason for one in drawn],
+                log_q=[one.log_q for one in drawn],
+                log_p=[one.log_p for one in drawn],
+                seed=[one.request.seed for one in drawn],
+                settings=hashed,
+                dagster_run_id=run_id,
+            ),
         )
         tokens += sum(len(one.token_ids) for one in drawn)
         done += len(drawn)

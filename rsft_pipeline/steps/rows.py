@@ -55,6 +55,7 @@ def of_evaluation(round_: Round, policy: str) -> dict:
 
 # The candidates that were decided on and may be trained on, of one round or of all up to it.
 _DECIDED = f"""
+    WITH {revocations.NAMED}
     SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
         d.prompt_id, p.split
     FROM decisions d

@@ -11,7 +11,7 @@ from rsft_pipeline.devices import Device
 from rsft_pipeline.progress import Show
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.steps.rows import COMBINED
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Store, columns
 
 SCORING_BATCH = 4096  # candidates scored and persisted together
 
@@ -80,20 +80,31 @@ def score(
     judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
     for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
         rows = batch.to_pylist()
-        new = []
+        new: list[tuple[dict, str, float | None, bool | None]] = []
         for scorer, judge in judges.items():
             missing = [row for row in rows if (row["candidate_id"], scorer) not in value_of]
             values = scoring.score({scorer: judge}, [judged_sample(row) for row in missing])[scorer]
             value_of |= {(row["candidate_id"], scorer): value for row, value in zip(missing, values, strict=True)}
-            new += [{**_of(row), "scorer": scorer, "value": value} for row, value in zip(missing, values, strict=True)]
-        columns = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
+            new += [(row, scorer, value, None) for row, value in zip(missing, values, strict=True)]
+        judged = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
         new += [
-            {**_of(row), "scorer": COMBINED, "value": value, "passed": passed}
-            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, columns), strict=True)
+            (row, COMBINED, value, passed)
+            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, judged), strict=True)
         ]
-        written = {"recipe": recipe.name, "dagster_run_id": run_id}
         store.append(
-            "scores", [{"passed": None, **row, **written, "version": version_of[row["scorer"]]} for row in new]
+            "scores",
+            columns(
+                len(new),
+                recipe=recipe.name,
+                round=[row["round"] for row, *_ in new],
+                candidate_id=[row["candidate_id"] for row, *_ in new],
+                scorer=[scorer for _, scorer, *_ in new],
+                version=[version_of[scorer] for _, scorer, *_ in new],
+                content=[row["content"] for row, *_ in new],
+                value=[value for *_, value, _ in new],
+                passed=[passed for *_, passed in new],
+                dagster_run_id=run_id,
+            ),
         )
         done += len(rows)
         show(done)
@@ -121,7 +132,3 @@ def judged_sample(row: dict) -> scoring.Sample:
         messages=None if row["messages"] is None else json.loads(row["messages"]),
         ended=row["finish_reason"] == "stop",
     )
-
-
-def _of(row: dict) -> dict:
-    return {"round": row["round"], "candidate_id": row["candidate_id"], "content": row["content"]}

@@ -17,7 +17,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.progress import Show
 from rsft_pipeline.rounds import Round, Weights
 from rsft_pipeline.steps.rows import TrainedOn, of_training, training_rows
-from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, replace
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, columns, replace
 from rsft_pipeline.training import History, Sample, fit
 
 
@@ -138,18 +138,16 @@ def train(
         "mlflow_run_id": round_.mlflow_run_id,
         "dagster_run_id": run_id,
     }
-    members = [
-        {
-            "recipe": recipe.name,
-            "round": round_.key,
-            "checkpoint": checkpoint.digest,
-            "candidate_id": sample.candidate_id,
-            "weight": sample.weight,
-            "leaf": leaf,
-            "dagster_run_id": run_id,
-        }
-        for sample, leaf in zip(samples, leaves.to_pylist(), strict=True)
-    ]
+    members = columns(
+        len(samples),
+        recipe=recipe.name,
+        round=round_.key,
+        checkpoint=checkpoint.digest,
+        candidate_id=[sample.candidate_id for sample in samples],
+        weight=[sample.weight for sample in samples],
+        leaf=leaves,
+        dagster_run_id=run_id,
+    )
 
     def work(connection):
         made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
