@@ -105,14 +105,10 @@ def of_round(store: Store, round_: Round, column: str | None = None) -> Efficien
     sql = decided(store, round_, column)
     values = rows.of_round(round_) | ({"column": _pointer(column)} if column else {})
 
-    def work(connection):  # in one transaction: every number is of the same rows, read once
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE decided AS {sql}", values)
+    with store.connection() as connection:  # every number is of the same rows, read once
+        connection.execute(f"CREATE TEMP TABLE decided AS {sql}", values)
         groups = coverage(connection, "decided", rule) if column else []
-        found = measure(connection, "decided", parameters, groups)
-        connection.execute("DROP TABLE decided")
-        return found
-
-    return store.commit(work)
+        return measure(connection, "decided", parameters, groups)
 
 
 def decided(store: Store, round_: Round, column: str | None = None) -> str:

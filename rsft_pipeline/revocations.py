@@ -71,16 +71,19 @@ def without(store: Store, recipe: str, read: Ingest) -> Ingest:
 # --- decisions -------------------------------------------------------------------------------
 
 
-def set_aside(connection: duckdb.DuckDBPyConnection, recipe: str, seed: int) -> str:
-    """Take revoked candidates out of the temporary table `scored`. Returns a SELECT of the decisions on them.
+def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, seed: int) -> str:
+    """Take revoked candidates out of a temporary table of them. Returns a SELECT of the decisions on them.
 
     The rule sees nothing of them: others take their places.
+
+    Args:
+        table: has the columns that acceptance.decisions_sql reads.
     """
-    connection.execute("CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM scored LIMIT 0")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM {table} LIMIT 0")
     if connection.execute("SELECT count(*) FROM revocations").fetchone()[0]:
         of = {"recipe": recipe}
-        connection.execute(f"INSERT INTO revoked SELECT * FROM scored s WHERE {_REVOKED}", of)
-        connection.execute("DELETE FROM scored WHERE candidate_id IN (SELECT candidate_id FROM revoked)")
+        connection.execute(f"INSERT INTO revoked SELECT * FROM {table} s WHERE {_REVOKED}", of)
+        connection.execute(f"DELETE FROM {table} WHERE candidate_id IN (SELECT candidate_id FROM revoked)")
     return f"""SELECT candidate_id, prompt_id, false AS accepted, '{REASON}' AS reason, score, NULL::DOUBLE AS log_a,
         {UNIFORM_SQL.format(seed=int(seed))} AS u, 1::DOUBLE AS weight FROM revoked"""
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 NEWEST_SNAPSHOT = "SELECT max(snapshot_id) FROM lake.snapshots()"
 SCHEMA = Path(__file__).with_name("schema.sql")
 T = TypeVar("T")
+Query = Callable[..., list[dict[str, Any]]]  # (sql, parameters) → rows, as Store.query
 
 
 class StoreError(RuntimeError):

@@ -20,7 +20,7 @@ from automation.jobs import job_name
 from cli.main import app
 from rsft_pipeline import lineage, merkle, rounds
 from rsft_pipeline.audit.diff import diff
-from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.ids import AuditError, thing
 from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.verify import find, verify
@@ -106,6 +106,10 @@ def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recip
         assert (answer.findings, answer.ok) == ([], True)
         assert answer.replayed == answer.decisions == decided > 300
         prompts = mine.value("SELECT count(DISTINCT prompt_id) FROM decisions WHERE round = ?", [key])
+        of_eval = "FROM evaluations WHERE round = ?"
+        evaluated = mine.value(f"SELECT count(*) {of_eval}", [key])
+        asked = mine.value(f"SELECT count(DISTINCT prompt_id) {of_eval}", [key])
+        answers = mine.value(f"SELECT count(DISTINCT checkpoint) * {asked} * 8 {of_eval}", [key])
         assert checks(answer) == {
             "candidates, each there once": (decided, 0),
             "ids, computed again": (decided, 0),
@@ -115,6 +119,13 @@ def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recip
             "combined scores, from single ones": (decided, 0),
             "prompts, hashed again": (prompts, 0),
             "scorer answer": (decided, 0),
+            "ids of held-out candidates, computed again": (answers, 0),
+            "seeds of held-out candidates, computed again": (answers, 0),
+            "held-out results, counted again": (evaluated, 0),
+            "the verdict of the gate": (1, 0),
+            "prompts of held-out candidates, hashed again": (asked, 0),
+            "scorer answer of held-out candidates": (answers, 0),
+            "texts of held-out candidates, decoded again": (answers, 0),
             "weights, hashed again": (1, 0),
             "texts, decoded again": (decided, 0),
             "log_p, by teacher forcing": (64, 0),
@@ -224,6 +235,19 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
         assert any(f.kind == "rule" and f"{number} was" in f.what for f in replayed(mine, recipe, judged=0).findings)
 
 
+def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
+    told = {"acceptance.threshold": "-1", "acceptance.cap": "null", "acceptance.distinct": "false"}
+    before = whatif(mine, recipe, "r000", told)
+    prompt = some(mine)["prompt_id"]
+    draws = mine.value("SELECT count(*) FROM decisions WHERE round = 'r000' AND prompt_id = ?", [prompt])
+    revoke(mine, thing(mine, prompt), who="ann", why="asked to")
+    after = whatif(mine, recipe, "r000", told)
+    assert before.would.accepted == before.candidates == after.candidates
+    assert after.would.accepted == after.candidates - draws
+    assert after.would.reasons == {"accepted": after.would.accepted, "revoked": draws}
+    assert after.was == before.was
+
+
 @pytest.mark.parametrize(
     ("told", "said"),
     [
@@ -308,6 +332,31 @@ def test_a_changed_row_is_named(mine, recipe, what):
     else:
         assert [finding.ids for finding in found.findings] == [(candidate,)]
         assert "since the snapshot" in found.findings[0].what
+
+
+HELD_OUT = {
+    "a text": ("UPDATE candidates SET text = text || 'b' WHERE candidate_id = ?", "stored tokens spell"),
+    "a score": ("UPDATE scores SET value = 1 - value WHERE candidate_id = ?", "recorded results"),
+    "a seed": ("UPDATE candidates SET seed = seed + 1 WHERE candidate_id = ?", "seeds"),
+    "a candidate gone": ("DELETE FROM candidates WHERE candidate_id = ?", "recorded results"),
+    "a result": ("UPDATE evaluations SET passes = 8 - passes WHERE prompt_id = ?", "recorded results"),
+    "a verdict": ("UPDATE rounds SET promoted = NOT promoted WHERE recipe || ? IS NOT NULL", "verdict"),
+}
+
+
+@pytest.mark.parametrize("what", HELD_OUT)
+def test_a_changed_row_of_the_evaluation_is_named(mine, recipe, what):
+    sql, said = HELD_OUT[what]
+    one = mine.query(
+        """SELECT c.candidate_id, c.prompt_id FROM candidates c JOIN evaluations e ON e.prompt_id = c.prompt_id
+           AND e.checkpoint = c.policy AND e.round = 'r000' AND e.role = 'checkpoint' AND e.passes <> 4
+           ORDER BY c.candidate_id LIMIT 1"""
+    )[0]
+    change(mine, sql, one["prompt_id" if what == "a result" else "candidate_id"])
+    findings = [finding for finding in replayed(mine, recipe).findings if said in finding.what]
+    assert findings
+    if what != "a verdict":
+        assert any(set(one.values()) & set(finding.ids) for finding in findings)
 
 
 def test_a_prompt_that_was_changed_is_named_and_one_with_a_new_reference_is_only_noted(mine, recipe):

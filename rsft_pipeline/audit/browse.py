@@ -17,9 +17,9 @@ from typing import Any
 
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import MADE, descend
-from rsft_pipeline.audit.reading import Query, at_once
+from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.revocations import said
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Query, Store
 
 ROWS = 25  # of a page
 SNIPPET = 240  # characters of a text in a list

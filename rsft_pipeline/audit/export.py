@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from rsft_pipeline import lineage
 from rsft_pipeline.audit.ids import AuditError, Thing, thing
-from rsft_pipeline.audit.reading import Query, on
+from rsft_pipeline.audit.reading import on
 from rsft_pipeline.revocations import of_checkpoint
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Query, Store
 
 PRODUCER = "urn:rsft-pipeline"
 NAMESPACE = "rsft"

@@ -67,7 +67,7 @@ def named(kind: Kind, what: str, ids: Iterable[str]) -> Finding:
 def read(
     store: Store, tables: Sequence[str], notes: Notes, work: Callable[[duckdb.DuckDBPyConnection, Notes], T]
 ) -> T | None:
-    """Do the work in one transaction, and add what it notes.
+    """Do the work on a connection of its own, and add what it notes.
 
     Where one of the tables' files cannot be read, that is noted, and the answer is None. Where one was written anew
     but can be read, that is noted too, and the work is done on what it holds now: it can then say which rows changed.
@@ -76,12 +76,13 @@ def read(
         duckdb.Error: the work failed though each file is the one that the catalog knows.
     """
 
-    def attempt(connection: duckdb.DuckDBPyConnection) -> tuple[T, Notes]:
-        found = Notes()  # of this attempt: a commit that meets another is made again
-        return work(connection, found), found
+    def attempt(store: Store) -> tuple[T, Notes]:
+        found = Notes()  # of this attempt: what it noted before it failed does not count
+        with store.connection() as connection:
+            return work(connection, found), found
 
     try:
-        result, found = store.commit(attempt)
+        result, found = attempt(store)
     except duckdb.Error:
         files = [file for table in tables for file in _files(store, table)]
         wrong = [file for file in files if file.wrong]
@@ -91,7 +92,7 @@ def read(
         if not all(file.readable for file in wrong) or not store.catalog.startswith("sqlite:"):
             return None
         with _knowing(store, wrong) as other:
-            result, found = other.commit(attempt)
+            result, found = attempt(other)
     notes.checks += found.checks
     notes.findings += found.findings
     return result

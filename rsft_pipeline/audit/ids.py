@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rsft_pipeline.audit.reading import Query, at_once
-from rsft_pipeline.store import Store
+from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.store import Query, Store
 
 Kind = Literal["candidate", "prompt", "source", "scorer", "checkpoint", "text"]
 SHORTEST = 4  # hex digits of an id that are looked up at all

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsft_pipeline.audit.ids import Thing
-from rsft_pipeline.audit.reading import Query, at_once
-from rsft_pipeline.store import Store
+from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.store import Query, Store
 
 
 @dataclass(frozen=True)

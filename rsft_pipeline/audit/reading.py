@@ -5,16 +5,16 @@ for answers of a few rows. `as_of` names the snapshot and needs none: for answer
 millions, which all threads read then (see Store.connection).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import duckdb
 
-from rsft_pipeline.store import NEWEST_SNAPSHOT, Store
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 T = TypeVar("T")
-Query = Callable[..., list[dict[str, Any]]]  # (sql, parameters) → rows
 
 
 def at_once(store: Store, work: Callable[[Query], T]) -> T:
@@ -30,7 +30,7 @@ def on(connection) -> Query:
     """Queries inside a transaction that is open already; a parameter that a query does not name is left out."""
 
     def query(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        used = {name: value for name, value in (parameters or {}).items() if f"${name}" in sql}
+        used = {name: value for name, value in (parameters or {}).items() if re.search(rf"\${name}\b", sql)}
         return connection.execute(sql, used or None).to_arrow_table().to_pylist()
 
     return query

@@ -14,7 +14,8 @@ from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 
-TABLES = ("rounds", "candidates", "prompts", "scores", "decisions", "round_prompts")  # what it reads
+# What replay and what-if read.
+TABLES = ("rounds", "candidates", "prompts", "scores", "decisions", "round_prompts", "evaluations", "revocations")
 DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 
 
@@ -42,7 +43,7 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
         joined = """LEFT JOIN scores t ON t.candidate_id = c.candidate_id AND t.recipe = $recipe
             AND t.scorer = $target AND t.version = $target_version AND t.content = s.content"""
     sql = f"""
-        CREATE OR REPLACE TEMP TABLE recorded AS
+        CREATE TEMP TABLE recorded AS
         SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p, s.value AS score, s.passed,
             {target} AS target, c.policy, c.settings, c.seed, s.content, p.content AS now
         FROM ({ROUND_CANDIDATES}) c

@@ -2,9 +2,10 @@
 
 Belongs here: computing again, from stored rows, all that can be: ids and seeds, the rule's numbers, every decision,
 combined scores, what the scorers give, the texts that the tokens spell, and the log-probabilities under the stored
-weights; and naming what comes out different. Not: whether the rows are those that were trained on (verify.py).
+weights; and naming what comes out different. Not: the verdict of the gate (held_out.py), nor whether the rows are
+those that were trained on (verify.py).
 
-The rows are read as they are now, in one transaction; the recipe is the one that the round recorded. Nothing is
+The rows are read as they are now, at one snapshot; the recipe is the one that the round recorded. Nothing is
 written.
 """
 
@@ -16,26 +17,22 @@ from typing import Any
 
 import duckdb
 
-from rsft_pipeline import acceptance, lineage, models, prompts, rounds, scoring, tasks
-from rsft_pipeline.audit import recorded
+from rsft_pipeline import acceptance, models, prompts, rounds, scoring, tasks
+from rsft_pipeline.audit import closer, held_out, recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
+from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
-from rsft_pipeline.scoring import ScoringError
 from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
-from rsft_pipeline.steps.score import accepted_before, judged_sample
 from rsft_pipeline.store import Store
 from rsft_pipeline.training import Sample
 
 FORCED = 64  # candidates whose log-probabilities are computed again
 JUDGED = 20_000  # candidates whose texts are read and judged again
 TOLERANCE = 1e-3  # nats per token: float32 in batches of other shapes differs by 1e-5; see docs/audit.md
-
-# Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
-ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
 
 
 @dataclass(frozen=True)
@@ -80,12 +77,19 @@ def replay(
     began = time.perf_counter()
     round_ = rounds.record(store, recipe, round_key)
     note = Notes()
-    read_back = read(store, recorded.TABLES, note, lambda connection, note: _stored(connection, round_, judged, note))
-    facts, rows, version_of = read_back or ({"decisions": 0, "replayed": 0, "parameters": {}}, [], {})
-    if rows:
-        _prompts(rows, note)
-        _scorers(store, round_, rows, version_of, device, forced, note)
-    _weights(store, round_, home, device, rows, forced, tolerance, note)
+
+    def work(connection: duckdb.DuckDBPyConnection, note: Notes) -> Stored:
+        with as_of(connection, recorded.TABLES):
+            return _stored(connection, round_, judged, note)
+
+    stored = read(store, recorded.TABLES, note, work) or Stored(
+        {"decisions": 0, "replayed": 0, "parameters": {}}, [], [], {}
+    )
+    for rows, of in ((stored.rows, ""), (stored.held_out, held_out.OF)):
+        if rows:
+            closer.prompts(rows, note, of)
+            closer.scorers(store, round_, rows, stored.version_of, device, forced, note, of)
+    _weights(store, round_, home, device, stored, forced, tolerance, note)
     return Replay(
         recipe.name,
         round_key,
@@ -94,50 +98,41 @@ def replay(
         findings=note.findings,
         ok=not note.findings,
         seconds=time.perf_counter() - began,
-        **facts,
+        **stored.facts,
     )
 
 
 # --- in SQL, all rows -------------------------------------------------------------------------
 
 
-def _stored(
-    connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Notes
-) -> tuple[dict[str, Any], list[dict], dict[str, str]]:
-    """What needs the stored rows alone. Returns facts, the rows to look at closer, and the scorers' versions."""
+@dataclass(frozen=True)
+class Stored:
+    """What the stored rows gave."""
+
+    facts: dict[str, Any]
+    rows: list[dict]  # to look at closer: to train on
+    held_out: list[dict]  # the same: to evaluate
+    version_of: dict[str, str]  # of the scorers
+
+
+def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Notes) -> Stored:
+    """What needs the stored rows alone."""
     version_of = recorded.versions(connection, round_)
     twice = recorded.load(connection, round_, version_of)
     (candidates,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     found = [named("data", "candidates are in the store more than once", twice)] if twice else []
     note(Check("candidates, each there once", candidates, len(twice)), *found)
-    _ids(connection, round_, candidates, note)
+    closer.ids(connection, "recorded", round_.recipe, round_.key, note)
     facts = _decisions(connection, round_, note)
     _combined(connection, round_, version_of, note)
-    rows = connection.execute(_CLOSER, {**of_round(round_), "judged": judged, **_versions(version_of)})
-    rows = rows.to_arrow_table().to_pylist()
-    connection.execute("DROP TABLE recorded")
-    return facts, rows, version_of
-
-
-# lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
-_ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw || ',"' || settings || '"]'), 1, 32)"""
-_SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
-
-
-def _ids(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: int, note: Notes) -> None:
-    given = {"scope": f'["{round_.recipe.name}","{round_.key}","', "seed": str(round_.recipe.seed)}
-    wrong = connection.execute(
-        f"""SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
-            FROM recorded WHERE id OR seed""",
-        given,
-    ).fetchall()
-    named_so = (
-        ("ids", "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
-        ("seeds", "seeds that do not follow from the candidate's id"),
-    )
-    for i, (name, what) in enumerate(named_so, start=1):
-        ids = [row[0] for row in wrong if row[i]]
-        note(Check(f"{name}, computed again", candidates, len(ids)), *([named("data", what, ids)] if ids else []))
+    some = "SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT ?"
+    connection.execute(f"CREATE TEMP TABLE looked_at AS {some}", [judged])
+    of_this = "SELECT * FROM scores WHERE recipe = $recipe AND round = $round"
+    sql = closer.rows_sql("looked_at", ROUND_CANDIDATES, of_this)
+    asked = {"scorers": list(version_of), "versions": list(version_of.values())}
+    rows = connection.execute(sql, {**of_round(round_), **asked}).to_arrow_table().to_pylist()
+    held_out_rows = held_out.check(connection, round_, version_of, judged, note)
+    return Stored(facts, rows, held_out_rows, version_of)
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
@@ -208,10 +203,6 @@ def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dic
     note(Check("the rule's numbers", len(there), len(wrong)), *found)
 
 
-def _versions(version_of: dict[str, str]) -> dict[str, Any]:
-    return {"scorers": list(version_of), "versions": list(version_of.values())}
-
-
 def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Notes) -> None:
     """The combined scores from the single ones.
 
@@ -260,96 +251,11 @@ def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: 
     note(Check(name, compared, len(gone) + len(concerned)), *found)
 
 
-# The candidates looked at closer, with all that a scorer sees of them and what each scorer said.
-_CLOSER = f"""
-    WITH looked_at AS (SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT $judged),
-    single AS (
-        SELECT s.candidate_id, list(s.scorer) AS scorers, list(s.value) AS scores FROM scores s
-        JOIN looked_at r ON r.candidate_id = s.candidate_id AND r.content = s.content
-        WHERE s.recipe = $recipe AND s.round = $round AND list_contains($scorers, s.scorer)
-            AND list_contains($versions, s.version)
-        GROUP BY s.candidate_id
-    )
-    SELECT r.content = r.now AS unchanged, c.*, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
-        s.scorers, s.scores
-    FROM looked_at r
-    JOIN ({ROUND_CANDIDATES}) c ON c.candidate_id = r.candidate_id
-    JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
-    LEFT JOIN single s ON s.candidate_id = r.candidate_id
-    WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- those of a revocation may have been erased
-    ORDER BY r.candidate_id
-"""
-
-
 def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
     return [row[0] for row in connection.execute(sql, parameters).fetchall()]
 
 
-# --- in Python, some rows ---------------------------------------------------------------------
-
-
-def _prompts(rows: list[dict], note: Notes) -> None:
-    """Whether prompts are what their ids and digests say, and are still what they were judged by."""
-    asked = {row["prompt_id"]: row for row in rows}
-    wrong = [
-        prompt_id
-        for prompt_id, row in asked.items()
-        if prompt_id != lineage.prompt_id(row["prompt"])
-        or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
-    ]
-    changed = sum(row["unchanged"] is False for row in asked.values())
-    found = [named("data", "prompts (by prompt id) that are not what they hash to", wrong)] if wrong else []
-    said = f"{changed} have another reference or other fields now than when they were judged" if changed else ""
-    note(Check("prompts, hashed again", len(asked), len(wrong), said), *found)
-
-
-def _scorers(
-    store: Store,
-    round_: Round,
-    rows: list[dict],
-    version_of: dict[str, str],
-    device: Device,
-    forced: int,
-    note: Notes,
-) -> None:
-    """What today's scorers give, where they are those of then."""
-    before = accepted_before(store, round_)
-    rows = [row for row in rows if row["unchanged"]]
-    for config in round_.recipe.scoring.scorers:
-        name, then = f"scorer {config.label}", version_of.get(config.label)
-        if then is None:
-            continue  # said already
-        try:
-            now = scoring.version(config, round_.recipe, before)
-            judge = scoring.scorer(config, round_.recipe, device, before) if now == then else None
-        except ScoringError as error:
-            note(Check(name, 0, None, f"it cannot be asked: {error}"))
-            continue
-        if judge is None:
-            note(Check(name, 0, None, f"the scorer has changed: its version was {then}, is {now}"))
-            continue
-        again = rows[:forced] if config.kind in ASK_A_MODEL else rows
-        try:
-            values = scoring.score({config.label: judge}, [judged_sample(row) for row in again])[config.label]
-        except ScoringError as error:
-            note(Check(name, 0, None, f"it failed: {error}"))
-            continue
-        near = 1e-3 if config.kind in ASK_A_MODEL else 0.0
-        wrong = [
-            row["candidate_id"]
-            for row, value in zip(again, values, strict=True)
-            if config.label in (said := dict(zip(row["scorers"] or (), row["scores"] or (), strict=True)))
-            and not _same(said[config.label], value, near)
-        ]
-        what = f"scorer {config.label} gives another score to the stored text than the stored one"
-        found = [named("scorer", what, wrong)] if wrong else []
-        note(Check(name, len(again), len(wrong), f"version {then}"), *found)
-
-
-def _same(one: float | None, other: float | None, near: float) -> bool:
-    if one is None or other is None:
-        return one is other
-    return abs(one - other) <= near * max(1.0, abs(one))
+# --- the weights ------------------------------------------------------------------------------
 
 
 def _weights(
@@ -357,7 +263,7 @@ def _weights(
     round_: Round,
     home: Home,
     device: Device,
-    rows: list[dict],
+    stored: Stored,
     forced: int,
     tolerance: float,
     note: Notes,
@@ -370,20 +276,14 @@ def _weights(
         return
     note(Check("weights, hashed again", 1, 0, str(weights.path)))
     tokenizer = models.tokenizer(weights.path)
-    if rows and round_.recipe.task != "classification" and round_.recipe.sampling.source != "reference":
-        _texts(tokenizer, rows, note)
-    if rows[:forced]:
-        _forced(weights.path, tokenizer, round_, device, rows[:forced], tolerance, note)
-
-
-def _texts(tokenizer, rows: list[dict], note: Notes) -> None:
-    spelt = tokenizer.batch_decode(
-        [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
-        skip_special_tokens=True,
-    )
-    wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
-    found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
-    note(Check("texts, decoded again", len(rows), len(wrong)), *found)
+    source = round_.recipe.sampling.source
+    if round_.recipe.task != "classification":
+        if stored.rows and source != "reference":
+            closer.texts(tokenizer, stored.rows, note)
+        if stored.held_out and source != "teacher":  # whose tokens are not the policy's
+            closer.texts(tokenizer, stored.held_out, note, held_out.OF)
+    if some := stored.rows[:forced]:
+        _forced(weights.path, tokenizer, round_, device, some, tolerance, note)
 
 
 def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Notes) -> None:

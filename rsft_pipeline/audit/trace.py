@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from rsft_pipeline import sampling
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
-from rsft_pipeline.audit.reading import Query, at_once
+from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import said
 from rsft_pipeline.steps.rows import COMBINED
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Query, Store
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ been accepted (replay.py).
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +17,14 @@ import duckdb
 from rsft_pipeline import merkle, models
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import ALLOWED, NAMED
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
 
-TABLES = (
-    "training_samples",
-    "rounds",
-    "decisions",
-    "candidates",
-    "prompts",
-    "revocations",
-)  # what the rows are read from
+TABLES = ("rounds", "decisions", "candidates", "prompts", "revocations")  # what a training set is read from
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,8 @@ def verify(
     recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
-    root = read(store, TABLES, note, lambda connection, note: _rows(connection, made, meta, note))
+    tables = (*TABLES, "training_samples")
+    root = read(store, tables, note, lambda connection, note: _rows(connection, made, meta, note))
     return Verification(
         made["recipe"],
         made["round"],
@@ -177,34 +171,20 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
     )
     kept = "SELECT count(*) FROM lake.snapshots() WHERE snapshot_id = ?"
     there = connection.execute(kept, [made["snapshot"]]).fetchone() != (0,)
-    with _at(connection, made["snapshot"] if there else None):
+    with as_of(connection, TABLES, made["snapshot"] if there else None):
         then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
         settings = Recipe.model_validate_json(connection.execute(then, of).fetchone()[0])
         rows, given = training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
-    revoked = _revoked(connection, made)
-    root = _then(connection, meta, set() if there else revoked, note)
-    if there:
-        _now(connection, made, rows, given, revoked, note)
-    else:
-        note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
-    for table in ("recorded", "at_snapshot"):
-        connection.execute(f"DROP TABLE {table}")
+    with as_of(connection, TABLES):
+        revoked = _revoked(connection, made)
+        root = _then(connection, meta, set() if there else revoked, note)
+        if there:
+            _now(connection, made, rows, given, revoked, note)
+        else:
+            note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
     return root
-
-
-@contextmanager
-def _at(connection: duckdb.DuckDBPyConnection, snapshot: int | None) -> Iterator[None]:
-    """The tables as they were at a snapshot, under their own names: a temporary view is found before a table."""
-    for table in _READ if snapshot is not None else ():
-        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT * FROM lake.{table} AT (VERSION => {int(snapshot)})")
-    yield
-    for table in _READ if snapshot is not None else ():
-        connection.execute(f"DROP VIEW temp.{table}")
-
-
-_READ = ("rounds", "decisions", "candidates", "prompts", "revocations")
 
 
 def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> set[str]:
@@ -280,7 +260,6 @@ def _now(
     twice = _column(connection, "SELECT candidate_id FROM now GROUP BY ALL HAVING count(*) > 1")
     different += [(candidate, "are there more than once") for candidate in twice]
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
-    connection.execute("DROP TABLE now")
     (count,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
     found = [
         named("data", f"rows of the training set {how} since the snapshot", ids)

@@ -7,7 +7,7 @@ decisions that were made follow from the rule they were made by (replay.py). Not
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import duckdb
@@ -18,8 +18,10 @@ from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.revocations import set_aside
 from rsft_pipeline.store import Store
 
 
@@ -65,7 +67,7 @@ class WhatIf:
 
 
 def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, str]) -> WhatIf:
-    """Decide on a round's candidates by a changed rule.
+    """Decide on a round's candidates by a changed rule. What is revoked by now is set aside.
 
     Args:
         recipe: as its file is now; the rule that is changed is the one that the round recorded.
@@ -79,30 +81,27 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
     round_ = rounds.record(store, recipe, round_key)
     rule = changed(round_.recipe, changes).acceptance
 
-    def work(connection: duckdb.DuckDBPyConnection) -> tuple:
+    with store.connection() as connection, as_of(connection, recorded.TABLES):
         version_of = recorded.versions(connection, round_)
-        asked = rounds.Round(**{**vars(round_), "recipe": changed(round_.recipe, changes)})
+        asked = replace(round_, recipe=changed(round_.recipe, changes))
         recorded.load(connection, asked, version_of)
+        counted = connection.execute("SELECT count(*), count(DISTINCT prompt_id) FROM recorded").fetchone()
         of = {"recipe": recipe.name, "round": round_key}
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE was AS {recorded.DECISIONS}", of)
+        connection.execute(f"CREATE TEMP TABLE was AS {recorded.DECISIONS}", of)
         found = connection.execute("SELECT DISTINCT parameters FROM was LIMIT 1").fetchone()
         if found is None:
             raise AuditError(f"{recipe.name} {round_key}: nothing was decided in this round")
+        connection.execute("CREATE TEMP TABLE drawn AS SELECT candidate_id, tokens FROM recorded")
+        revoked = set_aside(connection, "recorded", recipe.name, round_.recipe.seed)
         try:
             parameters = acceptance.parameters(connection, "recorded", rule, rounds.number(round_key))
         except ValueError as error:
             raise AuditError(str(error)) from None
-        decided = acceptance.decisions_sql("recorded", parameters, recipe.seed)
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE would AS {decided}")
-        counted = connection.execute("SELECT count(*), count(DISTINCT prompt_id) FROM recorded").fetchone()
+        decided = acceptance.decisions_sql("recorded", parameters, round_.recipe.seed)
+        connection.execute(f"CREATE TEMP TABLE would AS ({decided}) UNION ALL BY NAME ({revoked})")
         sides = _side(connection, "was", json.loads(found[0])), _side(connection, "would", parameters)
         agreement = _agreement(connection)
-        for table in ("recorded", "was", "would"):
-            connection.execute(f"DROP TABLE {table}")
-        return *counted, *sides, agreement
-
-    found = store.commit(work)
-    return WhatIf(recipe.name, round_key, *found, time.perf_counter() - began)
+    return WhatIf(recipe.name, round_key, *counted, *sides, agreement, time.perf_counter() - began)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
@@ -127,7 +126,7 @@ def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[st
     numbers = connection.execute(
         f"""SELECT count(*) FILTER (d.accepted), coalesce(avg(d.accepted::INTEGER), 0),
                 avg(d.score) FILTER (d.accepted), avg(r.tokens) FILTER (d.accepted)
-            FROM {table} d LEFT JOIN recorded r ON r.candidate_id = d.candidate_id"""
+            FROM {table} d LEFT JOIN drawn r ON r.candidate_id = d.candidate_id"""
     ).fetchone()
     accepted = numbers[0]
     of_prompt = f"SELECT count(*) FILTER (accepted) AS n FROM {table} GROUP BY prompt_id"

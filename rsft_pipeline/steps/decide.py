@@ -6,6 +6,8 @@ rules (acceptance.py), nor which of the accepted a checkpoint is trained on (row
 
 import json
 
+import duckdb
+
 from rsft_pipeline import acceptance, revocations, rounds
 from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round, RoundError
@@ -35,10 +37,10 @@ def scored(store: Store, round_: Round) -> str:
 def decide(store: Store, round_: Round, run_id: str) -> dict:
     """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters."""
     check_not_revoked(store, round_)
-    recipe, candidates, version_of = round_.recipe, scored(store, round_), versions(store, round_)
+    recipe, version_of = round_.recipe, versions(store, round_)
 
     def work(connection):
-        parameters, decisions = _decisions(connection, round_, candidates, recipe.sampling.most_draws)
+        parameters, decisions = _decisions(connection, round_)
         connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
         connection.execute(
             f"""INSERT INTO decisions BY NAME
@@ -49,33 +51,38 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
             "UPDATE rounds SET scorers = ? WHERE recipe = ? AND round = ?",
             [json.dumps(version_of), recipe.name, round_.key],
         )
-        connection.execute("DROP TABLE scored")
         return parameters
 
-    return store.commit(work)
+    with store.connection() as connection:
+        _read(connection, round_, scored(store, round_), recipe.sampling.most_draws)
+        return store.commit(work, connection)
 
 
 def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
     """How many of each prompt's first draws would be accepted, were it decided on them alone. Writes nothing."""
-    candidates = scored(store, round_)
-
-    def work(connection):
-        _, decisions = _decisions(connection, round_, candidates, draws)
+    with store.connection() as connection:
+        _read(connection, round_, scored(store, round_), draws)
+        _, decisions = _decisions(connection, round_)
         counted = connection.execute(f"SELECT prompt_id, count(*) FROM ({decisions}) WHERE accepted GROUP BY ALL")
-        found = dict(counted.fetchall())
-        connection.execute("DROP TABLE scored")
-        return found
-
-    return store.commit(work)
+        return dict(counted.fetchall())
 
 
-def _decisions(connection, round_: Round, candidates: str, draws: int) -> tuple[dict, str]:
-    """The rule's parameters, and a SELECT of the decisions on the temporary table `scored`, which is made for it."""
-    recipe = round_.recipe
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
+def _read(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: str, draws: int) -> None:
+    """Make the temporary table `scored` of a round's first draws."""
+    connection.execute(f"CREATE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
     (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
     if twice:
-        raise RoundError(f"{recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided")
-    revoked = revocations.set_aside(connection, recipe.name, recipe.seed)
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided"
+        )
+
+
+def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[dict, str]:
+    """The rule's parameters, and a SELECT of the decisions on the temporary table `scored`.
+
+    What is revoked is looked up here, in the transaction that the decisions are written in.
+    """
+    recipe = round_.recipe
+    revoked = revocations.set_aside(connection, "scored", recipe.name, recipe.seed)
     parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
     return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"

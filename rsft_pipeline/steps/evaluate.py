@@ -14,7 +14,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round, RoundError, starting_weights
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import versions
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Query, Store
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
 def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome:
     """Compare the contest's weights on the held-out prompts. Writes `evaluations`."""
     recipe, how = round_.recipe, round_.recipe.evaluation
-    found = {role: results(store, round_, digest) for role, digest in contest.roles.items()}
+    version = versions(store, round_)[COMBINED]
+    found = {role: results(store.query, round_, digest, version) for role, digest in contest.roles.items()}
     rows = [
         {
             "recipe": recipe.name,
@@ -96,10 +97,10 @@ def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome
     return Outcome(summaries, comparison, compared, won, verdict)
 
 
-def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
-    """How a policy did on each of the round's held-out prompts."""
+def results(query: Query, round_: Round, policy: str, version: str) -> list[PromptResult]:
+    """How a policy did on each of the round's held-out prompts, by combined scores of this version."""
     recipe = round_.recipe
-    rows = store.query(
+    rows = query(
         f"""SELECT c.prompt_id, count(*) AS draws,
                 count(*) FILTER (s.value > $above AND s.passed) AS passes, avg(s.value) AS score,
                 count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
@@ -110,18 +111,18 @@ def results(store: Store, round_: Round, policy: str) -> list[PromptResult]:
         {
             **of_evaluation(round_, policy),
             "above": recipe.evaluation.pass_above,
-            "version": versions(store, round_)[COMBINED],
+            "version": version,
         },
     )
     return [PromptResult(**row) for row in rows]
 
 
-def recorded_results(store: Store, round_: Round, role: str) -> list[PromptResult]:
+def recorded_results(query: Query, round_: Round, role: str) -> list[PromptResult]:
     """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
-    rows = store.query(
+    rows = query(
         """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens FROM evaluations
-           WHERE recipe = ? AND round = ? AND role = ? ORDER BY prompt_id""",
-        [round_.recipe.name, round_.key, role],
+           WHERE recipe = $recipe AND round = $round AND role = $role ORDER BY prompt_id""",
+        {"recipe": round_.recipe.name, "round": round_.key, "role": role},
     )
     return [PromptResult(**row) for row in rows]
 

@@ -1,0 +1,151 @@
+"""Closer: what the rows of candidates say when they are looked at one by one.
+
+Belongs here: whether ids and seeds are what they hash to, prompts likewise, texts what their tokens spell, and scores
+what the scorers of today give. Not: which candidates (replay.py those to train on, held_out.py those to evaluate).
+"""
+
+import json
+
+import duckdb
+
+from rsft_pipeline import lineage, scoring
+from rsft_pipeline.audit.findings import Check, Notes, named
+from rsft_pipeline.devices import Device
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.scoring import ScoringError
+from rsft_pipeline.steps.score import accepted_before, judged_sample
+from rsft_pipeline.store import Store
+
+# Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
+ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
+
+
+# lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
+_ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw || ',"' || settings || '"]'), 1, 32)"""
+_SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
+
+
+def ids(
+    connection: duckdb.DuckDBPyConnection, table: str, recipe: Recipe, scope: str, note: Notes, of: str = ""
+) -> None:
+    """Ids and seeds of all rows of a table, hashed again.
+
+    Args:
+        scope: of the ids, see lineage.candidate_id.
+    """
+    given = {"scope": f'["{recipe.name}","{scope}","', "seed": str(recipe.seed)}
+    (candidates,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+    wrong = connection.execute(
+        f"""SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
+            FROM {table} WHERE id OR seed""",
+        given,
+    ).fetchall()
+    named_so = (
+        ("ids", "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
+        ("seeds", "seeds that do not follow from the candidate's id"),
+    )
+    for i, (name, what) in enumerate(named_so, start=1):
+        found = [row[0] for row in wrong if row[i]]
+        check = Check(f"{name}{of}, computed again", candidates, len(found))
+        note(check, *([named("data", what, found)] if found else []))
+
+
+def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM scores WHERE recipe = $recipe") -> str:
+    """SQL of the rows with all that a scorer sees of them and what each scorer said, in the order of their ids.
+
+    Args:
+        looked_at: a table of candidate_id, content (of the prompt as it was judged) and now (its content now).
+        candidates: SQL of the candidates that they are among; `scores`: of the scores that theirs are among.
+    """
+    return f"""
+        WITH single AS (
+            SELECT s.candidate_id, list(s.scorer) AS scorers, list(s.value) AS scores FROM ({scores}) s
+            JOIN {looked_at} r ON r.candidate_id = s.candidate_id AND r.content = s.content
+            WHERE list_contains($scorers, s.scorer) AND list_contains($versions, s.version)
+            GROUP BY s.candidate_id
+        )
+        SELECT r.content = r.now AS unchanged, c.candidate_id, c.prompt_id, c.text, c.token_ids, c.finish_reason,
+            c.log_q, c.log_p, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
+            s.scorers, s.scores
+        FROM {looked_at} r
+        JOIN ({candidates}) c ON c.candidate_id = r.candidate_id
+        JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+        LEFT JOIN single s ON s.candidate_id = r.candidate_id
+        WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- those of a revocation may have been erased
+        ORDER BY r.candidate_id"""
+
+
+def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
+    spelt = tokenizer.batch_decode(
+        [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
+        skip_special_tokens=True,
+    )
+    wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
+    found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
+    note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), *found)
+
+
+def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
+    """Whether prompts are what their ids and digests say, and are still what they were judged by."""
+    asked = {row["prompt_id"]: row for row in rows}
+    wrong = [
+        prompt_id
+        for prompt_id, row in asked.items()
+        if prompt_id != lineage.prompt_id(row["prompt"])
+        or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
+    ]
+    changed = sum(row["unchanged"] is False for row in asked.values())
+    found = [named("data", "prompts (by prompt id) that are not what they hash to", wrong)] if wrong else []
+    said = f"{changed} have another reference or other fields now than when they were judged" if changed else ""
+    note(Check(f"prompts{of}, hashed again", len(asked), len(wrong), said), *found)
+
+
+def scorers(
+    store: Store,
+    round_: Round,
+    rows: list[dict],
+    version_of: dict[str, str],
+    device: Device,
+    forced: int,
+    note: Notes,
+    of: str = "",
+) -> None:
+    """What today's scorers give, where they are those of then."""
+    before = accepted_before(store, round_)
+    rows = [row for row in rows if row["unchanged"]]
+    for config in round_.recipe.scoring.scorers:
+        name, then = f"scorer {config.label}{of}", version_of.get(config.label)
+        if then is None:
+            continue  # said already
+        try:
+            now = scoring.version(config, round_.recipe, before)
+            judge = scoring.scorer(config, round_.recipe, device, before) if now == then else None
+        except ScoringError as error:
+            note(Check(name, 0, None, f"it cannot be asked: {error}"))
+            continue
+        if judge is None:
+            note(Check(name, 0, None, f"the scorer has changed: its version was {then}, is {now}"))
+            continue
+        again = rows[:forced] if config.kind in ASK_A_MODEL else rows
+        try:
+            values = scoring.score({config.label: judge}, [judged_sample(row) for row in again])[config.label]
+        except ScoringError as error:
+            note(Check(name, 0, None, f"it failed: {error}"))
+            continue
+        near = 1e-3 if config.kind in ASK_A_MODEL else 0.0
+        wrong = [
+            row["candidate_id"]
+            for row, value in zip(again, values, strict=True)
+            if config.label in (said := dict(zip(row["scorers"] or (), row["scores"] or (), strict=True)))
+            and not _same(said[config.label], value, near)
+        ]
+        what = f"scorer {config.label} gives another score to the stored text than the stored one"
+        found = [named("scorer", what, wrong)] if wrong else []
+        note(Check(name, len(again), len(wrong), f"version {then}"), *found)
+
+
+def _same(one: float | None, other: float | None, near: float) -> bool:
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= near * max(1.0, abs(one))

@@ -1,0 +1,116 @@
+"""Held out: whether a round's verdict follows from what the weights it compared answered to held-out prompts.
+
+Belongs here: the results of each held-out prompt from stored candidates and scores, and the verdict from these
+results. Not: candidates to train on (replay.py).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import duckdb
+
+from rsft_pipeline.audit import closer
+from rsft_pipeline.audit.findings import Check, Finding, Notes, named
+from rsft_pipeline.audit.reading import on
+from rsft_pipeline.evaluation import PromptResult, compare, promoted
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.sampling import EVALUATION
+from rsft_pipeline.steps.evaluate import recorded_results, results
+from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, of_evaluation
+from rsft_pipeline.store import Query
+
+OF = " of held-out candidates"  # what its checks are called beside those of candidates to train on
+
+
+def check(
+    connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], judged: int, note: Notes
+) -> list[dict]:
+    """Compute results and verdict again. Returns `judged` rows to look at closer."""
+    query = on(connection)
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    asked = query("SELECT DISTINCT role, checkpoint FROM evaluations WHERE recipe = $recipe AND round = $round", of)
+    if not asked:
+        note(Check("held-out results, counted again", 0, None, "this round was not evaluated"))
+        return []
+    scorers = {"scorers": list(version_of), "versions": list(version_of.values()), "combined": COMBINED}
+    for i, weights in enumerate(sorted({row["checkpoint"] for row in asked})):
+        given = {**of_evaluation(round_, weights), **scorers, "version": version_of.get(COMBINED)}
+        query(f"{'INSERT INTO held_out' if i else 'CREATE TEMP TABLE held_out AS'} {_CANDIDATES}", given)
+    closer.ids(connection, "held_out", round_.recipe, EVALUATION, note, OF)
+    some = "SELECT candidate_id, content, now FROM held_out ORDER BY candidate_id LIMIT $judged"
+    query(f"CREATE OR REPLACE TEMP TABLE looked_at AS {some}", {"judged": judged})
+    rows = query(closer.rows_sql("looked_at", "SELECT * FROM candidates WHERE recipe = $recipe"), {**of, **scorers})
+    unsure = {row["prompt_id"] for row in query(_UNSURE)}
+    _results(query, round_, {row["role"]: row["checkpoint"] for row in asked}, version_of, unsure, note)
+    _verdict(query, round_, of, note)
+    return rows
+
+
+# A candidate is judged once for each content that its prompt has had.
+_CANDIDATES = f"""
+    SELECT c.candidate_id, c.prompt_id, c.draw, c.policy, c.settings, c.seed, c.text,
+        coalesce(max(s.content) FILTER (s.content = p.content), max(s.content)) AS content, p.content AS now,
+        count(DISTINCT s.content) AS contents
+    FROM ({EVALUATION_CANDIDATES}) c
+    JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+    LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.scorer = $combined
+        AND s.version = $version
+    GROUP BY c.candidate_id, c.prompt_id, c.draw, c.policy, c.settings, c.seed, c.text, p.content
+"""
+# Prompts that have another reference than when they were judged, or whose texts were erased.
+_UNSURE = "SELECT DISTINCT prompt_id FROM held_out WHERE text IS NULL OR content <> now OR contents > 1"
+
+
+def _results(
+    query: Query, round_: Round, roles: dict[str, str], version_of: dict[str, str], unsure: set[str], note: Notes
+) -> None:
+    """The result of each prompt, for each of the weights compared, from its candidates and their scores."""
+    name = "held-out results, counted again"
+    if COMBINED not in version_of:
+        note(Check(name, 0, None, "by which scorers they were judged is not recorded"))
+        return
+    compared, wrong = 0, set()
+    for role, weights in roles.items():
+        was = _by_prompt(recorded_results(query, round_, role))
+        now = _by_prompt(results(query, round_, weights, version_of[COMBINED]))
+        for prompt in (was.keys() | now.keys()) - unsure:
+            compared += 1
+            if not _same(was.get(prompt), now.get(prompt)):
+                wrong.add(prompt)
+    what = "held-out prompts (by prompt id) whose recorded results are not those of their stored candidates and scores"
+    said = f"{len(unsure)} prompts have changed or were erased since" if unsure else ""
+    note(Check(name, compared, len(wrong), said), *([named("data", what, wrong)] if wrong else []))
+
+
+def _by_prompt(found: Iterable[PromptResult]) -> dict[str, PromptResult]:
+    return {result.prompt_id: result for result in found}
+
+
+def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
+    """Whether two results are the same; means are, whatever the order that their terms were added in."""
+    if was is None or now is None:
+        return was is now
+    return all(
+        math.isclose(one, other, rel_tol=1e-12) if isinstance(one, float) and isinstance(other, float) else one == other
+        for one, other in zip(asdict(was).values(), asdict(now).values(), strict=True)
+    )
+
+
+def _verdict(query: Query, round_: Round, of: dict[str, str], note: Notes) -> None:
+    """What the gate said, from the recorded results."""
+    (row,) = query("SELECT promoted, verdict FROM rounds WHERE recipe = $recipe AND round = $round", of)
+    name, recipe = "the verdict of the gate", round_.recipe
+    if row["verdict"] is None:
+        note(Check(name, 0, None, "the round is not finished"))
+        return
+    before, after = (recorded_results(query, round_, role) for role in ("champion", "checkpoint"))
+    try:
+        how = recipe.evaluation
+        comparison = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)
+        again = promoted(comparison, recipe.promotion)
+    except ValueError as error:
+        again = None, str(error)
+    wrong = again != (row["promoted"], row["verdict"])
+    what = f"the recorded results give the verdict «{again[1]}», not «{row['verdict']}»"
+    note(Check(name, 1, int(wrong)), *([Finding("rule", what, 1)] if wrong else []))
