@@ -54,7 +54,8 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
-            tracking.crown(recipe.name, contest.checkpoint if outcome.promoted else contest.champion)
+            champion = contest.checkpoint if outcome.promoted else contest.champion
+            tracking.crown(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))
             _track(tracking, round_, outcome, by_scorer)
             if by_class:
                 tracking.metrics(

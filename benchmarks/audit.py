@@ -1,12 +1,13 @@
 """Audit benchmark: how long questions take on a store of millions of candidates.
 
-    python -m benchmarks.audit                         # 5,000,000 candidates, in a folder that is kept
+    python -m benchmarks.audit                         # 5,000,000 candidates, in folders that are kept
     python -m benchmarks.audit --candidates 200000 --home /tmp/small
 
-`store` makes the lineage of a recipe's rounds in SQL: ids, seeds, scores, decisions and leaves are those that the
-steps would have written for such texts, so that every question can be asked of it; only weights there are none.
-A store that is there already is used as it is. Each question is asked of several things, several times; the median
-counts, and the first time, when nothing is in memory yet, is told apart. Results go to docs/benchmarks.
+Two stores: one of 20 rounds, for questions about one thing, and one whose single round has all the candidates, to
+replay and verify. `store` makes the lineage of a recipe's rounds in SQL: ids, seeds, scores, decisions and leaves are
+those that the steps would have written for such texts, so that every question can be asked of it; only weights there
+are none. A store that is there already is used as it is. Each question is asked of several things, several times; the
+median counts, and the first time, when nothing is in memory yet, is told apart. Results go to docs/benchmarks.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from typing import Any
 import duckdb
 
 from rsft_pipeline import lineage, merkle, rounds, sampling
-from rsft_pipeline.audit import ids
+from rsft_pipeline.audit import ids, verify
 from rsft_pipeline.audit.impact import impact
+from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.trace import trace
+from rsft_pipeline.devices import Device
+from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
@@ -35,7 +39,7 @@ from rsft_pipeline.steps.rows import ACCEPTED, COMBINED
 from rsft_pipeline.store import Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
-DRAWS = 8
+ROUNDS, DRAWS = 20, 8
 RECIPE = """
 description: Made for the audit benchmark.
 model: {source: /nowhere}
@@ -223,6 +227,16 @@ def questions(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]
     }
 
 
+def whole_round(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]:
+    """What is asked of a round that all the candidates are of."""
+    home, device = Home(Path(made.data).parent.parent), Device("cpu", "float32")
+    checkpoint = verify.find(made, recipe.name, "r000")
+    return {
+        "replay of a round of all candidates": [lambda: replay(made, recipe, "r000", home, device)],
+        "verification of its checkpoint": [lambda: verify.verify(made, checkpoint, home)],
+    }
+
+
 def measure(asked: dict[str, list[Callable[[], Any]]], repeats: int) -> list[dict[str, Any]]:
     """Seconds of the first time, median and least of the others, and median processor time over all cores.
 
@@ -250,30 +264,47 @@ def measure(asked: dict[str, list[Callable[[], Any]]], repeats: int) -> list[dic
     return rows
 
 
+def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The seconds as Markdown."""
+    lines = [
+        f"Made by `python -m benchmarks.audit` on {facts['cores']} cores, DuckDB {facts['duckdb']}.",
+        "",
+        "| question | first | median | least | of the processor |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        seconds = " | ".join(f"{row[name]:.3f}" for name in ("first", "median", "least", "processor"))
+        lines.append(f"| {row['question']} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=5_000_000)
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--home", type=Path, default=None, help="default: a folder in the temporary directory")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    home = given.home or Path(os.environ.get("TMPDIR", "/tmp")) / f"rsft-audit-{given.candidates}-{given.rounds}"
-    began = time.perf_counter()
-    made, recipe = store(home, given.candidates, given.rounds)
-    built = time.perf_counter() - began
-    print(f"{made.value('SELECT count(*) FROM candidates'):,} candidates in {home}, {built:.0f} s", flush=True)
-    print("   first   median    least processor  seconds", flush=True)
-    rows = measure(questions(made, recipe), given.repeats)
-    size = sum(file.stat().st_size for file in (home / "store").rglob("*") if file.is_file())
+    home = given.home or Path(os.environ.get("TMPDIR", "/tmp")) / f"rsft-audit-{given.candidates}"
+    rows = []
+    for number, ask in ((ROUNDS, questions), (1, whole_round)):
+        began = time.perf_counter()
+        made, recipe = store(home / f"{number}", given.candidates, number)
+        counted = made.value("SELECT count(*) FROM candidates")
+        print(f"{counted:,} candidates, rounds: {number}, {time.perf_counter() - began:.0f} s", flush=True)
+        print("   first   median    least processor  seconds", flush=True)
+        rows += measure(ask(made, recipe), given.repeats)
+        made.close()
     facts = {
         "candidates": given.candidates,
-        "bytes": size,
+        "bytes": sum(file.stat().st_size for file in (home / f"{ROUNDS}" / "store").rglob("*") if file.is_file()),
         "cores": os.cpu_count(),
+        "load": os.getloadavg(),
         "duckdb": duckdb.__version__,
         "python": platform.python_version(),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "audit.json").write_text(json.dumps({**facts, "seconds": rows}, indent=2) + "\n")
+    (RESULTS / "audit.md").write_text(table(facts, rows))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def verify(
     """Say whether a checkpoint's weights and training set are what they were. Exits with 1 if anything is not."""
     with opened() as store:
         made = verifying.find(store, checkpoint, round_)
-        answer = verifying.verify(store, made, Home.here(), _tracked_root(made))
+        answer = verifying.verify(store, made, Home.here(), tracked_root(made))
     head = f"{answer.recipe} {answer.round}, checkpoint {answer.checkpoint}, {answer.samples:,} samples\n"
     head += f"root {answer.root or 'cannot be computed'}, recorded {answer.recorded_root or 'none'}"
     show(answer, json_, lambda _: _compared(head, answer))
@@ -145,7 +145,7 @@ def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, js
     show(answer, json_, _differences)
 
 
-def _tracked_root(made: dict[str, Any]) -> dict[str, str]:
+def tracked_root(made: dict[str, Any]) -> dict[str, str]:
     """The root that MLflow was told of a checkpoint; nothing where it cannot say."""
     from mlflow.exceptions import MlflowException
 

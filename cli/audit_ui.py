@@ -32,10 +32,12 @@ def ui(
     """Serve pages to look at rounds, candidates and checkpoints, on 127.0.0.1; Ctrl-C stops them."""
     import uvicorn
 
+    from cli.audit import tracked_root
     from web.app import create
 
     with _store() as store:
-        app = create(store, Home.here(), revoke=_revoking(store) if allow_revoke else None)
+        revoke = _revoking(store) if allow_revoke else None
+        app = create(store, Home.here(), witnesses=tracked_root, revoke=revoke)
         how = "revoking allowed" if allow_revoke else "read only"
         print(f"Audit pages, {how}: http://{HOST}:{port}\nCtrl-C stops them.", flush=True)
         uvicorn.run(app, host=HOST, port=port, log_level="warning", server_header=False)

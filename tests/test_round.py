@@ -368,3 +368,12 @@ def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
     home.rename(moved)
     monkeypatch.setenv("RSFT_HOME", str(moved))
     assert run(instance, recipe, "r001").success
+
+
+def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use(tmp_path):
+    with Store.at(tmp_path) as store:
+        assert rounds.in_use(store, "a", "r000", "first") == "first"
+        for key, state, champion in (("r000", "revoked", "old"), ("r001", "finished", "b"), ("r002", "revoked", "c")):
+            store.append("rounds", [{"recipe": "a", "round": key, "state": state, "champion": champion}])
+        assert rounds.in_use(store, "a", "r000", "first") == "b"
+        assert rounds.in_use(store, "a", "r002", "third") == "third"

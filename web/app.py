@@ -13,8 +13,9 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request, Response
@@ -48,15 +49,23 @@ class Refused(Exception):
     """A request that this server does not serve; the message says why."""
 
 
-def create(store: Store, home: Home, *, revoke: Callable[..., object] | None = None) -> FastAPI:
+def create(
+    store: Store,
+    home: Home,
+    *,
+    witnesses: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda made: {},
+    revoke: Callable[..., object] | None = None,
+) -> FastAPI:
     """The audit pages of a store.
 
     Args:
+        witnesses: where else the Merkle root of a checkpoint (a row of `checkpoints`) stands, and what stands there.
         revoke: what a confirmed revocation calls: a thing (audit/ids.py), `who`, `why` and `erase`. None: no request
             changes anything.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.store, app.state.home, app.state.revoke = store, home, revoke
+    app.state.store, app.state.home = store, home
+    app.state.witnesses, app.state.revoke = witnesses, revoke
     app.state.token = secrets.token_urlsafe(32) if revoke else None
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

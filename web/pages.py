@@ -174,10 +174,12 @@ def whole_tokens(request: Request, recipe: str, candidate_id: str) -> str:
 
 @router.get("/recipes/{recipe}/checkpoints/{digest}")
 def checkpoint(request: Request, recipe: str, digest: str, verify: bool = False, after: After = None) -> str:
-    store = request.app.state.store
-    weights = browse.weights(store, recipe, digest)
-    page = browse.trained_on(store, recipe, digest, after) if weights.row else None
-    verification = verifying.verify(store, weights.row, request.app.state.home) if verify and weights.row else None
+    state = request.app.state
+    weights = browse.weights(state.store, recipe, digest)
+    page = browse.trained_on(state.store, recipe, digest, after) if weights.row else None
+    verification = None
+    if verify and weights.row:
+        verification = verifying.verify(state.store, weights.row, state.home, state.witnesses(weights.row))
     return _page(
         request,
         "checkpoint.html",

@@ -22,8 +22,9 @@ ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
 
 
 # lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
-_ID = """substr(sha256($scope || policy || '","' || prompt_id || '",' || draw || ',"' || settings || '"]'), 1, 32)"""
-_SEED = """('0x' || substr(sha256('["seed","' || candidate_id || '",' || $seed || ']'), 1, 15))::BIGINT"""
+_ID = """substr(sha256(concat(
+    $scope, policy, '","', prompt_id, '",', draw, ',"', settings, '"]')), 1, 32)"""
+_SEED = """concat('0x', substr(sha256(concat('["seed","', candidate_id, '",', $seed, ']')), 1, 15))::BIGINT"""
 
 
 def ids(
@@ -36,11 +37,14 @@ def ids(
     """
     given = {"scope": f'["{recipe.name}","{scope}","', "seed": str(recipe.seed)}
     (candidates,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-    wrong = connection.execute(
-        f"""SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
-            FROM {table} WHERE id OR seed""",
+    # Into a table: what is only fetched is worked out by the thread that fetches it.
+    connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE wrong AS SELECT * FROM (
+            SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
+            FROM {table}) WHERE id OR seed""",
         given,
-    ).fetchall()
+    )
+    wrong = connection.execute("FROM wrong").fetchall()
     named_so = (
         ("ids", "ids that are not the hash of the round, policy, prompt, draw and settings beside them"),
         ("seeds", "seeds that do not follow from the candidate's id"),

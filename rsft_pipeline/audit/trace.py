@@ -338,6 +338,8 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
 
 
 def _revoked(query: Query, drawn: Mapping) -> list[str]:
+    if not query("SELECT count(*) AS n FROM revocations")[0]["n"]:  # answered sooner than which
+        return []
     of = {"ids": [drawn["candidate_id"], drawn["prompt_id"], drawn["policy"]]}
     sql = "SELECT kind, what, cause, who, why FROM revocations WHERE list_contains($ids, what)"
     return [said(row) for row in query(sql, of)]
