@@ -136,10 +136,17 @@ class Work:
 
     def generate(self) -> int:
         """Transformers' `generate`, one call for all prompts, padded on the left, an encoder's on the right."""
-        width = max(self.case.lengths)
-        ids = torch.zeros(len(self.prompts), width, dtype=torch.long)
+        return self._generate(self.prompts)
+
+    def generate_each(self) -> int:
+        """The same, one call for each prompt, as TRL's BestOfNSampler made them until it was removed."""
+        return sum(self._generate([prompt]) for prompt in self.prompts)
+
+    def _generate(self, prompts: list[list[int]]) -> int:
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(self.prompts):
+        for i, prompt in enumerate(prompts):
             columns = slice(len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
             ids[i, columns] = torch.tensor(prompt)
             mask[i, columns] = 1
@@ -187,7 +194,7 @@ class Work:
         return ended[0] + 1 if ended else len(ids)
 
 
-WAYS = ("shared_prefix", "plain_loop", "generate", "generate_batch")
+WAYS = ("shared_prefix", "plain_loop", "generate", "generate_each", "generate_batch")
 
 
 # --- the floor --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import FUNCTIONS, RECIPE
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import definitions
@@ -31,6 +32,7 @@ from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
+from web.app import create
 
 NAME = "letters_loop"
 CPU = Device("cpu", "float32")
@@ -406,6 +408,14 @@ def test_a_root_that_was_changed_in_one_place_is_named_with_that_place(mine):
     file.write_text(json.dumps(meta))
     (finding,) = verified(mine, witnesses={"MLflow": "1" * 64}).findings
     assert f"MLflow says {'1' * 64}" in finding.what
+
+
+def test_a_page_asks_for_the_root_elsewhere_too(mine):
+    checkpoint = find(mine, NAME, "r000")["checkpoint"]
+    app = create(mine, Home.here(), witnesses=lambda made: {"MLflow": f"the root of {made['round']}"})
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        page = client.get(f"/recipes/{NAME}/checkpoints/{checkpoint}?verify=1").text
+    assert "MLflow says the root of r000" in page
 
 
 def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):

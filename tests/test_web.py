@@ -153,14 +153,6 @@ def test_a_checkpoint_and_its_training_set(ask, store):
     assert "there is no folder" in unescape(ask(f"{address}?verify=1").text)
 
 
-def test_verifying_asks_the_witnesses_of_the_root_too(store, tmp_path):
-    made = store.query("SELECT * FROM checkpoints WHERE meta::JSON ->> '$.merkle_root' IS NOT NULL LIMIT 1")[0]
-    app = create(store, Home(tmp_path), witnesses=lambda row: {"MLflow": f"another root of {row['checkpoint']}"})
-    with TestClient(app, base_url=HERE) as client:
-        page = client.get(f"/recipes/{made['recipe']}/checkpoints/{made['checkpoint']}?verify=1")
-    assert f"MLflow says another root of {made['checkpoint']}" in unescape(page.text)
-
-
 def test_what_was_drawn_for_a_prompt_over_the_rounds(ask):
     drawn = every_row(ask, f"/recipes/letters/prompts/{letters.prompt_id(4)}")
     assert drawn == [letters.candidate_id(key, 4, draw) for key in ("r000", "r001") for draw in range(4)]
