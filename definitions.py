@@ -67,15 +67,30 @@ def readable_recipes() -> list[Recipe]:
     for folder in (Home.here().recipes, RECIPES):
         for file in sorted(folder.glob("*.yaml")):
             try:
-                recipe = load(file)
-                dg.Definitions.validate_loadable(build([recipe]))  # owners and cron lines are Dagster's to judge
-                found[file.stem] = recipe
-            except (RecipeError, dg.DagsterError) as error:
+                found[file.stem] = load(file)
+            except RecipeError as error:
                 log.error("left out: %s", error)
     return list(found.values())
 
 
+def loadable(recipe: Recipe) -> bool:
+    """Whether Dagster takes a recipe: owners and cron lines are its to judge."""
+    try:
+        dg.Definitions.validate_loadable(build([recipe]))
+    except dg.DagsterError as error:
+        log.error("left out: %s: %s", recipe.file, error)
+        return False
+    return True
+
+
 @dg.definitions
 def defs() -> dg.Definitions:
+    """All recipes at once, as every process of Dagster's loads them; one by one only where one of them is refused."""
     settle_environment()
-    return build(readable_recipes())
+    recipes = readable_recipes()
+    try:
+        together = build(recipes)
+        dg.Definitions.validate_loadable(together)
+        return together
+    except dg.DagsterError:
+        return build(filter(loadable, recipes))

@@ -50,9 +50,14 @@ def test_every_recipe_of_the_project_is_loaded_and_a_broken_one_spares_the_other
     (home / "recipes").mkdir()
     (home / "recipes" / "broken.yaml").write_text("description: 1\nmodle: {}")
     (home / "recipes" / "letters_loop.yaml").symlink_to(write_recipe())
-    loaded = {job.name for job in definitions.defs().jobs}
-    assert loaded == {f"{file.stem}_round" for file in RECIPES.glob("*.yaml")} | {"letters_loop_round"}
+    expected = {f"{file.stem}_round" for file in RECIPES.glob("*.yaml")} | {"letters_loop_round"}
+    assert {job.name for job in definitions.defs().jobs} == expected
     assert "broken.yaml" in caplog.text and "Did you mean 'model'" in caplog.text
+    # What only Dagster can judge: the file is a recipe, but a cron line has five fields, and an owner an address.
+    for name, section in (("never", {"schedule": "every night"}), ("orphan", {"owners": ["nobody"]})):
+        (home / "recipes" / f"{name}.yaml").symlink_to(write_recipe(name, **section))
+    assert {job.name for job in definitions.defs().jobs} == expected
+    assert all(f"left out: {home.parent}/elsewhere/{name}.yaml" in caplog.text for name in ("never", "orphan"))
 
 
 def test_the_schedule_starts_the_next_round_until_a_stop_rule_holds(home, write_recipe, tmp_path):
