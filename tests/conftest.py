@@ -1,12 +1,23 @@
 """What the tests share: a home of their own, and recipes that run in seconds on two-layer models."""
 
+import os
 import shutil
 import textwrap
 
+import dagster as dg
 import pytest
 import yaml
 
+import definitions
+from assets.shared import rounds_of
+from automation.jobs import job_name
+from rsft_pipeline.home import settle_environment
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.store import Store
+
+# Before anything imports torch: one thread for each of pytest's processes, which are as many as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+settle_environment()
 
 FUNCTIONS = '''
 def letters():
@@ -64,6 +75,41 @@ def tracking_database(tmp_path_factory):
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
+
+
+def run_rounds(folder, tracking_database, text=RECIPE):
+    """Run two rounds of a recipe in a home of their own. Returns the folder of both."""
+    (folder / "home" / "mlflow").mkdir(parents=True)
+    shutil.copy(tracking_database, folder / "home" / "mlflow")
+    (folder / "letters.py").write_text(FUNCTIONS)
+    (folder / "letters_loop.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
+        patch.setenv("RSFT_HOME", str(folder / "home"))
+        recipe = load(folder / "letters_loop.yaml")
+        assert all(run_round(instance, recipe, key).success for key in ("r000", "r001"))
+    return folder
+
+
+def run_round(instance, recipe, round_key, **tags):
+    """Run a round as Dagster's job. Returns what came of it."""
+    instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
+    job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
+    return job.execute_in_process(instance=instance, partition_key=round_key, tags=tags, raise_on_error=False)
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory, tracking_database):
+    """The folder of a home in which two rounds have run, with the recipe beside it: to be read only."""
+    return run_rounds(tmp_path_factory.mktemp("ran"), tracking_database)
+
+
+@pytest.fixture
+def mine(ran, tmp_path, monkeypatch):
+    """The store of a copy of that home, to change. The environment names the copy."""
+    shutil.copytree(ran / "home", tmp_path / "home")
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "home"))
+    with Store.at(tmp_path / "home") as store:
+        yield store
 
 
 @pytest.fixture

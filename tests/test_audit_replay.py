@@ -2,22 +2,17 @@
 
 import hashlib
 import json
-import shutil
 import sqlite3
 from pathlib import Path
 
-import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FUNCTIONS, RECIPE
+from conftest import RECIPE, run_rounds
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-import definitions
-from assets.shared import rounds_of
-from automation.jobs import job_name
 from cli.main import app
 from rsft_pipeline import lineage, merkle, rounds
 from rsft_pipeline.audit.diff import diff
@@ -40,35 +35,13 @@ CPU = Device("cpu", "float32")
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tracking_database):
-    """The folder of a home in which two rounds have run, with the recipe beside it."""
-    folder = tmp_path_factory.mktemp("ran")
-    (folder / "home" / "mlflow").mkdir(parents=True)
-    shutil.copy(tracking_database, folder / "home" / "mlflow")
-    (folder / "letters.py").write_text(FUNCTIONS)
-    (folder / f"{NAME}.yaml").write_text(RECIPE + "controls: [random]\n")
-    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
-        patch.setenv("RSFT_HOME", str(folder / "home"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        recipe = load(folder / f"{NAME}.yaml")
-        for key in ("r000", "r001"):
-            instance.add_dynamic_partitions(rounds_of(recipe).name, [key])
-            job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
-            assert job.execute_in_process(instance=instance, partition_key=key, raise_on_error=False).success
-    return folder
+    """The folder of a home in which two rounds have run with a control, and the recipe beside it."""
+    return run_rounds(tmp_path_factory.mktemp("ran"), tracking_database, RECIPE + "controls: [random]\n")
 
 
 @pytest.fixture
 def recipe(ran):
     return load(ran / f"{NAME}.yaml")
-
-
-@pytest.fixture
-def mine(ran, tmp_path, monkeypatch):
-    """A copy of that home, to change."""
-    shutil.copytree(ran / "home", tmp_path / "home")
-    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "home"))
-    with Store.at(tmp_path / "home") as store:
-        yield store
 
 
 def replayed(store, recipe, round_key="r000", forced=0, **more):

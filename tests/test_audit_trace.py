@@ -1,18 +1,15 @@
 """Trace, impact, revocation and export, on two rounds that really ran and on chains of rounds made by hand."""
 
 import json
-import shutil
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from conftest import FUNCTIONS, RECIPE
+from conftest import run_round
 from typer.testing import CliRunner
 
 import definitions
 from assets import outside
-from assets.shared import rounds_of
-from automation.jobs import job_name
 from cli.main import app
 from rsft_pipeline import gates, lineage, merkle, rounds
 from rsft_pipeline.audit import ids
@@ -32,41 +29,9 @@ from rsft_pipeline.store import Store
 NAME = "letters_loop"
 
 
-def run(instance, recipe, round_key):
-    instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
-    job = definitions.build([recipe]).resolve_job_def(job_name(recipe))
-    return job.execute_in_process(instance=instance, partition_key=round_key, raise_on_error=False)
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory, tracking_database):
-    """The folder of a home in which two rounds have run, with the recipe beside it."""
-    folder = tmp_path_factory.mktemp("ran")
-    (folder / "home" / "mlflow").mkdir(parents=True)
-    shutil.copy(tracking_database, folder / "home" / "mlflow")
-    (folder / "letters.py").write_text(FUNCTIONS)
-    (folder / f"{NAME}.yaml").write_text(RECIPE)
-    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
-        patch.setenv("RSFT_HOME", str(folder / "home"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        recipe = load(folder / f"{NAME}.yaml")
-        assert all(run(instance, recipe, key).success for key in ("r000", "r001"))
-    return folder
-
-
 @pytest.fixture
 def recipe(ran):
     return load(ran / f"{NAME}.yaml")
-
-
-@pytest.fixture
-def mine(ran, tmp_path, monkeypatch):
-    """A copy of that home, to change."""
-    shutil.copytree(ran / "home", tmp_path / "home")
-    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with Store.at(tmp_path / "home") as store:
-        yield store
 
 
 @pytest.fixture
@@ -277,7 +242,7 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         assert not evaluated(instance, check)
         assert aliases(before["r001"]["checkpoint"]) == []
         for round_key in ("r000", "r001"):
-            assert run(instance, recipe, round_key).success
+            assert run_round(instance, recipe, round_key).success
             assert evaluated(instance, check)
     after = {row["round"]: row for row in rounds.history(mine, NAME)}
     assert {row["checkpoint"] for row in after.values()}.isdisjoint(row["checkpoint"] for row in before.values())
@@ -328,7 +293,7 @@ def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(min
     mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'scorer'"))  # as if it had another version
     assert not gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
     with dg.DagsterInstance.ephemeral() as instance:
-        assert run(instance, recipe, "r000").success
+        assert run_round(instance, recipe, "r000").success
     assert rounds.history(mine, NAME)[0]["checkpoint"] == made
     assert gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
 

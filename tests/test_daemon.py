@@ -10,6 +10,8 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.load_target import WorkspaceFileTarget
 
 from rsft_pipeline import rounds
 from rsft_pipeline.store import Store
@@ -53,17 +55,26 @@ def known(home, path):
 
 
 def turn_on(instance, *sensors):
-    """Switch sensors on, as the UI does."""
-    command = [sys.executable, "-m", "dagster", "sensor", "start", "-w", str(ROOT / "workspace.yaml"), "-l", "rsft"]
-    for sensor in sensors:
-        subprocess.run([*command, sensor], check=True, capture_output=True, env=os.environ)
+    """Switch sensors on, as `dagster sensor start` does for one at a time."""
+    with WorkspaceProcessContext(instance, WorkspaceFileTarget([str(ROOT / "workspace.yaml")])) as workspace:
+        repository = workspace.create_request_context().get_code_location("rsft").get_repository("__repository__")
+        for sensor in sensors:
+            instance.start_sensor(repository.get_sensor(sensor))
+
+
+def last_ticks(instance, *sensors):
+    """Why each of the sensors started nothing when it last looked; None: it did, or has not looked."""
+    states = {state.name: state for state in instance.all_instigator_state()}
+    of = (states[sensor] for sensor in sensors)
+    ticks = [instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1) for state in of]
+    return [tick[0].skip_reason if tick else None for tick in ticks]
 
 
 def wait_for(what, patience=240):
     deadline = time.monotonic() + patience
     while not what():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_round(
@@ -82,7 +93,9 @@ def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_rou
             return [row["round"] for row in rounds.history(reader, recipe)]
 
         wait_for(lambda: finished("first") == finished("second") == ["r000", "r001"])
-        time.sleep(15)  # longer than a tick of the sensor: the stop rule holds
+        # Both sensors look once more, and the stop rule holds.
+        loops, stopped = ("first_next_round", "second_next_round"), ["stopped: rounds used up: 2 of 2 finished"] * 2
+        wait_for(lambda: last_ticks(instance, *loops) == stopped, patience=60)
         assert len(instance.get_runs()) == 4
         overlapping = reader.query(
             """SELECT a.round FROM rounds a JOIN rounds b ON a.recipe = b.recipe AND a.round < b.round
