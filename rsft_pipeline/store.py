@@ -11,7 +11,9 @@ import importlib.util
 import random
 import re
 import sqlite3
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -36,12 +38,15 @@ class Store:
     Args:
         catalog: what DuckLake attaches: `sqlite:/path/catalog.sqlite` or `postgres:dbname=…`.
         data: folder or object-store prefix of the Parquet files.
-        memory: most memory that DuckDB takes, e.g. `4GB`; it spills to disk beyond that.
+        memory: most memory that DuckDB takes, e.g. `4GB`; beyond that it spills to the system's temporary folder.
     """
 
     def __init__(self, catalog: str, data: str, *, memory: str | None = None):
         self.catalog, self.data = catalog, data
-        self._connection = duckdb.connect(config={"memory_limit": memory} if memory else {})
+        # A folder of its own, which DuckDB makes when it needs it: by default every process would spill into the same
+        # files of the current folder.
+        spill = {"temp_directory": str(Path(tempfile.gettempdir()) / f"rsft-{uuid.uuid4().hex}")}
+        self._connection = duckdb.connect(config=spill | ({"memory_limit": memory} if memory else {}))
         backend = catalog.partition(":")[0]
         for extension in ("sqlite_scanner" if backend == "sqlite" else "postgres_scanner", "ducklake"):
             _load(self._connection, extension)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -122,3 +123,15 @@ def test_a_store_from_before_revocations_gets_the_columns_that_it_lacks(tmp_path
         rows = store.query("SELECT candidate_id, origin FROM candidates ORDER BY candidate_id")
         assert rows == [{"candidate_id": "a", "origin": None}, {"candidate_id": "b", "origin": "policy"}]
         assert store.query("SELECT * FROM revocations") == []
+
+
+def test_what_does_not_fit_into_memory_is_spilt_into_a_folder_of_its_own_that_goes(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "here")
+    with Store.at(tmp_path, memory="100MB") as store, store.connection() as connection:
+        connection.execute("CREATE TEMP TABLE large AS SELECT sha256(n::VARCHAR) AS text FROM range(3000000) t(n)")
+        assert [folder for folder in (tmp_path / "temporary").iterdir() if any(folder.iterdir())]
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list((tmp_path / "here").iterdir())
