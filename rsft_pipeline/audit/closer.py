@@ -20,10 +20,8 @@ from rsft_pipeline.store import Store
 # Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
 ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
 
-
 # lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
-_ID = """substr(sha256(concat(
-    $scope, policy, '","', prompt_id, '",', draw, ',"', settings, '"]')), 1, 32)"""
+_ID = """substr(sha256(concat($scope, policy, '","', prompt_id, '",', draw, ',"', settings, '"]')), 1, 32)"""
 _SEED = """concat('0x', substr(sha256(concat('["seed","', candidate_id, '",', $seed, ']')), 1, 15))::BIGINT"""
 
 
@@ -34,6 +32,7 @@ def ids(
 
     Args:
         scope: of the ids, see lineage.candidate_id.
+        of: whose they are, in the name of the check.
     """
     given = {"scope": f'["{recipe.name}","{scope}","', "seed": str(recipe.seed)}
     (candidates,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
@@ -81,6 +80,7 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
 
 
 def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
+    """Whether texts are what their tokens spell."""
     spelt = tokenizer.batch_decode(
         [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
         skip_special_tokens=True,
