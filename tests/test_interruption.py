@@ -10,11 +10,14 @@ import pytest
 
 from rsft_pipeline.store import Store
 
-SETTINGS = ("--set", "sampling.wave_size=24", "--set", "training.epochs=40", "--set", "training.batch_size=4")
+# Long enough to be killed in: 18 waves of candidates, and 150 steps of training, kept as they go.
+WAVES = {"draws": 6, "max_tokens": 2, "wave_size": 24}
+STEPS = {"epochs": 10, "batch_size": 4, "learning_rate": 0.005, "save_every": 2}
+LONG = {"sampling": WAVES, "training": STEPS}
 
 
 def start(path):
-    command = [sys.executable, "-m", "cli.main", "run", str(path), "--rounds", "1", *SETTINGS]
+    command = [sys.executable, "-m", "cli.main", "run", str(path), "--rounds", "1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
@@ -57,14 +60,14 @@ def undisturbed(home, write_recipe, tmp_path, monkeypatch):
     (other / "mlflow").mkdir(parents=True)
     (other / "mlflow" / "mlflow.db").write_bytes((home / "mlflow" / "mlflow.db").read_bytes())
     monkeypatch.setenv("RSFT_HOME", str(other))
-    process = start(write_recipe())
+    process = start(write_recipe(**LONG))
     assert process.wait() == 0, process.stdout.read()
     monkeypatch.setenv("RSFT_HOME", str(home))
     return outcome(other)
 
 
 def test_killed_while_drawing_and_again_while_training_a_round_ends_the_same(home, write_recipe, undisturbed):
-    path = write_recipe()
+    path = write_recipe(**LONG)
     with Store.at(home) as store:
         process = start(path)
         kill_when(process, lambda: drawn(home, store) > 0)
