@@ -54,8 +54,8 @@ class SharedEncoderLayer(SharedPrefixLayer):
             The same, seemingly as long as the suffixes: T5 makes its bias as wide as the keys it is given.
         """
         super().update(key_states, value_states)
-        columns = self.cache.blocks * self.cache.block
-        return key_states.expand(-1, -1, columns, -1), value_states.expand(-1, -1, columns, -1)
+        width = self.cache.width
+        return key_states.expand(-1, -1, width, -1), value_states.expand(-1, -1, width, -1)
 
     def get_seq_length(self) -> torch.Tensor:
         return self.cache.newest[:, None]  # each row's own
@@ -78,7 +78,7 @@ class SharedEncoderCache(SharedPrefixCache):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
             for kept, beginning, states in (
-                (layer.prefix_keys[place], start.keys[row], source.keys[row]),
+                (layer.prefix_keys[place].transpose(-1, -2), start.keys[row], source.keys[row]),
                 (layer.prefix_values[place], start.values[row], source.values[row]),
             ):
                 kept[:, :1] = beginning
@@ -87,13 +87,13 @@ class SharedEncoderCache(SharedPrefixCache):
     def begin(self, rows: slice, places: list[int]) -> None:
         super().begin(rows, places)
         for layer in self.layers:
-            layer.keys[0, rows, :, 0] = layer.prefix_keys[places, :, 0]
-            layer.values[0, rows, :, 0] = layer.prefix_values[places, :, 0]
+            layer.keys[rows, :, 0] = layer.prefix_keys[places, ..., 0]
+            layer.values[rows, :, 0] = layer.prefix_values[places, :, 0]
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
         super().seat(place_of_row, places, prefix, device)
         for layer, cross in zip(self.layers, self.cross.layers, strict=True):
-            cross.keys = layer.prefix_keys[:places, :, -self.prefix :]
+            cross.keys = layer.prefix_keys[:places, ..., -self.prefix :].transpose(-1, -2)
             cross.values = layer.prefix_values[:places, :, -self.prefix :]
             cross.is_initialized = True
 

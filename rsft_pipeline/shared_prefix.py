@@ -39,7 +39,7 @@ from transformers.cache_utils import (  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 from transformers.masking_utils import sdpa_mask  # noqa: TID253
 
-from rsft_pipeline.decoding import Drawn, Row, Shape, choose, softmax, uniforms
+from rsft_pipeline.decoding import Drawn, Row, Shape, choose, uniforms
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ NAME = "rsft_shared_prefix"
 HIDDEN = -3e4  # the score of a key that must not be seen; finite in fp16 too, so that an empty prefix makes no NaN
 PREFILL_TOKENS = 8192  # most tokens of prompts read in one forward pass
 PREFILL_PADDING = 1.25  # longest over shortest prompt of such a pass
-BLOCK = {"cpu": 16}  # tokens of a suffix that lie together, by device; 64 elsewhere
+BLOCK = {"cpu": 16}  # tokens by which suffixes grow, by device; 64 elsewhere
 STRIDE = {"cuda": 8}  # steps between two looks at which rows have ended: a look makes the host wait; 1 elsewhere
 
 
@@ -59,11 +59,12 @@ class Unsupported(Exception):
 
 
 class SharedPrefixLayer(CacheLayerMixin):
-    """Keys and values of one layer: a prefix for each place, aligned right, and a suffix for each row, in blocks.
+    """Keys and values of one layer: a prefix for each place, aligned right, and a suffix for each row.
 
-    Shapes: prefix [places, heads, longest prompt, dimension], suffix [blocks, rows, heads, tokens of a
-    block, dimension]. In blocks, because what is read of a suffix that is not full then lies densely in
-    memory: with 24 of 64 tokens a step's products over the suffix took half the time on a CPU.
+    Shapes: prefix keys [places, heads, dimension, longest prompt], prefix values [places, heads, longest
+    prompt, dimension], suffix keys and values [rows, heads, columns, dimension]. A suffix has as many
+    columns as the longest one needs, because what is read then lies densely in memory: memory for all
+    that it can become is there from the start, and is arranged anew as suffixes grow.
     """
 
     is_compileable = False
@@ -76,16 +77,17 @@ class SharedPrefixLayer(CacheLayerMixin):
         """Allocate for heads and dimension like those given, each [any, heads, any, dimension]."""
 
         # Zeros, because what is masked is still multiplied by 0, and memory as it comes may hold a NaN.
-        def zeros(states: torch.Tensor, *number: int, tokens: int) -> torch.Tensor:
-            return states.new_zeros(*number, states.shape[1], tokens, states.shape[3])
-
         places, rows, longest, tokens = self.cache.sizes
-        blocks, block = -(-tokens // self.cache.block), self.cache.block
-        self.prefix_keys = zeros(key_states, places, tokens=longest)
-        self.prefix_values = zeros(value_states, places, tokens=longest)
-        self.keys = zeros(key_states, blocks, rows, tokens=block)
-        self.values = zeros(value_states, blocks, rows, tokens=block)
+        (_, heads, _, key_size), value_size = key_states.shape, value_states.shape[3]
+        self.prefix_keys = key_states.new_zeros(places, heads, key_size, longest)
+        self.prefix_values = value_states.new_zeros(places, heads, longest, value_size)
+        self.keys = key_states.new_zeros(rows, heads, tokens, key_size)[:, :, : self.cache.width]
+        self.values = value_states.new_zeros(rows, heads, tokens, value_size)[:, :, : self.cache.width]
         self.is_initialized = True
+
+    def resize(self, width: int) -> None:
+        """Give the suffixes that many columns."""
+        self.keys, self.values = _resized(self.keys, width), _resized(self.values, width)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
@@ -94,7 +96,7 @@ class SharedPrefixLayer(CacheLayerMixin):
             The same: what was stored before, the attention function takes from here.
         """
         cache, rows = self.cache, len(key_states)
-        where = (cache.newest_block[:rows], cache.every_row[:rows], slice(None), cache.newest_column[:rows])
+        where = (cache.every_row[:rows], slice(None), cache.newest)
         self.keys[where] = key_states[:, :, 0]
         self.values[where] = value_states[:, :, 0]
         return key_states, value_states
@@ -126,11 +128,10 @@ class SharedPrefixCache(Cache):
     def __init__(
         self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
     ):
-        tokens += self.first
-        self.sizes = (places, rows, _rounded(longest), tokens)
-        self.block = BLOCK.get(device.type, 64)
+        self.width = self.block = BLOCK.get(device.type, 64)  # columns of the suffixes
+        self.sizes = (places, rows, _rounded(longest), _rounded(tokens + self.first, self.block))
         self.every_row = torch.arange(rows, device=device)
-        self.columns = torch.arange(max(_rounded(longest), tokens + self.block), device=device)
+        self.columns = torch.arange(max(self.sizes[2:]), device=device)
         self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in each suffix
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
@@ -142,7 +143,7 @@ class SharedPrefixCache(Cache):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
             width = source.keys.shape[2]
-            layer.prefix_keys[place, :, self.sizes[2] - width :] = source.keys[row]
+            layer.prefix_keys[place, :, :, self.sizes[2] - width :] = source.keys[row].transpose(-1, -2)
             layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[row]
 
     def begin(self, rows: slice, places: list[int]) -> None:
@@ -156,12 +157,11 @@ class SharedPrefixCache(Cache):
             layer.prefix_keys[target] = layer.prefix_keys[source]
             layer.prefix_values[target] = layer.prefix_values[source]
 
-    def move_rows(self, source: list[int], target: list[int], span: int) -> None:
+    def move_rows(self, source: list[int], target: list[int]) -> None:
         self.age[target], self.position[target] = self.age[source], self.position[source]
         for layer in self.layers:
-            used = -(-(self.first + span) // self.block)
-            layer.keys[:used, target] = layer.keys[:used, source]
-            layer.values[:used, target] = layer.values[:used, source]
+            layer.keys[target] = layer.keys[source]
+            layer.values[target] = layer.values[source]
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
         """Arrange the rows in a grid [places, most rows of a place], so that a prompt's rows lie together.
@@ -192,13 +192,15 @@ class SharedPrefixCache(Cache):
         """
         age, position = self.age[:rows], self.position[:rows]
         self.newest = age + self.first  # column in each suffix
-        self.blocks = (oldest + self.first) // self.block + 1
-        self.newest_block = torch.div(self.newest, self.block, rounding_mode="floor")
-        self.newest_column = self.newest - self.newest_block * self.block
+        needed = _rounded(oldest + self.first + 1, self.block)
+        if needed > self.width or 2 * needed <= self.width:
+            self.width = needed
+            for layer in self.layers:
+                layer.resize(needed)
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
         # Of suffix columns from the newest token.
-        distance = self.newest[:, None] - self.columns[: self.blocks * self.block]
+        distance = self.newest[:, None] - self.columns[: self.width]
         for window in {layer.window for layer in self.layers}:
             early, late = self.prefix_positions < 0, distance < 0
             if window is not None:
@@ -209,9 +211,18 @@ class SharedPrefixCache(Cache):
             self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, columns]
 
 
-def _rounded(tokens: int) -> int:
+def _rounded(tokens: int, to: int = 16) -> int:
     """To whole vectors: over rows of 15 numbers PyTorch's CPU kernels take up to 8 times as long as over 16."""
-    return -(-tokens // 16) * 16
+    return -(-tokens // to) * to
+
+
+def _resized(states: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, heads, width, dimension] in the memory of `states`, with its first columns; the others hold anything."""
+    rows, heads, before, size = states.shape
+    kept = states[:, :, : min(before, width)].clone()
+    resized = states.as_strided((rows, heads, width, size), (heads * width * size, width * size, size, 1))
+    resized[:, :, : kept.shape[2]] = kept
+    return resized
 
 
 def _bias(hidden: torch.Tensor) -> torch.Tensor:
@@ -273,21 +284,19 @@ def over_suffix(query: torch.Tensor, layer: SharedPrefixLayer, bias: torch.Tenso
     Returns:
         The weighted values, shaped as the query, and the logarithm of their normaliser, [..., 1].
     """
-    cache, rows = layer.cache, len(query)
-    keys, values = layer.keys[: cache.blocks, :rows], layer.values[: cache.blocks, :rows]
-    scores = torch.cat([query @ block.transpose(-1, -2) for block in keys], dim=-1)
-    return _weighted(scores.add_(bias), values)
+    keys, values = layer.keys[: len(query)], layer.values[: len(query)]
+    return _weighted((query @ keys.transpose(-1, -2)).add_(bias), values)
 
 
 def over_prefix(query: torch.Tensor, layer: SharedPrefixLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of each row to its prompt's prefix: the queries of all its rows in one product."""
     cache, (_, kv_heads, group, _) = layer.cache, query.shape
     places, seats = cache.grid_shape
-    keys, values = layer.prefix_keys[:places, :, -cache.prefix :], layer.prefix_values[:places, :, -cache.prefix :]
+    keys, values = layer.prefix_keys[:places, ..., -cache.prefix :], layer.prefix_values[:places, :, -cache.prefix :]
     seated = query[cache.grid].view(places, seats, kv_heads, -1).transpose(1, 2)
-    scores = seated.reshape(places, kv_heads, seats * group, -1) @ keys.transpose(-1, -2)
+    scores = seated.reshape(places, kv_heads, seats * group, -1) @ keys
     scores.view(places, kv_heads, seats, group, -1).add_(cache.prefix_bias[layer.window])
-    shared, norm = _weighted(scores, values[None])
+    shared, norm = _weighted(scores, values)
     shared = shared.view(places, kv_heads, seats, group, -1).transpose(1, 2).flatten(0, 1)[cache.seats]
     norm = norm.view(places, kv_heads, seats, group, 1).transpose(1, 2).flatten(0, 1)[cache.seats]
     return shared, norm
@@ -298,14 +307,13 @@ def _weighted(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
 
     Args:
         scores: [..., tokens].
-        values: [blocks, ..., tokens of a block, dimension].
+        values: [..., tokens, dimension].
     """
-    weights, norm = softmax(scores)
-    weights = weights.to(values.dtype).split(values.shape[-2], dim=-1)
-    total = weights[0] @ values[0]
-    for i in range(1, len(values)):
-        total += weights[i] @ values[i]
-    return total, norm
+    most = scores.amax(-1, keepdim=True).float()
+    # e⁻⁸⁰ of the largest weight is nothing; what underflows instead takes a CPU twenty times as long.
+    weights = scores.float().sub_(most).clamp_(min=-80).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights.to(values.dtype) @ values).div_(total), most + total.log()
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -490,7 +498,7 @@ class Loop:
             _moved(values, source, target, sum(alive)) for values in (self.number, self.place, self.age)
         )
         if source:
-            self.cache.move_rows(source, target, max(self.age))
+            self.cache.move_rows(source, target)
             for state in self.states:
                 state[target] = state[source]
 
