@@ -33,7 +33,7 @@ ALLOWED = """
 
 def _any(store: Store) -> bool:
     """Whether anything was revoked: mostly nothing was, and this is answered soonest."""
-    return store.value("SELECT count(*) FROM revocations") > 0
+    return bool(store.query("SELECT 1 FROM revocations LIMIT 1"))
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, se
         table: has the columns that acceptance.decisions_sql reads.
     """
     connection.execute(f"CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM {table} LIMIT 0")
-    if connection.execute("SELECT count(*) FROM revocations").fetchone()[0]:
+    if connection.execute("SELECT 1 FROM revocations LIMIT 1").fetchone():
         of = {"recipe": recipe}
         connection.execute(f"INSERT INTO revoked SELECT * FROM {table} s WHERE {_REVOKED}", of)
         connection.execute(f"DELETE FROM {table} WHERE candidate_id IN (SELECT candidate_id FROM revoked)")

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-NEWEST_SNAPSHOT = "SELECT max(snapshot_id) FROM lake.snapshots()"
+NEWEST_SNAPSHOT = "SELECT id FROM lake.current_snapshot()"
 SCHEMA = Path(__file__).with_name("schema.sql")
 T = TypeVar("T")
 Query = Callable[..., list[dict[str, Any]]]  # (sql, parameters) → rows, as Store.query

@@ -18,7 +18,7 @@ from typing import Any
 
 from rsft_pipeline.audit.ids import Thing
 from rsft_pipeline.audit.reading import at_once
-from rsft_pipeline.store import Query, Store
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def follow(query: Query, thing: Thing) -> Impact:
     champions = [(recipe, row["champion"]) for recipe, row in finished.items() if row["champion"] in through]
     return Impact(
         thing,
-        query("SELECT max(snapshot_id) AS n FROM lake.snapshots()")[0]["n"],
+        query(NEWEST_SNAPSHOT)[0]["id"],
         **counts,
         checkpoints=checkpoints,
         **_later(query, thing, set(through)),

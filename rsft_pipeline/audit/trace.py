@@ -18,7 +18,7 @@ from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import said
 from rsft_pipeline.steps.rows import COMBINED
-from rsft_pipeline.store import Query, Store
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
         recipe,
         drawn["round"],
         candidate_id,
-        query("SELECT max(snapshot_id) AS n FROM lake.snapshots()")[0]["n"],
+        query(NEWEST_SNAPSHOT)[0]["id"],
         _prompt(_first(query(_PROMPT, of)), gaps),
         _ancestry(drawn, made, rounds, gaps),
         _draw(drawn, settings, gaps),
@@ -338,7 +338,7 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
 
 
 def _revoked(query: Query, drawn: Mapping) -> list[str]:
-    if not query("SELECT count(*) AS n FROM revocations")[0]["n"]:  # answered sooner than which
+    if not query("SELECT 1 FROM revocations LIMIT 1"):  # answered sooner than which
         return []
     of = {"ids": [drawn["candidate_id"], drawn["prompt_id"], drawn["policy"]]}
     sql = "SELECT kind, what, cause, who, why FROM revocations WHERE list_contains($ids, what)"
