@@ -58,7 +58,7 @@ class SharedEncoderLayer(SharedPrefixLayer):
         return key_states.expand(-1, -1, width, -1), value_states.expand(-1, -1, width, -1)
 
     def get_seq_length(self) -> torch.Tensor:
-        return self.cache.newest[:, None]  # each row's own
+        return self.cache.length_of_row[:, None]  # each row's own
 
 
 class SharedEncoderCache(SharedPrefixCache):
@@ -87,8 +87,8 @@ class SharedEncoderCache(SharedPrefixCache):
     def begin(self, rows: slice, places: list[int]) -> None:
         super().begin(rows, places)
         for layer in self.layers:
-            layer.keys[rows, :, 0] = layer.prefix_keys[places, ..., 0]
-            layer.values[rows, :, 0] = layer.prefix_values[places, :, 0]
+            layer.keys[rows, :, self.newest] = layer.prefix_keys[places, ..., 0]
+            layer.values[rows, :, self.newest] = layer.prefix_values[places, :, 0]
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
         super().seat(place_of_row, places, prefix, device)
@@ -105,14 +105,16 @@ class SharedEncoderCache(SharedPrefixCache):
         """What is added to the scores over the suffixes: who sees what, and the model's bias by distance.
 
         Args:
-            position_bias: [1, heads, rows, columns], or None. T5 hands all layers the same, so it is kept.
+            position_bias: [1, heads, rows, positions], or None. T5 hands all layers the same, so it is kept.
 
         Returns:
             [rows, heads or 1, 1, columns].
         """
         if position_bias is not self.merged[0]:
-            merged = position_bias.permute(2, 1, 0, 3) + self.suffix_bias[None]
-            self.merged = (position_bias, merged.contiguous())
+            by_row = position_bias.permute(2, 1, 0, 3)
+            position = (self.length_of_row[:, None] - self.distance).clamp(min=0)  # that each column holds
+            by_column = by_row.gather(-1, position[:, None, None].expand(*by_row.shape))
+            self.merged = (position_bias, by_column + self.suffix_bias[None])
         return self.merged[1]
 
 
@@ -137,7 +139,7 @@ def shared_encoder_attention(
     Args:
         query: [rows, heads, 1, dimension].
         key: what the layer of `cross` holds, or what `update` gave back; value likewise.
-        position_bias: of the suffix [1, heads, rows, columns]; a cross-attention's is 0.
+        position_bias: of the suffix [1, heads, rows, positions]; a cross-attention's is 0.
 
     Returns:
         [rows, 1, heads, dimension], and no weights.

@@ -62,9 +62,10 @@ class SharedPrefixLayer(CacheLayerMixin):
     """Keys and values of one layer: a prefix for each place, aligned right, and a suffix for each row.
 
     Shapes: prefix keys [places, heads, dimension, longest prompt], prefix values [places, heads, longest
-    prompt, dimension], suffix keys and values [rows, heads, columns, dimension]. A suffix has as many
-    columns as the longest one needs, because what is read then lies densely in memory: memory for all
-    that it can become is there from the start, and is arranged anew as suffixes grow.
+    prompt, dimension], suffix keys and values [rows, heads, columns, dimension]. The columns are a ring
+    that all rows write at one place, whenever they began. There are as many as the longest suffix needs,
+    because what is read then lies densely in memory: memory for all that they can become is there from the
+    start, and is arranged anew as suffixes grow.
     """
 
     is_compileable = False
@@ -85,9 +86,9 @@ class SharedPrefixLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, heads, tokens, value_size)[:, :, : self.cache.width]
         self.is_initialized = True
 
-    def resize(self, width: int) -> None:
-        """Give the suffixes that many columns."""
-        self.keys, self.values = _resized(self.keys, width), _resized(self.values, width)
+    def resize(self, kept: torch.Tensor, width: int) -> None:
+        """Give the suffixes that many columns, of which the first are those that are kept."""
+        self.keys, self.values = _resized(self.keys, kept, width), _resized(self.values, kept, width)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
@@ -95,10 +96,9 @@ class SharedPrefixLayer(CacheLayerMixin):
         Returns:
             The same: what was stored before, the attention function takes from here.
         """
-        cache, rows = self.cache, len(key_states)
-        where = (cache.every_row[:rows], slice(None), cache.newest)
-        self.keys[where] = key_states[:, :, 0]
-        self.values[where] = value_states[:, :, 0]
+        rows, column = len(key_states), self.cache.newest
+        self.keys[:rows, :, column] = key_states[:, :, 0]
+        self.values[:rows, :, column] = value_states[:, :, 0]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -122,17 +122,17 @@ class SharedPrefixCache(Cache):
         tokens: longest suffix.
     """
 
-    first = 0  # column of a suffix's first drawn token: what lies before it, a row begins with
+    first = 0  # tokens that a suffix begins with, before the first that is drawn
     layer_class: type[SharedPrefixLayer] = SharedPrefixLayer
 
     def __init__(
         self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
     ):
         self.width = self.block = BLOCK.get(device.type, 64)  # columns of the suffixes
+        self.newest = self.width - 1  # the column written last
         self.sizes = (places, rows, _rounded(longest), _rounded(tokens + self.first, self.block))
-        self.every_row = torch.arange(rows, device=device)
         self.columns = torch.arange(max(self.sizes[2:]), device=device)
-        self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in each suffix
+        self.age = torch.zeros(rows, dtype=torch.long, device=device)  # tokens drawn in each suffix
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
         super().__init__(layers=[self.layer_class(self, window) for window in windows])
@@ -190,25 +190,31 @@ class SharedPrefixCache(Cache):
             rows: how many there are.
             oldest: tokens of the longest suffix so far.
         """
-        age, position = self.age[:rows], self.position[:rows]
-        self.newest = age + self.first  # column in each suffix
+        position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
         needed = _rounded(oldest + self.first + 1, self.block)
         if needed > self.width or 2 * needed <= self.width:
-            self.width = needed
-            for layer in self.layers:
-                layer.resize(needed)
+            self._resize(needed)
+        self.newest = (self.newest + 1) % self.width
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
-        # Of suffix columns from the newest token.
-        distance = self.newest[:, None] - self.columns[: self.width]
+        # Of the columns from the newest token, in tokens.
+        self.distance = (self.newest - self.columns[: self.width]) % self.width
         for window in {layer.window for layer in self.layers}:
-            early, late = self.prefix_positions < 0, distance < 0
+            early, late = self.prefix_positions < 0, self.distance > self.length_of_row[:, None]
             if window is not None:
                 seated = position[self.grid].view(*self.grid_shape, 1)
                 early = early | (self.prefix_positions <= seated - window)
-                late = late | (distance >= window)
+                late = late | (self.distance >= window)
             self.prefix_bias[window] = _bias(early)[:, None, :, None]  # [places, 1, 1 or seats, 1, prefix]
             self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, columns]
+
+    def _resize(self, width: int) -> None:
+        """Give the suffixes that many columns, and lay the newest of those that there are in order."""
+        kept = min(width, self.width)
+        columns = (self.newest + 1 - kept + self.columns[:kept]) % self.width
+        for layer in self.layers:
+            layer.resize(columns, width)
+        self.width, self.newest = width, kept - 1
 
 
 def _rounded(tokens: int, to: int = 16) -> int:
@@ -216,12 +222,11 @@ def _rounded(tokens: int, to: int = 16) -> int:
     return -(-tokens // to) * to
 
 
-def _resized(states: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, heads, width, dimension] in the memory of `states`, with its first columns; the others hold anything."""
-    rows, heads, before, size = states.shape
-    kept = states[:, :, : min(before, width)].clone()
+def _resized(states: torch.Tensor, kept: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, heads, width, dimension] in the memory of `states`, first those columns; the others hold anything."""
+    (rows, heads, _, size), first = states.shape, states[:, :, kept]
     resized = states.as_strided((rows, heads, width, size), (heads * width * size, width * size, size, 1))
-    resized[:, :, : kept.shape[2]] = kept
+    resized[:, :, : len(kept)] = first
     return resized
 
 

@@ -9,6 +9,7 @@ import json
 from rsft_pipeline import lineage, revocations, scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.progress import Show
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.steps.rows import COMBINED
 from rsft_pipeline.store import Store, columns
@@ -65,60 +66,66 @@ def score(
     """
     recipe = round_.recipe
     version_of = versions(store, round_)
-    to_judge = {**parameters, "version": version_of[COMBINED]}
-    unscored = store.arrow(f"SELECT * FROM ({_UNSCORED.format(candidates=candidates)})", to_judge)
-    if not unscored.num_rows:
-        return 0
-    # With only weights or minima changed, the scorers themselves have nothing to do.
-    known = store.query(
-        f"""SELECT s.candidate_id, s.scorer, s.value FROM ({_UNSCORED.format(candidates=candidates)}) u
-            JOIN scores s ON s.candidate_id = u.candidate_id AND s.content = u.content
-            WHERE s.recipe = $recipe AND list_contains($versions, s.version)""",
-        {**to_judge, "versions": list(version_of.values())},
-    )
-    value_of = {(row["candidate_id"], row["scorer"]): row["value"] for row in known}
-    judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
-    for batch in unscored.to_batches(max_chunksize=SCORING_BATCH):
-        rows = batch.to_pylist()
-        new: list[tuple[dict, str, float | None, bool | None]] = []
-        for scorer, judge in judges.items():
-            missing = [row for row in rows if (row["candidate_id"], scorer) not in value_of]
-            values = scoring.score({scorer: judge}, [judged_sample(row) for row in missing])[scorer]
-            value_of |= {(row["candidate_id"], scorer): value for row, value in zip(missing, values, strict=True)}
-            new += [(row, scorer, value, None) for row, value in zip(missing, values, strict=True)]
-        judged = {scorer: [value_of[row["candidate_id"], scorer] for row in rows] for scorer in judges}
-        new += [
-            (row, COMBINED, value, passed)
-            for row, value, passed in zip(rows, *scoring.combine(recipe.scoring, judged), strict=True)
-        ]
-        store.append(
-            "scores",
-            columns(
-                len(new),
-                recipe=recipe.name,
-                round=[row["round"] for row, *_ in new],
-                candidate_id=[row["candidate_id"] for row, *_ in new],
-                scorer=[scorer for _, scorer, *_ in new],
-                version=[version_of[scorer] for _, scorer, *_ in new],
-                content=[row["content"] for row, *_ in new],
-                value=[value for *_, value, _ in new],
-                passed=[passed for *_, passed in new],
-                dagster_run_id=run_id,
-            ),
-        )
-        done += len(rows)
-        show(done)
-    return unscored.num_rows
+    to_judge = {**parameters, "version": version_of[COMBINED], "versions": list(version_of.values())}
+    with store.connection() as connection:
+        connection.execute(f"CREATE TEMP TABLE unscored AS {_UNSCORED.format(candidates=candidates)}", to_judge)
+        (number,) = connection.execute("SELECT count(*) FROM unscored").fetchone()
+        if not number:
+            return 0
+        judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
+        for batch in connection.execute("FROM unscored").to_arrow_reader(SCORING_BATCH):
+            rows = batch.to_pylist()
+            judged = _judge(recipe, judges, rows)
+            store.append(
+                "scores",
+                columns(
+                    len(judged),
+                    recipe=recipe.name,
+                    round=[row["round"] for row, *_ in judged],
+                    candidate_id=[row["candidate_id"] for row, *_ in judged],
+                    scorer=[scorer for _, scorer, *_ in judged],
+                    version=[version_of[scorer] for _, scorer, *_ in judged],
+                    content=[row["content"] for row, *_ in judged],
+                    value=[value for *_, value, _ in judged],
+                    passed=[passed for *_, passed in judged],
+                    dagster_run_id=run_id,
+                ),
+            )
+            done += len(rows)
+            show(done)
+    return number
 
 
+# With only weights or minima changed, the scorers themselves have nothing to do: what they said is in `known`.
 _UNSCORED = f"""
     SELECT c.candidate_id, c.round, c.text, c.log_p, c.finish_reason,
-           p.text AS prompt, p.messages, p.reference, p.fields, p.content
+           p.text AS prompt, p.messages, p.reference, p.fields, p.content, k.known
     FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
     ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
                AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
+    LEFT JOIN (SELECT candidate_id, content, list(struct_pack(scorer, value)) AS known FROM scores
+               WHERE recipe = $recipe AND list_contains($versions, version) GROUP BY ALL) k
+        ON k.candidate_id = c.candidate_id AND k.content = p.content
     WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- an erased text is judged no more
 """
+
+
+def _judge(
+    recipe: Recipe, judges: dict[str, scoring.Judge], rows: list[dict]
+) -> list[tuple[dict, str, float | None, bool | None]]:
+    """What is new of these candidates: row, scorer, score, and whether it passed the gates, of the combined one."""
+    samples = [judged_sample(row) for row in rows]
+    score_of = [{one["scorer"]: one["value"] for one in row["known"] or ()} for row in rows]
+    new: list[tuple[dict, str, float | None, bool | None]] = []
+    for scorer, judge in judges.items():
+        missing = [i for i, known in enumerate(score_of) if scorer not in known]
+        values = scoring.score({scorer: judge}, [samples[i] for i in missing])[scorer]
+        for i, value in zip(missing, values, strict=True):
+            score_of[i][scorer] = value
+            new.append((rows[i], scorer, value, None))
+    judged = {scorer: [known[scorer] for known in score_of] for scorer in judges}
+    combined = zip(rows, *scoring.combine(recipe.scoring, judged), strict=True)
+    return new + [(row, COMBINED, value, passed) for row, value, passed in combined]
 
 
 def judged_sample(row: dict) -> scoring.Sample:
