@@ -163,21 +163,22 @@ def tracked_root(made: dict[str, Any]) -> dict[str, str]:
 def _compared(head: str, answer: Any) -> RenderableType:
     """The checks of a replay or verification, and its findings."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("compared", justify="right")
-    table.add_column("different", justify="right")
     table.add_column("", overflow="fold")
+    table.add_column("compared", justify="right", no_wrap=True)
+    table.add_column("different", justify="right", no_wrap=True)
     for check in answer.checks:
         different = "not compared" if check.differing is None else f"{check.differing:,}"
         style = "red" if check.differing else "yellow" if check.differing is None else None
-        table.add_row(Text(check.name), f"{check.compared:,}", different, Text(check.note), style=style)
+        note = ("\n  " + check.note, "dim") if check.note else ""  # below, where a hash has room
+        table.add_row(Text.assemble(check.name, note), f"{check.compared:,}", different, style=style)
     lines: list[RenderableType] = [Text(head), table]
     for finding in answer.findings:
         lines.append(Text(f"{finding.kind}: {finding.what} ({finding.count:,})", style="red"))
         more = " …" if finding.count > len(finding.ids) else ""
         if finding.ids:
             lines.append(Text(f"  {' '.join(finding.ids)}{more}"))
-    verdict = "nothing is different" if answer.ok else f"{len(answer.findings)} findings"
+    number = len(answer.findings)
+    verdict = "nothing is different" if answer.ok else "1 finding" if number == 1 else f"{number} findings"
     return Group(*lines, Text(f"{verdict}, in {answer.seconds:.1f} s", style="green" if answer.ok else "red"))
 
 

@@ -458,6 +458,18 @@ def test_one_character_in_a_parquet_file_written_anew_is_named(mine, recipe, acc
         assert all(str(file) in finding.what and "written anew" in finding.what for finding in files)
 
 
+def test_a_parquet_file_written_anew_by_a_program_that_drops_field_ids_is_named(mine, recipe):
+    file = file_of(mine, "candidates", some(mine)["candidate_id"])
+    rows = pq.read_table(file)
+    bare = pa.schema([pa.field(one.name, one.type) for one in rows.schema])
+    pq.write_table(pa.Table.from_pylist(rows.to_pylist(), bare), file)
+    with Store.at(Home.here().path) as store:
+        for answer in (replayed(store, recipe), verified(store)):
+            (finding,) = answer.findings
+            assert finding.kind == "file" and str(file) in finding.what and "field ids" in finding.what
+            assert finding.count == len(rows)
+
+
 def test_a_parquet_file_whose_bytes_are_broken_is_named_and_stops_nothing_else(mine, recipe):
     candidate = some(mine)["candidate_id"]
     file = file_of(mine, "candidates", candidate)

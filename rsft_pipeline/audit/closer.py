@@ -81,10 +81,9 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
 
 def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
     """Whether texts are what their tokens spell."""
-    spelt = tokenizer.batch_decode(
-        [row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"] for row in rows],
-        skip_special_tokens=True,
-    )
+    ids = [row["token_ids"] or [] for row in rows]  # the store's are never missing, but here nothing is taken for sure
+    written = [own[:-1] if row["finish_reason"] == "stop" else own for row, own in zip(rows, ids, strict=True)]
+    spelt = tokenizer.batch_decode(written, skip_special_tokens=True)
     wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
     found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
     note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), *found)

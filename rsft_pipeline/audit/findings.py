@@ -92,7 +92,12 @@ def read(
         if not all(file.readable for file in wrong) or not store.catalog.startswith("sqlite:"):
             return None
         with _knowing(store, wrong) as other:
-            result, found = attempt(other)
+            try:
+                result, found = attempt(other)
+            except duckdb.Error as error:
+                what = f"what these files hold now cannot be read as these tables: {str(error).splitlines()[0]}"
+                notes(Check("rows of these files", len(wrong), None), Finding("file", what, len(wrong)))
+                return None
     notes.checks += found.checks
     notes.findings += found.findings
     return result
@@ -126,11 +131,14 @@ def _files(store: Store, table: str) -> Iterator[_File]:
             if (size, footer) != known:
                 wrong = f"was written anew behind the store's back: {size} bytes (footer {footer}), where the catalog "
                 wrong += f"knows {known[0]} ({known[1]})"
+                readable = store.value(_BY_FIELD_ID, [path])
+                wrong += "" if readable else ", and has not the field ids by which a column is found"
         except duckdb.Error as error:
             wrong, readable = f"cannot be read: {str(error).splitlines()[0]}", False
         yield _File(table, path, size, footer, wrong, readable)
 
 
+_BY_FIELD_ID = "SELECT bool_and(field_id IS NOT NULL) FROM parquet_schema(?) WHERE type IS NOT NULL"
 _SIZES = "SELECT file_size_bytes, footer_size FROM parquet_file_metadata(?)"
 
 

@@ -282,7 +282,7 @@ def _weights(
             closer.texts(tokenizer, stored.rows, note)
         if stored.held_out and source != "teacher":  # whose tokens are not the policy's
             closer.texts(tokenizer, stored.held_out, note, held_out.OF)
-    if some := stored.rows[:forced]:
+    if some := [row for row in stored.rows if row["token_ids"]][:forced]:
         _forced(weights.path, tokenizer, round_, device, some, tolerance, note)
 
 
