@@ -5,8 +5,9 @@
 
 Both are whole processes, from the interpreter's start to its end, in turns. The bare script has no Dagster, no
 store, no MLflow, no lineage: it draws with the same sampler, compares answers, trains with the same loop, and draws
-again to evaluate. The base model is made before, and MLflow's empty database is there. What a round
-spends where is read from Dagster's own events, and stands beside what the bare script says of itself.
+again to evaluate. What is made once in a home is there before: the base model, and the empty databases of MLflow,
+Dagster and the store. What a round spends where is read from Dagster's own events, and stands beside what the bare
+script says of itself.
 Results go to docs/benchmarks: JSON and Markdown tables.
 """
 
@@ -103,6 +104,23 @@ def questions(prompts: int, file: Path) -> dict[str, str]:
     return {"sampling.prompts": str(prompts), "prompts.source": str(file)}
 
 
+def _prepare(home: Path) -> None:
+    """Make the databases of a home, each of which migrates itself when it is first opened."""
+    import dagster as dg
+
+    from resources.tracking import Tracking
+    from rsft_pipeline.store import Store
+
+    for folder in ("mlflow", "dagster"):
+        (home / folder).mkdir()
+    Tracking(uri=f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").client().search_experiments()
+    shutil.copy(ROOT / "dagster.yaml", home / "dagster")
+    os.environ["DAGSTER_HOME"] = str(home / "dagster")
+    with dg.DagsterInstance.get() as instance:
+        instance.get_runs(limit=1)
+    Store.at(home).close()
+
+
 def pipeline(home: Path, overrides: dict[str, str]) -> dict[str, float]:
     """Wall seconds of `rsft run` and, by Dagster's events, of each step of the round."""
     settings = [f"--set={name}={value}" for name, value in overrides.items()]
@@ -151,7 +169,6 @@ def main() -> None:
     if arguments.bare:
         bare(arguments.home, overrides)
         return
-    from resources.tracking import Tracking
     from rsft_pipeline import models
     from rsft_pipeline.recipe.reading import find, load
 
@@ -168,8 +185,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             home = Path(folder) / "home"
             shutil.copytree(arguments.home / "models", home / "models")
-            (home / "mlflow").mkdir()
-            Tracking(uri=f"sqlite:///{home / 'mlflow' / 'mlflow.db'}").client().search_experiments()  # migrated once
+            _prepare(home)
             turns.append({"bare": {"whole": alone, **parts}, "pipeline": pipeline(home, overrides)})
     wholes = [(turn["pipeline"]["whole"], turn["bare"]["whole"]) for turn in turns]
     overhead = statistics.median(whole - alone for whole, alone in wholes)

@@ -4,6 +4,7 @@ Dagster's run id stands in MLflow's tags and MLflow's run id in Dagster's metada
 to the other.
 """
 
+import functools
 import re
 import time
 from collections.abc import Mapping
@@ -25,9 +26,7 @@ class Tracking(dg.ConfigurableResource):
 
     def client(self):
         """An MlflowClient; MLflow takes seconds to import, so only steps that write to it do."""
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+        return _client(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
 
     def begin(
         self, recipe: str, round_key: str, *, instead_of: str | None, params: Mapping[str, Any], **tags: str
@@ -117,6 +116,14 @@ class Tracking(dg.ConfigurableResource):
         """The page of a run in MLflow's UI."""
         experiment = self.client().get_experiment_by_name(recipe).experiment_id
         return f"{self.ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
+
+
+@functools.lru_cache(maxsize=4)
+def _client(uri: str):
+    """A round asks for it two dozen times, and making one takes as long as a write."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
 
 
 def _allowed(name: str) -> str:
