@@ -405,7 +405,7 @@ def plot(results: list[dict], path: Path) -> None:
         axis.bar_label(bars, fmt="%.1f×", padding=3)
         axis.set_title(result["case"])
         axis.set_xlabel("speed over generate")
-        axis.margins(x=0.2)
+        axis.margins(x=0.25)
         axis.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -82,8 +82,9 @@ class SharedPrefixLayer(CacheLayerMixin):
         (_, heads, _, key_size), value_size = key_states.shape, value_states.shape[3]
         self.prefix_keys = key_states.new_zeros(places, heads, key_size, longest)
         self.prefix_values = value_states.new_zeros(places, heads, longest, value_size)
-        self.keys = key_states.new_zeros(rows, heads, tokens, key_size)[:, :, : self.cache.width]
-        self.values = value_states.new_zeros(rows, heads, tokens, value_size)[:, :, : self.cache.width]
+        self.keys = key_states.new_zeros(rows, heads, tokens, key_size)
+        self.values = value_states.new_zeros(rows, heads, tokens, value_size)
+        self.resize(self.cache.columns[:0], self.cache.width)
         self.is_initialized = True
 
     def resize(self, kept: torch.Tensor, width: int) -> None:
