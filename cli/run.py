@@ -283,6 +283,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
     console.print("  Dagster  http://127.0.0.1:3000\n  MLflow   http://127.0.0.1:5000", highlight=False)
+    console.print("  audit    http://127.0.0.1:5001", highlight=False)
 
 
 def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
