@@ -111,7 +111,7 @@ def _draw_and_score(
             of_evaluation(round_, weights),
             device=device,
             run_id=context.run.run_id,
-            show=lambda done: None,
+            show=lambda *_: None,
         )
 
 

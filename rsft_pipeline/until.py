@@ -38,7 +38,7 @@ def draw(
     def score_drawn() -> None:
         of = of_round(round_)
         with_judges = {"judges": judges, "device": device, "run_id": run_id}
-        score(store, round_, ROUND_CANDIDATES, of, **with_judges, show=lambda done: None)
+        score(store, round_, ROUND_CANDIDATES, of, **with_judges, show=lambda *_: None)
 
     score_drawn()  # what a killed run had drawn last
     for draws in sampling.passes(round_.recipe.sampling):

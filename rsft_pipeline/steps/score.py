@@ -92,7 +92,7 @@ def score(
                 ),
             )
             done += len(rows)
-            show(done)
+            show(done, "", number)
     return number
 
 
