@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from resources import pages
 from rsft_pipeline import prompts, rounds, scoring
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
@@ -282,8 +283,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
-    console.print("  Dagster  http://127.0.0.1:3000\n  MLflow   http://127.0.0.1:5000", highlight=False)
-    console.print("  audit    http://127.0.0.1:5001", highlight=False)
+    console.print(f"  Dagster  {pages.DAGSTER}\n  MLflow   {pages.MLFLOW}\n  audit    {pages.AUDIT}", highlight=False)
 
 
 def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:

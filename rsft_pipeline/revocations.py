@@ -30,10 +30,7 @@ ALLOWED = """
     AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND recipe = $recipe)
     AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
 
-
-def _any(store: Store) -> bool:
-    """Whether anything was revoked: mostly nothing was, and this is answered soonest."""
-    return bool(store.query("SELECT 1 FROM revocations LIMIT 1"))
+ANY = "SELECT 1 FROM revocations LIMIT 1"  # whether anything was revoked: mostly nothing, and this is answered soonest
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, se
         table: has the columns that acceptance.decisions_sql reads.
     """
     connection.execute(f"CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM {table} LIMIT 0")
-    if connection.execute("SELECT 1 FROM revocations LIMIT 1").fetchone():
+    if connection.execute(ANY).fetchone():
         of = {"recipe": recipe}
         connection.execute(f"INSERT INTO revoked SELECT * FROM {table} s WHERE {_REVOKED}", of)
         connection.execute(f"DELETE FROM {table} WHERE candidate_id IN (SELECT candidate_id FROM revoked)")
@@ -95,7 +92,7 @@ _REVOKED = f"""
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:
     """Why a round of these weights and scorer versions cannot go on, in words; None where it can."""
-    if not _any(store):
+    if not store.query(ANY):
         return None
     rows = store.query(
         """SELECT * FROM revocations WHERE (kind = 'checkpoint' AND list_contains($weights, what))
@@ -118,7 +115,7 @@ def of_weights(store: Store, digest: str) -> str | None:
 
 def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
     """The same of a checkpoint, which may have been trained while the revocation was written."""
-    if not _any(store):
+    if not store.query(ANY):
         return None
     if why := of_weights(store, digest):
         return why

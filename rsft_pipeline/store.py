@@ -62,10 +62,10 @@ class Store:
     def _prepare(self, schema: str) -> None:
         """Make the tables and columns that are not there yet."""
         listed = "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
-        columns = {(row["table_name"], row["column_name"]) for row in self.query(listed)}
-        tables = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", schema)) - {table for table, _ in columns}
+        there = {(row["table_name"], row["column_name"]) for row in self.query(listed)}
+        tables = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", schema)) - {table for table, _ in there}
         added = set(re.findall(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+)", schema))
-        if tables or added - columns:
+        if tables or added - there:
             self.commit(lambda connection: connection.execute(schema))
             self._touch(tables)
 

@@ -16,7 +16,7 @@ from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.revocations import said
+from rsft_pipeline.revocations import ANY, said
 from rsft_pipeline.steps.rows import COMBINED
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
@@ -338,7 +338,7 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
 
 
 def _revoked(query: Query, drawn: Mapping) -> list[str]:
-    if not query("SELECT 1 FROM revocations LIMIT 1"):  # answered sooner than which
+    if not query(ANY):
         return []
     of = {"ids": [drawn["candidate_id"], drawn["prompt_id"], drawn["policy"]]}
     sql = "SELECT kind, what, cause, who, why FROM revocations WHERE list_contains($ids, what)"

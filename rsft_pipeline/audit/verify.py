@@ -20,7 +20,7 @@ from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.revocations import ALLOWED, NAMED
+from rsft_pipeline.revocations import ALLOWED, ANY, NAMED
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
 
@@ -189,7 +189,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
 
 def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> set[str]:
     """Which of the training set may be trained on no more, as it is now."""
-    if not connection.execute("SELECT 1 FROM revocations LIMIT 1").fetchone():
+    if not connection.execute(ANY).fetchone():
         return set()
     sql = f"""WITH {NAMED} SELECT d.candidate_id FROM recorded d
         JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c

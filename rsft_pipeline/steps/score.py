@@ -98,15 +98,19 @@ def score(
 
 # With only weights or minima changed, the scorers themselves have nothing to do: what they said is in `known`.
 _UNSCORED = f"""
-    SELECT c.candidate_id, c.round, c.text, c.log_p, c.finish_reason,
-           p.text AS prompt, p.messages, p.reference, p.fields, p.content, k.known
-    FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
-    ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
-               AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
-    LEFT JOIN (SELECT candidate_id, content, list(struct_pack(scorer, value)) AS known FROM scores
-               WHERE recipe = $recipe AND list_contains($versions, version) GROUP BY ALL) k
-        ON k.candidate_id = c.candidate_id AND k.content = p.content
-    WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- an erased text is judged no more
+    WITH unscored AS MATERIALIZED (
+        SELECT c.candidate_id, c.round, c.text, c.log_p, c.finish_reason,
+               p.text AS prompt, p.messages, p.reference, p.fields, p.content
+        FROM ({{candidates}}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+        ANTI JOIN (SELECT candidate_id, content FROM scores WHERE recipe = $recipe AND scorer = '{COMBINED}'
+                   AND version = $version) s ON s.candidate_id = c.candidate_id AND s.content = p.content
+        WHERE c.text IS NOT NULL AND p.text IS NOT NULL  -- an erased text is judged no more
+    ), said AS (
+        SELECT s.candidate_id, list(struct_pack(s.scorer, s.value)) AS known
+        FROM scores s JOIN unscored u ON u.candidate_id = s.candidate_id AND u.content = s.content
+        WHERE s.recipe = $recipe AND list_contains($versions, s.version) GROUP BY s.candidate_id
+    )
+    SELECT u.*, said.known FROM unscored u LEFT JOIN said ON said.candidate_id = u.candidate_id
 """
 
 
