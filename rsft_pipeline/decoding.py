@@ -156,18 +156,18 @@ def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
     Returns:
         Token ids, log q and log p, each [rows].
     """
-    weights, norm = softmax(logits)
+    import torch
+
     if shape.top_p < 1.0 or shape.top_k is not None:
         chosen, log_q = _choose_truncated(logits.float() / shape.temperature, u, shape)
-    elif shape.temperature != 1.0:
-        weights, _ = softmax(logits.float() / shape.temperature)
-        chosen = _invert(weights, u)
-        log_q = _at(weights, chosen).log()
     else:
+        scores = logits if shape.temperature == 1.0 else logits.float() / shape.temperature
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
         chosen = _invert(weights, u)
         log_q = _at(weights, chosen).log()
-        return chosen, log_q.double(), log_q.double()
-    log_p = _at(logits, chosen).float() - norm[:, 0]
+        if scores is logits:
+            return chosen, log_q.double(), log_q.double()
+    log_p = _at(logits, chosen).float() - softmax(logits)[1][:, 0]
     return chosen, log_q.double(), log_p.double()
 
 

@@ -10,7 +10,8 @@ FlashAttention, Dao et al. 2022; sharing the prefix so is Hydragen, Juravsky et 
 prefix the queries of all rows of a prompt meet its keys in one matrix product.
 
 The model runs as Transformers wrote it, layer by layer: only its cache and its attention function are
-ours, through `Cache` and `AttentionInterface`.
+ours, through `Cache` and `AttentionInterface`. On a CPU the attention is compiled (cpu_attention.py): it then
+stores the suffixes' newest tokens itself, each row's at its own column, and needs nobody to say who sees what.
 
 This module imports torch and transformers; import it inside functions.
 """
@@ -39,6 +40,7 @@ from transformers.cache_utils import (  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 from transformers.masking_utils import sdpa_mask  # noqa: TID253
 
+from rsft_pipeline import cpu_attention
 from rsft_pipeline.decoding import Drawn, Row, Shape, choose, uniforms
 
 log = logging.getLogger(__name__)
@@ -78,12 +80,13 @@ class SharedPrefixLayer(CacheLayerMixin):
         """Allocate for heads and dimension like those given, each [any, heads, any, dimension]."""
 
         # Zeros, because what is masked is still multiplied by 0, and memory as it comes may hold a NaN.
+        new = key_states.new_empty if self.cache.compiled else key_states.new_zeros
         places, rows, longest, tokens = self.cache.sizes
         (_, heads, _, key_size), value_size = key_states.shape, value_states.shape[3]
-        self.prefix_keys = key_states.new_zeros(places, heads, key_size, longest)
-        self.prefix_values = value_states.new_zeros(places, heads, longest, value_size)
-        self.keys = key_states.new_zeros(rows, heads, tokens, key_size)
-        self.values = value_states.new_zeros(rows, heads, tokens, value_size)
+        self.prefix_keys = new(places, heads, key_size, longest)
+        self.prefix_values = new(places, heads, longest, value_size)
+        self.keys = new(rows, heads, tokens, key_size)
+        self.values = new(rows, heads, tokens, value_size)
         self.resize(self.cache.columns[:0], self.cache.width)
         self.is_initialized = True
 
@@ -97,6 +100,8 @@ class SharedPrefixLayer(CacheLayerMixin):
         Returns:
             The same: what was stored before, the attention function takes from here.
         """
+        if self.cache.compiled:
+            return key_states, value_states
         rows, column = len(key_states), self.cache.newest
         self.keys[:rows, :, column] = key_states[:, :, 0]
         self.values[:rows, :, column] = value_states[:, :, 0]
@@ -121,15 +126,25 @@ class SharedPrefixCache(Cache):
         rows: draws kept at once.
         longest: tokens of the longest prompt.
         tokens: longest suffix.
+        compiled: whether cpu_attention.py attends to it.
     """
 
     first = 0  # tokens that a suffix begins with, before the first that is drawn
     layer_class: type[SharedPrefixLayer] = SharedPrefixLayer
 
     def __init__(
-        self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
+        self,
+        windows: Sequence[int | None],
+        places: int,
+        rows: int,
+        longest: int,
+        tokens: int,
+        device: torch.device,
+        compiled: bool = False,
     ):
-        self.width = self.block = BLOCK.get(device.type, 64)  # columns of the suffixes
+        self.compiled = compiled
+        # Columns of the suffixes. What is compiled reads no further than it must, however many there are.
+        self.width = self.block = tokens if compiled else BLOCK.get(device.type, 64)
         self.newest = self.width - 1  # the column written last
         self.sizes = (places, rows, _rounded(longest), _rounded(tokens + self.first, self.block))
         self.columns = torch.arange(max(self.sizes[2:]), device=device)
@@ -170,6 +185,9 @@ class SharedPrefixCache(Cache):
         Args:
             prefix: tokens of the longest prompt among the places.
         """
+        if self.compiled:
+            self.rows = cpu_attention.Rows(place_of_row, places)
+            return
         owner = np.asarray(place_of_row)
         counts = np.bincount(owner, minlength=places)
         order = np.argsort(owner, kind="stable")
@@ -191,6 +209,8 @@ class SharedPrefixCache(Cache):
             rows: how many there are.
             oldest: tokens of the longest suffix so far.
         """
+        if self.compiled:
+            return
         position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
         needed = _rounded(oldest + self.first + 1, self.block)
         if needed > self.width or 2 * needed <= self.width:
@@ -273,6 +293,11 @@ def shared_prefix_attention(
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
     (rows, heads, _, _), kv_heads = query.shape, key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache.compiled:
+        prefixes, suffixes = (layer.prefix_keys, layer.prefix_values), (layer.keys, layer.values)
+        return cpu_attention.attend(
+            query, key, value, prefixes, suffixes, cache.rows, cache.length, cache.age, layer.window, scaling
+        ), None
     query = (query * scaling).view(rows, kv_heads, heads // kv_heads, -1)
     own, own_norm = over_suffix(query, layer, cache.suffix_bias[layer.window])
     shared, shared_norm = over_prefix(query, layer)
@@ -435,6 +460,7 @@ class Loop:
             longest,
             max(1, tokens - 1),
             self.device,
+            cpu_attention.usable(self.device, self.model.dtype),
         )
 
     def run(self) -> Iterator[tuple[int, Drawn]]:

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import decoding, devices, shared_prefix
+from rsft_pipeline import cpu_attention, decoding, devices, shared_prefix
 from rsft_pipeline.decoding import Row, Shape, choose, decode, uniforms
 
 VOCABULARY = 48
@@ -99,7 +99,12 @@ def teacher_forced(model, row: Row, token_ids: list[int], temperature: float = 1
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("capacity", [30, 7], ids=["all at once", "places refilled"])
-def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(family, capacity, monkeypatch, caplog):
+@pytest.mark.parametrize("attention", ["compiled", "of operations"])
+def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(
+    family, capacity, attention, monkeypatch, caplog
+):
+    if attention == "of operations":
+        monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: False)
     monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
     model, rows, settings = tiny(family), mixed_rows(), shape()
     made = decode(model, rows, settings, pad_id=0, batch_rows=capacity)
@@ -125,8 +130,11 @@ def test_a_draw_does_not_depend_on_its_batch_mates():
         assert alone.log_p == pytest.approx(together[i].log_p, abs=5e-5)
 
 
-def test_steps_taken_before_the_host_looks_again_change_nothing(monkeypatch):
+@pytest.mark.parametrize("attention", ["compiled", "of operations"])
+def test_steps_taken_before_the_host_looks_again_change_nothing(attention, monkeypatch):
     """As on a GPU: rows that have ended go on unnoticed for some steps."""
+    if attention == "of operations":
+        monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: False)
     model, rows, settings = tiny("llama"), mixed_rows(), shape()
     expected = decode(model, rows, settings, pad_id=0, batch_rows=7)
     monkeypatch.setitem(shared_prefix.STRIDE, "cpu", 8)

@@ -1,0 +1,132 @@
+"""The attention of shared_prefix.py on a CPU, compiled: one pass over memory instead of an operation after another.
+
+Belongs here: how cpu_attention.c is called. Does not: what is kept, and the same in PyTorch's operations
+(shared_prefix.py), which runs on other devices, in other precisions, and where the C file was not compiled.
+It is when the project is installed, if there is a C compiler.
+
+This module imports torch; import it inside functions.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch  # noqa: TID253
+
+log = logging.getLogger(__name__)
+
+BLOCK = 16  # most rows of a prompt that one thread takes at once
+TILE, LANES = 4, 16  # as in the C file
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "group", "key_size", "value_size", "longest", "columns")),
+        ("window", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Arrays(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("query", "key", "value", "prefix_keys", "prefix_values", "keys", "values", "length", "age", "out"),
+        )
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec("rsft_pipeline._cpu_attention")
+    if found is None or found.origin is None:
+        log.info("drawing on the CPU is slower than it could be: cpu_attention.c was not compiled at installation")
+        return None
+    library = ctypes.CDLL(found.origin)
+    pointer, structure = ctypes.c_void_p, ctypes.POINTER
+    library.attend.argtypes = (
+        *(structure(_Shape), structure(_Arrays), pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer),
+    )
+    library.attend.restype = None
+    return library
+
+
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether keys and values of this kind can be attended to here."""
+    return device.type == "cpu" and dtype == torch.float32 and _library() is not None
+
+
+class Rows:
+    """Whose rows are whose: the rows of each prompt, in blocks that threads take in turn."""
+
+    def __init__(self, place_of_row: Sequence[int], places: int):
+        owner = np.asarray(place_of_row)
+        self.order = np.argsort(owner, kind="stable").astype(np.int64)
+        ends = np.cumsum(np.bincount(owner, minlength=places))
+        self.blocks = np.array(
+            [
+                (place, first, min(first + BLOCK, end))
+                for place, end in enumerate(ends)
+                for first in range(ends[place - 1] if place else 0, end, BLOCK)
+            ],
+            dtype=np.int64,
+        )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefixes: tuple[torch.Tensor, torch.Tensor],
+    suffixes: tuple[torch.Tensor, torch.Tensor],
+    rows: Rows,
+    length: torch.Tensor,
+    age: torch.Tensor,
+    window: int | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Store the newest token of each row at the end of its suffix, and attend to the row's prefix and suffix.
+
+    Of float32, but for two.
+
+    Args:
+        query: [rows, query heads, 1, dimension].
+        key: [rows, heads, 1, dimension], and value likewise.
+        prefixes: keys [places, heads, dimension, longest], aligned right, and values [places, heads, longest,
+            dimension]; longest is a multiple of 16.
+        suffixes: keys and values [rows, heads, columns, dimension], each row's first token in column 0.
+        length: tokens of each place's prompt, int64 [places].
+        age: tokens of each suffix before this one, int64 [rows].
+        window: tokens that are seen, the newest included; None for all.
+
+    Returns:
+        softmax(scaling · q kᵀ) v, [rows, 1, query heads, dimension].
+
+    Raises:
+        TypeError: the model computes in another precision than its weights have.
+    """
+    if {query.dtype, key.dtype, value.dtype} != {torch.float32}:
+        raise TypeError(f"attention of {query.dtype} queries to {key.dtype} keys, where float32 was expected")
+    (prefix_keys, prefix_values), (keys, values) = prefixes, suffixes
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    heads, longest, columns = key.shape[1], prefix_keys.shape[3], keys.shape[2]
+    shape = _Shape(
+        *(heads, query.shape[1] // heads, key.shape[3], value.shape[3], longest, columns, window or 0, scaling)
+    )
+    out = query.new_empty(len(query), 1, query.shape[1], value.shape[3])
+    arrays = _Arrays(
+        *map(
+            torch.Tensor.data_ptr,
+            (query, key, value, prefix_keys, prefix_values, keys, values, length, age, out),
+        )
+    )
+    threads = torch.get_num_threads()
+    scratch = query.new_empty(threads, TILE * (key.shape[3] + longest + columns + LANES))
+    _library().attend(
+        *(shape, arrays, rows.blocks.ctypes.data, len(rows.blocks), rows.order.ctypes.data, threads),
+        scratch.data_ptr(),
+    )
+    return out
