@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import duckdb
 from pydantic import TypeAdapter
@@ -76,35 +78,37 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
     recipe, policy = load(file), lineage.digest("policy")
     round_ = Round(recipe, "r000", policy, "base", policy, "none")
     lake = Store.at(folder / "home", memory=memory)  # the bare way asks it for the SQL alone
-    if way == "lake":
-        commit = lake.commit
-    else:
-        bare = duckdb.connect(folder / "bare.duckdb", config={"memory_limit": memory})
-        bare.execute(SCHEMA.read_text("utf-8"))
-        commit = _transactions(bare)
+    store = lake if way == "lake" else Bare(folder / "bare.duckdb", memory)
     seconds: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[duckdb.DuckDBPyConnection], Any]) -> None:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
         began = time.perf_counter()
-        commit(work)
+        yield
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
     told = {"recipe": recipe.name}
-    commit(lambda connection: connection.execute(_PROMPTS, {**told, "prompts": candidates // DRAWS}))
-    commit(lambda connection: connection.execute(_ROUND_PROMPTS, told))
+    store.commit(lambda connection: connection.execute(_PROMPTS, {**told, "prompts": candidates // DRAWS}))
+    store.commit(lambda connection: connection.execute(_ROUND_PROMPTS, told))
     drawn = {"policy": policy, "settings": sampling.settings(recipe.sampling, recipe.seed)}
     version = versions(lake, round_)[COMBINED]
     for first in range(0, candidates, WAVE):
         part = {**told, "first": first, "last": min(first + WAVE, candidates)}
-        timed("write candidates", lambda connection, part=part: connection.execute(_CANDIDATES, {**part, **drawn}))
-        timed("write scores", lambda connection, part=part: connection.execute(_SCORES, {**part, "version": version}))
-    joined = f"CREATE OR REPLACE TEMP TABLE scored AS {scored(lake, round_)}"
-    timed("join candidates and scores", lambda connection: connection.execute(joined, of_round(round_)))
+        with timed("write candidates"):
+            store.commit(lambda connection, part=part: connection.execute(_CANDIDATES, {**part, **drawn}))
+        with timed("write scores"):
+            values = {**part, "version": version}
+            store.commit(lambda connection, values=values: connection.execute(_SCORES, values))
+    with timed("join candidates and scores"), store.connection() as connection:
+        _join(connection, lake, round_)
     for name, fields in RULES.items():
         rule = TypeAdapter(AnyRule).validate_python(fields)
-        timed(f"join and decide: {name}", lambda connection, rule=rule: _decide(connection, rule, round_, joined))
-    accepted = f"CREATE OR REPLACE TEMP TABLE chosen AS {ACCEPTED}"
-    timed("accepted set", lambda connection: connection.execute(accepted, of_training(round_)))
+        asked = replace(round_, recipe=recipe.model_copy(update={"acceptance": rule}))
+        with timed(f"join and decide: {name}"), store.connection() as connection:
+            _join(connection, lake, asked)
+            store.commit(partial(_decide, round_=asked), connection)
+    with timed("accepted set"), store.connection() as connection:
+        connection.execute(f"CREATE TEMP TABLE chosen AS {ACCEPTED}", of_training(round_))
     if way == "lake":
         began = time.perf_counter()
         lake.compact()
@@ -112,20 +116,31 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
     return {**seconds, "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def _transactions(connection: duckdb.DuckDBPyConnection) -> Callable:
-    def commit(work):
+class Bare:
+    """One DuckDB file with the tables of the store."""
+
+    def __init__(self, file: Path, memory: str):
+        self._connection = duckdb.connect(file, config={"memory_limit": memory})
+        self._connection.execute(SCHEMA.read_text("utf-8"))
+
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        return self._connection.cursor()
+
+    def commit(self, work: Callable, connection: duckdb.DuckDBPyConnection | None = None) -> None:
+        connection = connection or self._connection
         connection.execute("BEGIN")
         work(connection)
         connection.execute("COMMIT")
 
-    return commit
+
+def _join(connection: duckdb.DuckDBPyConnection, lake: Store, round_: Round) -> None:
+    connection.execute(f"CREATE TEMP TABLE scored AS {scored(lake, round_)}", of_round(round_))
 
 
-def _decide(connection: duckdb.DuckDBPyConnection, rule: AnyRule, round_: Round, joined: str) -> None:
+def _decide(connection: duckdb.DuckDBPyConnection, round_: Round) -> None:
     """As steps/decide.py does it."""
     recipe = round_.recipe
-    connection.execute(joined, of_round(round_))
-    parameters = acceptance.parameters(connection, "scored", rule, 0)
+    parameters = acceptance.parameters(connection, "scored", recipe.acceptance, 0)
     connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
     connection.execute(
         f"""INSERT INTO decisions BY NAME SELECT ? AS recipe, ? AS round, *, ? AS parameters

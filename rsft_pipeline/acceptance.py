@@ -63,7 +63,12 @@ def normalised(column: str) -> str:
     return f"CASE WHEN regexp_matches({column}, '{_UNUSUAL}') THEN {folded} ELSE {column} END"
 
 
-_COLUMNS = "candidate_id, prompt_id, draw, text, tokens, log_q, log_p, score, passed, target"
+def same_text(column: str) -> str:
+    """SQL of what two texts share that are one to the rules: 128 bits, where a text may be long."""
+    return f"md5_number({normalised(column)})"
+
+
+_COLUMNS = "candidate_id, prompt_id, draw, same_text, tokens, log_q, log_p, score, passed, target"
 _HAS_SCORE = "isfinite(score)"
 # A target of -inf is a probability of 0, and known. NaN is larger than infinity in DuckDB.
 _HAS_RATIO = "isfinite(log_q) AND target < 'infinity'::DOUBLE"
@@ -180,7 +185,8 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     """A SELECT of one decision for each row of the source, so that rows never pass through Python.
 
     Reads:
-        candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, text VARCHAR, tokens INTEGER (the completion's length),
+        candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, same_text UHUGEINT (of the text, see `same_text`; read
+        by rules with `distinct` alone), tokens INTEGER (the completion's length),
         log_q DOUBLE (of the sequence, in nats, under the distribution sampled from), log_p DOUBLE (the same, under
         the policy at temperature 1, untruncated), score DOUBLE (combined; NULL: cannot judge), passed BOOLEAN (every
         gate reached), target DOUBLE (log p of the rejection rule's target; else NULL).
@@ -209,12 +215,8 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     else:  # the selections below are the rule
         accepts, refusal, best_first = "true", "", "score DESC, u, candidate_id"
     set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
-    same_text = (
-        f"CASE WHEN reason IS NULL THEN md5_number({normalised('text')}) END" if parameters["distinct"] else "NULL"
-    )
 
-    # A reason of NULL is a candidate still in play. The text goes no further than its hash, and what is sorted
-    # in the end stays narrow.
+    # A reason of NULL is a candidate still in play.
     sql = f"""
         WITH eligible AS (
             SELECT *, {UNIFORM_SQL.format(seed=int(seed))} AS u, CASE
@@ -224,14 +226,12 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
             END AS reason
             FROM (SELECT {_COLUMNS} FROM {source}) {_prompt_r_max_sql(source, parameters)}
         ), weighed AS (
-            SELECT candidate_id, prompt_id, text, score, u, reason,
+            SELECT candidate_id, prompt_id, same_text, score, u, reason,
                 CASE WHEN reason IS NULL THEN {log_a or "NULL::DOUBLE"} END AS log_a
             FROM eligible
-        ), ruled AS (
+        ), selected_0 AS (
             SELECT * REPLACE (CASE WHEN reason IS NULL AND NOT ({accepts}) THEN '{refusal}' ELSE reason END AS reason)
             FROM weighed
-        ), selected_0 AS (
-            SELECT * EXCLUDE (text), {same_text} AS same_text FROM ruled
         )"""
     selections = _selections(parameters)
     for i, (word, most, group) in enumerate(selections):

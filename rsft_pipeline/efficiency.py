@@ -118,7 +118,7 @@ def decided(store: Store, round_: Round, column: str | None = None) -> str:
     """
     grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
     return f"""
-        SELECT s.* EXCLUDE (text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
+        SELECT s.* EXCLUDE (same_text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
         FROM ({decide.scored(store, round_)}) s
         JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
         JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe"""
@@ -143,7 +143,7 @@ def measure(
     chance, −log(share that the rule accepts). `distinct` and `cap` come after and are no part of it.
 
     Args:
-        decided: table or view with the columns that `acceptance.decisions_sql` reads (`text` excepted) and writes.
+        decided: table or view with the columns that `acceptance.decisions_sql` reads (`same_text` excepted) and writes.
         parameters: what the decisions were made with.
     """
     sums = _sums(connection, decided, parameters)

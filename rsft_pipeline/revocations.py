@@ -87,7 +87,9 @@ def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, se
 
 _REVOKED = f"""
     s.candidate_id IN ({_CANDIDATES}) OR s.prompt_id IN ({_PROMPTS})
-    OR EXISTS (SELECT 1 FROM revocations r WHERE r.kind = 'text' AND r.recipe = $recipe AND contains(s.text, r.what))"""
+    OR s.candidate_id IN (
+        SELECT c.candidate_id FROM candidates c JOIN revocations r ON contains(c.text, r.what)
+        WHERE c.recipe = $recipe AND r.recipe = $recipe AND r.kind = 'text')"""
 
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:

@@ -51,7 +51,9 @@ def candidate(candidate_id, **columns):
 def decide(connection, rows, seed=0, round_number=0, **rule):
     """(candidate id → decision, parameters)"""
     table = pa.Table.from_pylist(rows, SCHEMA) if isinstance(rows, list) else rows
-    connection.register("candidates", table)
+    connection.register("given", table)
+    hashed = acceptance.same_text("text")
+    connection.execute(f"CREATE OR REPLACE TEMP VIEW candidates AS SELECT *, {hashed} AS same_text FROM given")
     rule = TypeAdapter(AnyRule).validate_python(rule)
     parameters = acceptance.parameters(connection, "candidates", rule, round_number)
     decisions = connection.sql(acceptance.decisions_sql("candidates", parameters, seed)).to_arrow_table().to_pylist()

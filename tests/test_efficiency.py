@@ -25,7 +25,7 @@ COLUMNS = {
     "candidate_id": "VARCHAR",
     "prompt_id": "VARCHAR",
     "draw": "INTEGER",
-    "text": "VARCHAR",
+    "same_text": "VARCHAR",  # equal where texts are
     "tokens": "INTEGER",
     "log_q": "DOUBLE",
     "log_p": "DOUBLE",
@@ -44,7 +44,13 @@ def connection():
 
 
 def candidate(candidate_id, **columns):
-    row = dict.fromkeys(COLUMNS) | {"prompt_id": "p", "draw": 0, "text": candidate_id, "passed": True, "tokens": 10}
+    row = dict.fromkeys(COLUMNS) | {
+        "prompt_id": "p",
+        "draw": 0,
+        "same_text": candidate_id,
+        "passed": True,
+        "tokens": 10,
+    }
     return row | {"candidate_id": candidate_id} | columns
 
 
@@ -56,7 +62,7 @@ def decide(connection, rows, **rule):
     rule = TypeAdapter(AnyRule).validate_python(rule)
     parameters = acceptance.parameters(connection, "candidates", rule, 0)
     connection.execute(
-        f"""CREATE OR REPLACE TABLE decided AS SELECT c.* EXCLUDE (text), d.accepted, d.reason, d.log_a, d.weight
+        f"""CREATE OR REPLACE TABLE decided AS SELECT c.* EXCLUDE (same_text), d.accepted, d.reason, d.log_a, d.weight
             FROM candidates c JOIN ({acceptance.decisions_sql("candidates", parameters, 0)}) d USING (candidate_id)"""
     )
     return rule, parameters
@@ -118,8 +124,8 @@ def test_a_rule_without_chance_has_minus_log_of_its_share_before_distinct_and_ca
     rows = [
         candidate("a", score=0.9),
         candidate("b", score=0.5),
-        candidate("c", score=0.6, text="x"),
-        candidate("d", score=0.7, text="x"),
+        candidate("c", score=0.6, same_text="x"),
+        candidate("d", score=0.7, same_text="x"),
         candidate("e", score=None),
         candidate("f", score=0.9, passed=False),
         candidate("g", score=0.9),
@@ -139,10 +145,13 @@ def test_the_divergence_is_that_of_the_enumerated_distribution(connection):
     q, score, beta = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.0, 0.5, 0.8, 1.0]), 0.3
     picks = np.random.default_rng(0).choice(4, size=20_000, p=q)
     _, parameters = decide(connection, [], rule="boltzmann", beta=beta, r_max=1.0)
-    connection.register("drawn", pa.table({"candidate_id": [*map(str, range(20_000))], "score": score[picks]}))
+    connection.register(
+        "drawn", pa.table({"candidate_id": [*map(str, range(20_000))], "score": score[picks], "n": range(20_000)})
+    )
     connection.execute(
         f"""INSERT INTO candidates BY NAME
-            SELECT *, 'p' AS prompt_id, 0 AS draw, candidate_id AS text, 1 AS tokens, true AS passed FROM drawn;
+            SELECT * EXCLUDE (n), 'p' AS prompt_id, 0 AS draw, n::VARCHAR AS same_text, 1 AS tokens, true AS passed
+            FROM drawn;
             CREATE OR REPLACE TABLE decided AS SELECT * FROM candidates
             JOIN ({acceptance.decisions_sql("candidates", parameters, 0)}) USING (candidate_id, prompt_id, score)"""
     )
@@ -242,8 +251,8 @@ def test_coverage_by_hand(connection):
     rows = [
         *(candidate(f"x{i}", prompt_id="1", grouped="easy", draw=i, score=1) for i in range(4)),
         *(candidate(f"y{i}", prompt_id="2", grouped="hard", draw=i, score=i == 0) for i in range(4)),
-        *(candidate(f"z{i}", prompt_id="3", grouped="hard", draw=i, score=0, text="z") for i in range(4)),
-        *(candidate(f"w{i}", prompt_id="4", draw=i, score=1, text="w") for i in range(2)),
+        *(candidate(f"z{i}", prompt_id="3", grouped="hard", draw=i, score=0, same_text="z") for i in range(4)),
+        *(candidate(f"w{i}", prompt_id="4", draw=i, score=1, same_text="w") for i in range(2)),
         candidate("v", prompt_id="5", grouped="never", score=0),
     ]
     rule, _ = decide(connection, rows, rule="threshold", threshold=0.5)

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 
+from rsft_pipeline.acceptance import same_text
 from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
@@ -30,8 +31,8 @@ def versions(connection: duckdb.DuckDBPyConnection, round_: Round) -> dict[str, 
 def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> list[str]:
     """Make the temporary table `recorded`, one row for each of the round's candidates.
 
-    Columns: those that acceptance.decisions_sql reads, and policy, settings, seed, content (of the prompt as it was
-    judged; NULL where nothing was) and now (its content now; NULL where there is no such prompt).
+    Columns: those that acceptance.decisions_sql reads, and text, policy, settings, seed, content (of the prompt as
+    it was judged; NULL where nothing was) and now (its content now; NULL where there is no such prompt).
 
     Returns:
         The ids that are in the store more than once, which they ought not to be.
@@ -44,8 +45,9 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
             AND t.scorer = $target AND t.version = $target_version AND t.content = s.content"""
     sql = f"""
         CREATE TEMP TABLE recorded AS
-        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, c.tokens, c.log_q, c.log_p, s.value AS score, s.passed,
-            {target} AS target, c.policy, c.settings, c.seed, s.content, p.content AS now
+        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, {same_text("c.text")} AS same_text, c.tokens,
+            c.log_q, c.log_p, s.value AS score, s.passed, {target} AS target, c.policy, c.settings, c.seed, s.content,
+            p.content AS now
         FROM ({ROUND_CANDIDATES}) c
         LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.round = $round
             AND s.scorer = $combined AND s.version = $version
