@@ -33,6 +33,7 @@ from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.decide import scored
 from rsft_pipeline.steps.rows import ACCEPTED, COMBINED, of_round, of_training
 from rsft_pipeline.steps.score import versions
+from rsft_pipeline.steps.train import samples_sql
 from rsft_pipeline.store import SCHEMA, Store
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -108,7 +109,7 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
             _join(connection, lake, asked)
             store.commit(partial(_decide, round_=asked), connection)
     with timed("accepted set"), store.connection() as connection:
-        connection.execute(f"CREATE TEMP TABLE chosen AS {ACCEPTED}", of_training(round_))
+        connection.execute(f"CREATE TEMP TABLE chosen AS {samples_sql(ACCEPTED)}", of_training(round_))
     if way == "lake":
         began = time.perf_counter()
         lake.compact()

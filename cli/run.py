@@ -264,6 +264,10 @@ def _values(summary: str) -> dict[str, float | None]:
 def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
     if not rows:
+        if only is None:
+            begun = store.query("SELECT round, state FROM rounds WHERE recipe = ? ORDER BY round", [recipe])
+            states = ", ".join(f"{row['round']} {row['state']}" for row in begun)
+            console.print(f"{recipe}: no finished round: {states}", highlight=False, soft_wrap=True)
         return
     table = Table(
         title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE, pad_edge=False

@@ -13,11 +13,14 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-/* One library for all processors of a kind: which of the versions runs, is decided when it is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+/* One library for all processors of a kind: which of the versions runs, is decided when it is loaded. A compiler that
+ * makes only the slowest of them shall make none: PyTorch's operations are faster. */
+#ifndef __x86_64__
+#define FOR_EACH_PROCESSOR
+#elif defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FOR_EACH_PROCESSOR
+#error "needs GCC on this processor"
 #endif
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -121,11 +124,23 @@ ALWAYS_INLINE float dot(const float *a, const float *b, int64_t size)
 ALWAYS_INLINE void gather_suffix(Shape s, const float *weights, const float *values, int64_t from, int64_t to, float total, float *out)
 {
     int64_t d = 0;
-    for (; d + LANES <= s.value_size; d += LANES) {
-        vector sum = *(vector *)(out + d);
-        for (int64_t c = from; c < to; c++)
-            sum += weights[c] * *(const vector *)(values + c * s.value_size + d);
-        *(vector *)(out + d) = sum / total;
+    for (; d + 2 * LANES <= s.value_size; d += 2 * LANES) {
+        vector sum[2][2] = {0}; /* of even and odd columns: each sum waits for its last addition */
+        vector *o = (vector *)(out + d);
+        int64_t c = from;
+        for (; c + 2 <= to; c += 2)
+            for (int i = 0; i < 2; i++) {
+                const vector *v = (const vector *)(values + (c + i) * s.value_size + d);
+                sum[i][0] += weights[c + i] * v[0];
+                sum[i][1] += weights[c + i] * v[1];
+            }
+        if (c < to) {
+            const vector *v = (const vector *)(values + c * s.value_size + d);
+            sum[0][0] += weights[c] * v[0];
+            sum[0][1] += weights[c] * v[1];
+        }
+        o[0] = (o[0] + sum[0][0] + sum[1][0]) / total;
+        o[1] = (o[1] + sum[0][1] + sum[1][1]) / total;
     }
     for (; d < s.value_size; d++) {
         for (int64_t c = from; c < to; c++)

@@ -143,7 +143,8 @@ class SharedPrefixCache(Cache):
         compiled: bool = False,
     ):
         self.compiled = compiled
-        # Columns of the suffixes. What is compiled reads no further than it must, however many there are.
+        # Columns of the suffixes. What is compiled reads no further than it must, however many there are: of these,
+        # the width are in use.
         self.width = self.block = tokens if compiled else BLOCK.get(device.type, 64)
         self.newest = self.width - 1  # the column written last
         self.sizes = (places, rows, _rounded(longest), _rounded(tokens + self.first, self.block))
@@ -176,8 +177,8 @@ class SharedPrefixCache(Cache):
     def move_rows(self, source: list[int], target: list[int]) -> None:
         self.age[target], self.position[target] = self.age[source], self.position[source]
         for layer in self.layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+            layer.keys[target, :, : self.width] = layer.keys[source, :, : self.width]
+            layer.values[target, :, : self.width] = layer.values[source, :, : self.width]
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
         """Arrange the rows in a grid [places, most rows of a place], so that a prompt's rows lie together.
@@ -210,6 +211,7 @@ class SharedPrefixCache(Cache):
             oldest: tokens of the longest suffix so far.
         """
         if self.compiled:
+            self.width = oldest + 1
             return
         position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
         needed = _rounded(oldest + self.first + 1, self.block)

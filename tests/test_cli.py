@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rsft_pipeline.recipe.reading import RECIPES
+from rsft_pipeline.store import Store
 
 
 def rsft(*words, cwd=None):
@@ -50,6 +51,23 @@ def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
         recorded = instance.get_run_by_id(first["dagster_run_id"])
         assert recorded.is_success and json.loads(recorded.tags["rsft/set"]) == {"sampling.draws": "4"}
     assert (home / "recipes" / "letters_loop.yaml").resolve() == path
+
+
+def test_status_names_the_rounds_where_none_is_finished(home):
+    begun = [
+        {"recipe": "one", "round": "r000", "state": "revoked"},
+        {"recipe": "one", "round": "r001", "state": "started"},
+    ]
+    with Store.at(home) as store:
+        store.append("rounds", begun)
+    status = rsft("status", "one", "--json")
+    assert "one: no finished round: r000 revoked, r001 started" in status.stdout
+    assert json.loads(status.stdout.splitlines()[-1]) == {
+        "recipe": "one",
+        "rounds": [],
+        "champion": None,
+        "stopped": None,
+    }
 
 
 def test_stop_rules_end_a_run_and_say_why(path):

@@ -38,6 +38,7 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
         The ids that are in the store more than once, which they ought not to be.
     """
     rule = round_.recipe.acceptance
+    hashed = same_text("c.text") if rule.distinct else "NULL"
     target, joined = "c.log_p", ""
     if isinstance(rule, RejectionRule) and rule.target != "policy":
         target = "t.value"
@@ -45,7 +46,7 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
             AND t.scorer = $target AND t.version = $target_version AND t.content = s.content"""
     sql = f"""
         CREATE TEMP TABLE recorded AS
-        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, {same_text("c.text")} AS same_text, c.tokens,
+        SELECT c.candidate_id, c.prompt_id, c.draw, c.text, {hashed} AS same_text, c.tokens,
             c.log_q, c.log_p, s.value AS score, s.passed, {target} AS target, c.policy, c.settings, c.seed, s.content,
             p.content AS now
         FROM ({ROUND_CANDIDATES}) c

@@ -64,17 +64,17 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
     return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
 
 
-def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome:
-    """Compare the contest's weights on the held-out prompts. Writes `evaluations`."""
+def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome:
+    """Compare the weights on the held-out prompts. Writes `evaluations`."""
     recipe, how = round_.recipe, round_.recipe.evaluation
     version = versions(store, round_)[COMBINED]
-    found = {role: results(store.query, round_, digest, version) for role, digest in contest.roles.items()}
+    found = {role: results(store.query, round_, digest, version) for role, digest in between.roles.items()}
     rows = [
         {
             "recipe": recipe.name,
             "round": round_.key,
             "role": role,
-            "checkpoint": contest.roles[role],
+            "checkpoint": between.roles[role],
             "prompt_id": result.prompt_id,
             "draws": result.draws,
             "passes": result.passes,
@@ -90,7 +90,7 @@ def judge(store: Store, round_: Round, contest: Contest, run_id: str) -> Outcome
     summaries = {role: summarise(each, k=how.k, confidence=how.confidence) for role, each in found.items()}
     compared = {
         role: compare(found[role], found["checkpoint"], recipe.promotion.metric, k=how.k, confidence=how.confidence)
-        for role in ("champion", *contest.controls)
+        for role in ("champion", *between.controls)
     }
     comparison = compared.pop("champion")
     won, verdict = promoted(comparison, recipe.promotion)
@@ -127,7 +127,7 @@ def recorded_results(query: Query, round_: Round, role: str) -> list[PromptResul
     return [PromptResult(**row) for row in rows]
 
 
-def conclude(store: Store, round_: Round, contest: Contest, outcome: Outcome) -> None:
+def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) -> None:
     """Finish the round's record: the point from which the round counts as done."""
     counts = store.query(
         f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
@@ -142,8 +142,8 @@ def conclude(store: Store, round_: Round, contest: Contest, outcome: Outcome) ->
     rounds.finish(
         store,
         round_,
-        checkpoint=contest.checkpoint,
-        champion=contest.checkpoint if outcome.promoted else contest.champion,
+        checkpoint=between.checkpoint,
+        champion=between.checkpoint if outcome.promoted else between.champion,
         promoted=outcome.promoted,
         verdict=outcome.verdict,
         policy_eval=as_json["policy"],

@@ -21,6 +21,11 @@ from rsft_pipeline.store import NEWEST_SNAPSHOT, Store, columns, replace
 from rsft_pipeline.training import History, Sample, fit
 
 
+def samples_sql(rows: str) -> str:
+    """A SELECT of what samples are made of and of their leaves, from that of the rows that are trained on."""
+    return f"SELECT candidate_id, prompt, chat, token_ids, weight, {merkle.LEAF} AS leaf FROM ({rows})"
+
+
 def training_set(
     store: Store, round_: Round, tokenizer, trained_on: TrainedOn = "accepted"
 ) -> tuple[list[Sample], pa.ChunkedArray, int]:
@@ -29,8 +34,7 @@ def training_set(
     chosen, parameters = training_rows(round_.recipe.name, round_.key, round_.recipe, trained_on)
 
     def work(connection):
-        sql = f"SELECT *, {merkle.LEAF} AS leaf FROM ({chosen}) ORDER BY candidate_id"
-        read = connection.execute(sql, parameters).to_arrow_table()
+        read = connection.execute(f"{samples_sql(chosen)} ORDER BY candidate_id", parameters).to_arrow_table()
         return read, connection.execute(NEWEST_SNAPSHOT).fetchone()[0]
 
     read, snapshot = store.commit(work)
