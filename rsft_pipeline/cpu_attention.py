@@ -45,7 +45,11 @@ def _library() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         log.info("drawing on the CPU is slower than it could be: cpu_attention.c was not compiled at installation")
         return None
-    library = ctypes.CDLL(found.origin)
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:  # compiled on another machine
+        log.warning("drawing on the CPU is slower than it could be: %s; install the project again", error)
+        return None
     pointer, structure = ctypes.c_void_p, ctypes.POINTER
     library.attend.argtypes = (
         *(structure(_Shape), structure(_Arrays), pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer),

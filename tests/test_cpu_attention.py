@@ -1,5 +1,7 @@
 """The compiled attention, against the formula in float64."""
 
+import importlib.machinery
+import importlib.util
 import shutil
 import sysconfig
 
@@ -20,6 +22,15 @@ def test_it_was_compiled_where_there_is_a_compiler():
     assert cpu_attention.usable(torch.device("cpu"), torch.float32)
     assert not cpu_attention.usable(torch.device("cpu"), torch.bfloat16)
     assert not cpu_attention.usable(torch.device("cuda"), torch.float32)
+
+
+def test_what_cannot_be_loaded_is_named_and_done_without(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "_cpu_attention.so"
+    file.write_text("made for another machine")
+    found = importlib.machinery.ModuleSpec("rsft_pipeline._cpu_attention", None, origin=str(file))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert cpu_attention._library.__wrapped__() is None
+    assert str(file) in caplog.text and "install the project again" in caplog.text
 
 
 @pytest.mark.parametrize("key_size, value_size", [(8, 8), (16, 16), (32, 32), (40, 24), (64, 128)])
