@@ -193,7 +193,10 @@ ALWAYS_INLINE void prefetch(const float *from, int64_t number)
 /* Scores of one query: prefix, suffix, and room for the rest of a vector. */
 ALWAYS_INLINE int64_t row_of_scores(const Shape *s) { return s->longest + s->columns + LANES; }
 
-/* The rows of one job. `scratch` holds a tile of queries and their scores. */
+/* How many numbers of scratch a thread needs: a tile of queries and their scores. */
+int64_t scratch_of(const Shape *s) { return TILE * (s->key_size + row_of_scores(s)); }
+
+/* The rows of one job. */
 FOR_EACH_PROCESSOR
 static void attend_job(const Shape *shape, const Arrays *arrays, int64_t place, int64_t head, const int64_t *rows, int64_t number, float *scratch)
 {
@@ -250,10 +253,10 @@ static void attend_job(const Shape *shape, const Arrays *arrays, int64_t place, 
     }
 }
 
-/* blocks: [number, 3], place, first and end of its rows in `rows`. scratch: that of a job for each thread. */
+/* blocks: [number, 3], place, first and end of its rows in `rows`. scratch: [threads, scratch_of(shape)]. */
 void attend(const Shape *shape, const Arrays *arrays, const int64_t *blocks, int64_t number, const int64_t *rows, int threads, float *scratch)
 {
-    const int64_t each = TILE * (shape->key_size + row_of_scores(shape));
+    const int64_t each = scratch_of(shape);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int64_t block = 0; block < number; block++)
         for (int64_t head = 0; head < shape->heads; head++) {

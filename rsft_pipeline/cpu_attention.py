@@ -19,24 +19,16 @@ import torch  # noqa: TID253
 log = logging.getLogger(__name__)
 
 BLOCK = 16  # most rows of a prompt that one thread takes at once
-TILE, LANES = 4, 16  # as in the C file
+WHOLE = "heads group key_size value_size longest columns window"
+ARRAYS = "query key value prefix_keys prefix_values keys values length age out"
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("heads", "group", "key_size", "value_size", "longest", "columns")),
-        ("window", ctypes.c_int64),
-        ("scaling", ctypes.c_float),
-    )
+class _Shape(ctypes.Structure):  # as in the C file, and the next likewise
+    _fields_ = (*((name, ctypes.c_int64) for name in WHOLE.split()), ("scaling", ctypes.c_float))
 
 
 class _Arrays(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            *("query", "key", "value", "prefix_keys", "prefix_values", "keys", "values", "length", "age", "out"),
-        )
-    )
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ARRAYS.split())
 
 
 @functools.cache
@@ -55,6 +47,7 @@ def _library() -> ctypes.CDLL | None:
         *(structure(_Shape), structure(_Arrays), pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer),
     )
     library.attend.restype = None
+    library.scratch_of.argtypes, library.scratch_of.restype = (structure(_Shape),), ctypes.c_int64
     return library
 
 
@@ -116,21 +109,20 @@ def attend(
         raise TypeError(f"attention of {query.dtype} queries to {key.dtype} keys, where float32 was expected")
     (prefix_keys, prefix_values), (keys, values) = prefixes, suffixes
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    heads, longest, columns = key.shape[1], prefix_keys.shape[3], keys.shape[2]
-    shape = _Shape(
-        *(heads, query.shape[1] // heads, key.shape[3], value.shape[3], longest, columns, window or 0, scaling)
-    )
     out = query.new_empty(len(query), 1, query.shape[1], value.shape[3])
-    arrays = _Arrays(
-        *map(
-            torch.Tensor.data_ptr,
-            (query, key, value, prefix_keys, prefix_values, keys, values, length, age, out),
-        )
+    shape = _Shape(
+        heads=key.shape[1],
+        group=query.shape[1] // key.shape[1],
+        key_size=key.shape[3],
+        value_size=value.shape[3],
+        longest=prefix_keys.shape[3],
+        columns=keys.shape[2],
+        window=window or 0,
+        scaling=scaling,
     )
-    threads = torch.get_num_threads()
-    scratch = query.new_empty(threads, TILE * (key.shape[3] + longest + columns + LANES))
-    _library().attend(
-        *(shape, arrays, rows.blocks.ctypes.data, len(rows.blocks), rows.order.ctypes.data, threads),
-        scratch.data_ptr(),
-    )
+    tensors = query, key, value, prefix_keys, prefix_values, keys, values, length, age, out
+    arrays, blocks = _Arrays(*map(torch.Tensor.data_ptr, tensors)), rows.blocks
+    library, threads = _library(), torch.get_num_threads()
+    scratch = query.new_empty(threads, library.scratch_of(shape))
+    library.attend(shape, arrays, blocks.ctypes.data, len(blocks), rows.order.ctypes.data, threads, scratch.data_ptr())
     return out

@@ -71,6 +71,8 @@ class SharedPrefixLayer(CacheLayerMixin):
     """
 
     is_compileable = False
+    # Zeros, because what is masked is still multiplied by 0, and memory as it comes may hold a NaN.
+    new = staticmethod(torch.Tensor.new_zeros)
 
     def __init__(self, cache: "SharedPrefixCache", window: int | None):
         super().__init__()
@@ -78,15 +80,12 @@ class SharedPrefixLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for heads and dimension like those given, each [any, heads, any, dimension]."""
-
-        # Zeros, because what is masked is still multiplied by 0, and memory as it comes may hold a NaN.
-        new = key_states.new_empty if self.cache.compiled else key_states.new_zeros
         places, rows, longest, tokens = self.cache.sizes
         (_, heads, _, key_size), value_size = key_states.shape, value_states.shape[3]
-        self.prefix_keys = new(places, heads, key_size, longest)
-        self.prefix_values = new(places, heads, longest, value_size)
-        self.keys = new(rows, heads, tokens, key_size)
-        self.values = new(rows, heads, tokens, value_size)
+        self.prefix_keys = self.new(key_states, (places, heads, key_size, longest))
+        self.prefix_values = self.new(value_states, (places, heads, longest, value_size))
+        self.keys = self.new(key_states, (rows, heads, tokens, key_size))
+        self.values = self.new(value_states, (rows, heads, tokens, value_size))
         self.resize(self.cache.columns[:0], self.cache.width)
         self.is_initialized = True
 
@@ -100,8 +99,6 @@ class SharedPrefixLayer(CacheLayerMixin):
         Returns:
             The same: what was stored before, the attention function takes from here.
         """
-        if self.cache.compiled:
-            return key_states, value_states
         rows, column = len(key_states), self.cache.newest
         self.keys[:rows, :, column] = key_states[:, :, 0]
         self.values[:rows, :, column] = value_states[:, :, 0]
@@ -126,26 +123,15 @@ class SharedPrefixCache(Cache):
         rows: draws kept at once.
         longest: tokens of the longest prompt.
         tokens: longest suffix.
-        compiled: whether cpu_attention.py attends to it.
     """
 
     first = 0  # tokens that a suffix begins with, before the first that is drawn
     layer_class: type[SharedPrefixLayer] = SharedPrefixLayer
 
     def __init__(
-        self,
-        windows: Sequence[int | None],
-        places: int,
-        rows: int,
-        longest: int,
-        tokens: int,
-        device: torch.device,
-        compiled: bool = False,
+        self, windows: Sequence[int | None], places: int, rows: int, longest: int, tokens: int, device: torch.device
     ):
-        self.compiled = compiled
-        # Columns of the suffixes. What is compiled reads no further than it must, however many there are: of these,
-        # the width are in use.
-        self.width = self.block = tokens if compiled else BLOCK.get(device.type, 64)
+        self.width = self.block = self.growth(tokens, device)  # columns of the suffixes
         self.newest = self.width - 1  # the column written last
         self.sizes = (places, rows, _rounded(longest), _rounded(tokens + self.first, self.block))
         self.columns = torch.arange(max(self.sizes[2:]), device=device)
@@ -153,6 +139,10 @@ class SharedPrefixCache(Cache):
         self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's newest token
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
         super().__init__(layers=[self.layer_class(self, window) for window in windows])
+
+    def growth(self, tokens: int, device: torch.device) -> int:
+        """By how many columns suffixes grow that become so long."""
+        return BLOCK.get(device.type, 64)
 
     def keep_prefix(self, place: int, read: DynamicCache, row: int) -> None:
         """Keep the keys and values of one row of a batch of prompts, padded on the left, as a prefix."""
@@ -186,9 +176,6 @@ class SharedPrefixCache(Cache):
         Args:
             prefix: tokens of the longest prompt among the places.
         """
-        if self.compiled:
-            self.rows = cpu_attention.Rows(place_of_row, places)
-            return
         owner = np.asarray(place_of_row)
         counts = np.bincount(owner, minlength=places)
         order = np.argsort(owner, kind="stable")
@@ -210,9 +197,6 @@ class SharedPrefixCache(Cache):
             rows: how many there are.
             oldest: tokens of the longest suffix so far.
         """
-        if self.compiled:
-            self.width = oldest + 1
-            return
         position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
         needed = _rounded(oldest + self.first + 1, self.block)
         if needed > self.width or 2 * needed <= self.width:
@@ -238,6 +222,30 @@ class SharedPrefixCache(Cache):
         for layer in self.layers:
             layer.resize(columns, width)
         self.width, self.newest = width, kept - 1
+
+
+class CompiledLayer(SharedPrefixLayer):
+    """The same where cpu_attention.py attends: a row's first token is in column 0, and nothing else is read."""
+
+    new = staticmethod(torch.Tensor.new_empty)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
+        return key_states, value_states  # the attention stores them
+
+
+class CompiledCache(SharedPrefixCache):
+    """Prefixes and suffixes that cpu_attention.py attends to. Of the suffixes' columns the width are in use."""
+
+    layer_class = CompiledLayer
+
+    def growth(self, tokens: int, device: torch.device) -> int:
+        return tokens  # all at once: what is read need not be dense
+
+    def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
+        self.rows = cpu_attention.Rows(place_of_row, places)
+
+    def look(self, rows: int, oldest: int) -> None:
+        self.width = oldest + 1
 
 
 def _rounded(tokens: int, to: int = 16) -> int:
@@ -295,7 +303,7 @@ def shared_prefix_attention(
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
     (rows, heads, _, _), kv_heads = query.shape, key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cache.compiled:
+    if isinstance(cache, CompiledCache):
         prefixes, suffixes = (layer.prefix_keys, layer.prefix_values), (layer.keys, layer.values)
         return cpu_attention.attend(
             query, key, value, prefixes, suffixes, cache.rows, cache.length, cache.age, layer.window, scaling
@@ -455,14 +463,14 @@ class Loop:
     def _cache(self, longest: int) -> SharedPrefixCache:
         """What is kept of prompts of up to `longest` tokens and their draws."""
         tokens = self.shape.max_tokens
-        return SharedPrefixCache(
+        compiled = cpu_attention.usable(self.device, self.model.dtype)
+        return (CompiledCache if compiled else SharedPrefixCache)(
             [None if w is None or longest + tokens <= w else w for w in windows(self.model)],
             self.places,
             self.capacity,
             longest,
             max(1, tokens - 1),
             self.device,
-            cpu_attention.usable(self.device, self.model.dtype),
         )
 
     def run(self) -> Iterator[tuple[int, Drawn]]:

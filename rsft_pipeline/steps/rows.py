@@ -69,7 +69,7 @@ ACCEPTED = f"{_DECIDED} AND d.accepted"
 _EVERYTHING = f"""
     SELECT * REPLACE (1::DOUBLE AS weight) FROM ({_DECIDED} AND d.reason <> 'revoked')
     QUALIFY NOT $distinct OR row_number() OVER (
-        PARTITION BY prompt_id, md5_number({acceptance.normalised("text")}) ORDER BY md5($salt || candidate_id)) = 1
+        PARTITION BY prompt_id, {acceptance.same_text("text")} ORDER BY md5($salt || candidate_id)) = 1
 """
 _RANDOM = f"""
     SELECT * FROM ({_EVERYTHING}) ORDER BY md5($salt || candidate_id), candidate_id
