@@ -20,9 +20,10 @@ def scored(store: Store, round_: Round) -> str:
     """SQL of a round's candidates with their scores: the columns that acceptance.decisions_sql reads.
 
     Texts are left in the store, and their hashes where only distinct ones count: of millions, they would fill the disk.
+    The hash is taken before anything is joined, or the texts are kept for the join.
     """
     recipe, version_of = round_.recipe, versions(store, round_)
-    same_text = acceptance.same_text("c.text") if recipe.acceptance.distinct else "NULL"
+    same_text = acceptance.same_text("text") if recipe.acceptance.distinct else "NULL"
     target, joined = "c.log_p", ""
     if isinstance(recipe.acceptance, RejectionRule) and recipe.acceptance.target != "policy":
         target = "t.value"
@@ -30,9 +31,10 @@ def scored(store: Store, round_: Round) -> str:
             ON t.candidate_id = c.candidate_id AND t.recipe = $recipe AND t.content = p.content
             AND t.scorer = '{recipe.acceptance.target}' AND t.version = '{version_of[recipe.acceptance.target]}'"""
     return f"""
-        SELECT c.candidate_id, c.prompt_id, c.draw, {same_text} AS same_text, c.tokens, c.log_q, c.log_p,
+        SELECT c.candidate_id, c.prompt_id, c.draw, c.same_text, c.tokens, c.log_q, c.log_p,
                s.value AS score, s.passed, {target} AS target
-        FROM ({ROUND_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+        FROM (SELECT *, {same_text} AS same_text FROM ({ROUND_CANDIDATES})) c
+        JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
         LEFT JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
             AND s.scorer = '{COMBINED}' AND s.version = '{version_of[COMBINED]}'
         {joined}"""
