@@ -195,6 +195,12 @@ def test_the_simple_scorers_through_a_recipe(make, tmp_path):
     }
 
 
+def test_a_text_that_a_pattern_takes_too_long_for_is_not_judged(monkeypatch):
+    monkeypatch.setattr(simple, "SECONDS", 0.05)
+    assert simple.pattern("a," * 2000, "(.*)*,(.*)*,(.*)*,!") is None
+    assert simple.pattern("a,b,c,!", "(.*)*,(.*)*,(.*)*,!") == 1.0
+
+
 # --- reward models ------------------------------------------------------------------------------
 
 

@@ -3,9 +3,9 @@
 Not: what any of them says of a candidate (rsft_pipeline/scoring/).
 """
 
-import re
 from typing import Annotated, Any, Literal, Union
 
+import regex
 from pydantic import Field, model_validator
 
 from rsft_pipeline.recipe.section import Section
@@ -51,13 +51,13 @@ class RegexScorer(Scorer):
     """1.0 when the pattern is found in the completion, else 0.0."""
 
     kind: Literal["regex"]
-    pattern: str = Field(description="Python regular expression.")
+    pattern: str = Field(description="Python regular expression; what the package `regex` adds is understood too.")
 
     @model_validator(mode="after")
     def _compiles(self):
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except regex.error as error:
             raise ValueError(f"`pattern` is not a regular expression: {error}") from None
         return self
 

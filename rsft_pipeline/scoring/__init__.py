@@ -129,7 +129,7 @@ def scorer(config: AnyScorer, recipe: Recipe, device: Device, accepted_before: S
                 listed = blocklist.Blocklist(_blocked(config, recipe))
                 return lambda samples: [0.0 if listed.hits(s.completion) else 1.0 for s in samples]
             case "regex":
-                return lambda samples: [simple.regex(s.completion, config.pattern) for s in samples]
+                return lambda samples: [simple.pattern(s.completion, config.pattern) for s in samples]
             case "length":
                 bounds = config.at_least, config.at_most, config.unit
                 return lambda samples: [simple.length(s.completion, *bounds) for s in samples]
@@ -185,7 +185,9 @@ def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = 
                 parts = [_source(answer)]
             case "blocklist":
                 parts = [_source(blocklist), _blocked(config, recipe)]
-            case "regex" | "length":
+            case "regex":
+                parts = [_source(simple), importlib.metadata.version("regex")]
+            case "length":
                 parts = [_source(simple)]
             case "sentiment":
                 parts = [_source(simple), importlib.metadata.version("vaderSentiment")]

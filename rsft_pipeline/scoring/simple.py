@@ -1,13 +1,19 @@
 """Scorers that are one formula or one call: pattern, length, sentiment."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
+import regex
 
-def regex(text: str, pattern: str) -> float:
-    """1.0 when the pattern is found anywhere in the text, else 0.0."""
-    return float(re.search(pattern, text) is not None)
+SECONDS = 1.0  # for one text: some patterns go through all ways to split it, and a policy may write whatever it likes
+
+
+def pattern(text: str, wanted: str) -> float | None:
+    """1.0 when the pattern is found anywhere in the text, else 0.0; None when looking takes too long."""
+    try:
+        return float(regex.search(wanted, text, timeout=SECONDS) is not None)
+    except TimeoutError:
+        return None
 
 
 def length(text: str, at_least: int, at_most: int, unit: Literal["words", "characters"]) -> float:
