@@ -181,12 +181,20 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
 
 
 def _made(root: Path, key: str) -> models.Checkpoint | None:
-    """What was made of the same before, if it is still there."""
+    """What was made of the same before, if it is still there. Raises ModelError when it has changed since."""
     file = root / "bootstrap" / f"{key}.txt"
     if not file.is_file():
         return None
     digest = file.read_text("utf-8")
-    return models.Checkpoint(digest, root / digest) if (root / digest).is_dir() else None
+    folder = root / digest
+    if not folder.is_dir():
+        return None
+    if changed := models.verify(folder):
+        raise models.ModelError(
+            f"{folder} is not the model that was made there: {', '.join(changed)} changed since. "
+            "Move the folder away, and it is made again"
+        )
+    return models.Checkpoint(digest, folder)
 
 
 def _remember(root: Path, key: str, checkpoint: models.Checkpoint) -> models.Checkpoint:

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -363,6 +364,8 @@ def _freeze(model, patterns: Iterable[str]) -> None:
 def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
     """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already is kept.
 
+    What a killed process had written of one goes after a day.
+
     Adapters are merged in float32 and the weights then rounded to the format that the base has on
     disk. Both happen in place: the model is spent, load the checkpoint to go on.
 
@@ -380,6 +383,10 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         tokenizer.backend_tokenizer.no_truncation()
 
     _no_bars()
+    for left in Path(root).glob(".saving-*"):
+        with contextlib.suppress(FileNotFoundError):  # it was saved this moment
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
     temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
@@ -392,10 +399,12 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         (temporary / "README.md").write_text(card, "utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        if not saved.path.is_dir():
-            with contextlib.suppress(FileExistsError):  # another process has just saved the same
-                temporary.rename(saved.path)
-            _sync(saved.path.parent)
+        try:
+            temporary.rename(saved.path)
+        except OSError:
+            if not saved.path.is_dir():  # else the same was saved before
+                raise
+        _sync(saved.path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return saved

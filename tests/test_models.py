@@ -1,7 +1,9 @@
 """models.py and bootstrap.py: finding, loading, choosing, saving and verifying weights; and making small ones."""
 
 import json
+import os
 import string
+import time
 
 import huggingface_hub
 import pytest
@@ -122,6 +124,17 @@ def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
     record["files"]["config.json"] = lineage.file_digest(saved.path / "config.json")
     (saved.path / "meta.json").write_text(json.dumps(record))
     assert models.verify(saved.path) == ["meta.json"]
+
+
+def test_what_a_killed_save_left_goes_after_a_day_and_a_second_save_of_the_same_keeps_the_first(tmp_path):
+    for name, age in (("old", 90_000), ("new", 1000)):
+        (tmp_path / f".saving-{name}").mkdir()
+        (tmp_path / f".saving-{name}" / "model.safetensors").write_bytes(b"half of it")
+        os.utime(tmp_path / f".saving-{name}", (time.time() - age,) * 2)
+    first = models.save(tiny(), characters(), tmp_path, {"said": "first"}, "")
+    assert models.save(tiny(), characters(), tmp_path, {"said": "second"}, "") == first
+    assert models.read_meta(first.path)["said"] == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {first.digest, ".saving-new"}
 
 
 def test_a_folder_without_a_record_cannot_be_verified(tmp_path):
@@ -324,6 +337,16 @@ def test_a_bootstrapped_model_is_made_once_and_again_when_its_corpus_changes(tmp
     with open(tmp_path / "corpus.jsonl", "a") as corpus:
         corpus.write('{"completion": "zz"}\n')
     assert models.base(wanted, tmp_path).digest != first.digest
+
+
+def test_a_bootstrapped_model_that_was_changed_is_not_drawn_from(tmp_path):
+    wanted = a_recipe(tmp_path)
+    made = models.base(wanted, tmp_path)
+    (made.path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is not the model that was made there: tokenizer\.json changed since"):
+        models.base(wanted, tmp_path)
+    made.path.rename(tmp_path / "away")
+    assert models.base(wanted, tmp_path) == made
 
 
 def test_a_bootstrapped_model_loads_stops_at_eos_and_is_verified(tmp_path):
