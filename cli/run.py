@@ -7,7 +7,6 @@ recorded in the same instance.
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from rsft_pipeline import prompts, rounds, scoring
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import reading
+from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
@@ -206,8 +206,8 @@ def _linked(recipe: Recipe) -> Recipe:
 
 
 def _unlimited(recipe: Recipe) -> Recipe:
-    """The recipe without its limit of rounds: an explicit `--rounds` stands in for it."""
-    return recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"rounds": sys.maxsize})})
+    """The recipe without a limit of rounds of its own: an explicit `--rounds` stands in for it."""
+    return recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"rounds": MOST_ROUNDS})})
 
 
 def _overrides(given: list[str] | None) -> dict[str, str]:

@@ -4,12 +4,14 @@ Belongs here: questions about rounds that the store answers. Not: what happens i
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsft_pipeline import models, revocations
 from rsft_pipeline.evaluation import FinishedRound, stop_reason
 from rsft_pipeline.home import Home
+from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
@@ -25,10 +27,9 @@ def key(number: int) -> str:
 
 def number(round_key: str) -> int:
     """The number of a round's key. Raises RoundError for anything else."""
-    digits = round_key.removeprefix("r")
-    if not digits.isdigit() or key(int(digits)) != round_key:
-        raise RoundError(f"{round_key!r} is not a round; expected r000, r001, …")
-    return int(digits)
+    if not re.fullmatch("r[0-9]{3}", round_key):
+        raise RoundError(f"{round_key!r} is not a round; expected r000, r001, … up to r{MOST_ROUNDS - 1}")
+    return int(round_key[1:])
 
 
 # --- the record ------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ def test_a_round_whose_predecessor_is_missing_says_which(home, instance, recipe)
     result = run(instance, recipe, "r001")
     assert not result.success
     assert "needs r000, which is not finished" in failure_of(result, f"{recipe.name}__policy")
+    result = run(instance, recipe, "r1000")  # its key would sort before r101
+    assert "'r1000' is not a round; expected r000, r001, … up to r999" in failure_of(result, f"{recipe.name}__policy")
 
 
 def test_training_starts_from_base_champion_or_previous_and_on_one_or_all_rounds(home, instance, write_recipe):

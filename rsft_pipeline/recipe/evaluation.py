@@ -47,10 +47,13 @@ class Promotion(Section):
     margin: float = Field(0.0, ge=0, description="Smallest gain asked for, or largest loss allowed.")
 
 
+MOST_ROUNDS = 1000  # their keys, r000 to r999, sort as rounds do
+
+
 class Stop(Section):
     """When the loop ends."""
 
-    rounds: int = Field(3, ge=1, description="Most rounds.")
+    rounds: int = Field(3, ge=1, le=MOST_ROUNDS, description="Most rounds.")
     patience: int | None = Field(None, ge=1, description="Rounds in a row without a promotion.")
     target: float | None = Field(None, description="Value of the promotion metric that is enough.")
     tokens: int | None = Field(None, ge=1, description="Budget of tokens drawn to train on, over all rounds.")
