@@ -150,6 +150,7 @@ def summary(result: dict) -> list[dict]:
             line[clock] = statistics.median(mine)
             ratios = [b / m for b, m in zip(base, mine, strict=True)]
             line[f"{clock}_over_trainer"] = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+        line["peak_gib"] = max(run["peak_gib"] for run in found["runs"])
         line["target_tokens_per_second"] = result["target_tokens"] / line["seconds"]
         same = found["loss_after_the_same_steps"]
         line["loss_difference"] = same - result["ways"]["trainer"]["loss_after_the_same_steps"]
@@ -170,8 +171,8 @@ def table(results: list[dict]) -> str:
             f"{len(next(iter(result['ways'].values()))['runs'])} turns.",
             "",
             "| way | target tokens/s | × `trainer` (quartiles) | the same by processor time | "
-            "loss after the same steps, less `trainer`'s |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "loss after the same steps, less `trainer`'s | most memory of the process, GiB |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for line in summary(result):
             wall, processor = (
@@ -180,7 +181,7 @@ def table(results: list[dict]) -> str:
             )
             lines.append(
                 f"| {line['way']} | {line['target_tokens_per_second']:,.0f} | {wall} | {processor} | "
-                f"{line['loss_difference']:+.1e} |"
+                f"{line['loss_difference']:+.1e} | {line['peak_gib']:.1f} |"
             )
         lines.append("")
     return "\n".join(lines)

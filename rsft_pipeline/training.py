@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 GROUPS = 8  # that a step is made of, at least, where samples of one prompt are kept together
 WORTH_SHARING = 32  # tokens of a prompt from which it is worth keeping its samples together
-PART = {"cpu": 1024}  # tokens computed at once, by device; 8192 elsewhere
 
 
 class TrainingError(RuntimeError):
@@ -134,7 +133,7 @@ def fit(
             batch = [samples[i] for i in chosen]
             tokens = sum(len(sample.completion_ids) for sample in batch)
             loss = torch.zeros((), device=device.kind)
-            for part in parts(batch, training.accumulation, PART.get(device.kind, 8192)):
+            for part in parts(batch, training.accumulation, part_tokens(device.kind)):
                 inputs = {name: tensor.to(device.kind) for name, tensor in task.collate(part, pad_id).items()}
                 weights = torch.tensor([sample.weight for sample in part], device=device.kind)
                 with mixed:
@@ -242,6 +241,11 @@ def parts(batch: Sequence[Sample], count: int, tokens: int) -> list[list[Sample]
             longest = _length(sample)
         found[-1].append(sample)
     return found
+
+
+def part_tokens(device: str) -> int:
+    """Most tokens of a part on this kind of device."""
+    return 1024 if device == "cpu" else 8192
 
 
 def _length(sample: Sample) -> int:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rsft_pipeline import packing
-from rsft_pipeline.tasks import causal
+from rsft_pipeline.tasks import causal, writing
 from rsft_pipeline.training import Sample
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -117,6 +117,20 @@ def test_low_rank_adapters_are_packed_too():
     alike = gradients(model, expected.sum())
     for name, gradient in gradients(model, losses.sum()).items():
         torch.testing.assert_close(gradient, alike[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("several", [1, 3, 100])
+def test_a_softmax_in_parts_gives_the_same_losses_and_gradients(monkeypatch, several):
+    logits, targets = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (alike,) = torch.autograd.grad((expected * torch.arange(7)).sum(), logits)
+    monkeypatch.setattr(writing, "SOFTMAX", 11 * several)
+    found = writing.surprisals(logits, targets)
+    (gradient,) = torch.autograd.grad((found * torch.arange(7)).sum(), logits)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(gradient, alike)
+    with torch.inference_mode():
+        assert torch.equal(writing.surprisals(logits, targets), expected)
 
 
 def test_what_the_draws_of_a_prompt_share_is_read_once_for_their_probabilities_too():

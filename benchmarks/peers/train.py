@@ -5,12 +5,14 @@
 Runs in the peers' environment (requirements.txt) and imports nothing of this project, but for the way
 `ours`, which runs in the project's. FOLDER holds the cases. Reads a request a line from standard input,
 `{"case": …, "epochs": …, "batch_size": …, "learning_rate": …, "evaluate": …}`, trains the case's model from
-its first weights and answers with a line of JSON: seconds and processor seconds of the training, loss of
-each step and, if asked, the loss on all samples afterwards, computed in the same way for everybody.
+its first weights and answers with a line of JSON: seconds and processor seconds of the training, the most
+memory that the process has taken, loss of each step and, if asked, the loss on all samples afterwards, computed
+in the same way for everybody.
 """
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -174,6 +176,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             losses = way(model, samples, request, scratch, clock)
         answer = {"seconds": clock.seconds, "processor_seconds": clock.processor, "losses": losses}
+        answer["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the process so far
         if request["evaluate"]:
             answer["loss_after"] = loss_of(model, samples)
         print(json.dumps(answer), file=answers, flush=True)

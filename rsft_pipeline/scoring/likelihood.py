@@ -49,11 +49,9 @@ class Likelihood:
             sample = Sample("", self._prompt(prompt, messages), ended[i] if has_ended else ended[i][:-1])
             if sample.completion_ids and self._fits(sample):
                 encoded[i] = sample
-        # By length, so that little is padded; each value goes back to its place.
-        order = sorted(encoded, key=lambda i: len(encoded[i].prompt_ids) + len(encoded[i].completion_ids))
-        samples = [encoded[i] for i in order]
+        samples = list(encoded.values())
         values = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id, batch_size)
-        found = dict(zip(order, values, strict=True))
+        found = dict(zip(encoded, values, strict=True))
         return [found.get(i) for i in range(len(rows))]
 
     def _prompt(self, prompt: str, messages: list[dict] | None) -> list[int]:

@@ -72,7 +72,7 @@ def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
         log.debug("%s: samples are padded, because %s", type(model).__name__, reason)
         return writing.summed(*_padded(model, batch, targets))
     losses = torch.zeros(targets.shape, device=logits.device)
-    losses[rows, columns] = writing.summed(logits[:, None], targets[rows, columns][:, None])
+    losses[rows, columns] = writing.surprisals(logits, targets[rows, columns])
     return losses.sum(dim=1)
 
 

@@ -5,6 +5,7 @@ and likelihoods added up. Does not: the decoding loop (decoding.py), which candi
 (sampling.py), and how a kind of model is fed (causal.py, seq2seq.py).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,13 @@ from rsft_pipeline import models
 from rsft_pipeline.decoding import Row, Shape, decode
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
+from rsft_pipeline.training import Sample, part_tokens, parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rsft_pipeline.training import Sample
-
 IGNORED = -100  # what torch's cross entropy calls a position without a target
+SOFTMAX = 2**24  # logits whose softmax is computed at once
 
 
 def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
@@ -54,28 +55,27 @@ def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def log_probabilities(
-    collate: Callable, token_losses: Callable, model, samples: Sequence["Sample"], pad_id: int, batch_size: int
+    collate: Callable, token_losses: Callable, model, samples: Sequence[Sample], pad_id: int, batch_size: int
 ) -> list[float]:
     """Log-probability of each sample's completion, by teacher forcing, in nats.
 
     Args:
         collate, token_losses: the task's.
+        batch_size: most samples computed at once; long ones are computed fewer at a time, as in training.
     """
     import torch
 
-    found: list[float] = []
+    found: dict[int, float] = {}
+    count = max(1, math.ceil(len(samples) / batch_size))
     with torch.inference_mode():
-        for i in range(0, len(samples), batch_size):
-            batch = collate(samples[i : i + batch_size], pad_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            found += (-token_losses(model, batch)).tolist()
-    return found
+        for part in parts(samples, count, part_tokens(model.device.type)):
+            batch = {name: tensor.to(model.device) for name, tensor in collate(part, pad_id).items()}
+            found |= zip(map(id, part), (-token_losses(model, batch)).tolist(), strict=True)
+    return [found[id(sample)] for sample in samples]
 
 
 def summed(logits: "Tensor", targets: "Tensor") -> "Tensor":
     """Negative log-likelihood of each row's targets, summed: float32 [rows], in nats.
-
-    The softmax is in float32, whatever the weights are in.
 
     Args:
         logits: [rows, tokens, vocabulary].
@@ -85,8 +85,27 @@ def summed(logits: "Tensor", targets: "Tensor") -> "Tensor":
 
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
     losses = torch.zeros(targets.shape, device=logits.device)
-    with torch.autocast(logits.device.type, enabled=False):
-        losses[rows, columns] = torch.nn.functional.cross_entropy(
-            logits[rows, columns].float(), targets[rows, columns], reduction="none"
-        )
+    losses[rows, columns] = surprisals(logits[rows, columns], targets[rows, columns])
     return losses.sum(dim=1)
+
+
+def surprisals(logits: "Tensor", targets: "Tensor") -> "Tensor":
+    """−log p of each target: float32 [targets], in nats. The softmax is in float32, whatever the weights are in.
+
+    Over a few targets at a time, and again when gradients are taken: with a large vocabulary the softmax of all
+    would be most of the memory.
+
+    Args:
+        logits: [targets, vocabulary].
+        targets: int64 [targets].
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def of(logits: "Tensor", targets: "Tensor") -> "Tensor":
+        with torch.autocast(logits.device.type, enabled=False):
+            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    several = max(1, SOFTMAX // logits.shape[1])
+    parts = zip(logits.split(several), targets.split(several), strict=True)
+    return torch.cat([checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
