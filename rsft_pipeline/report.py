@@ -14,7 +14,15 @@ from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.steps import decide
 from rsft_pipeline.steps.evaluate import Contest
-from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
+from rsft_pipeline.steps.rows import (
+    COMBINED,
+    EVALUATION_CANDIDATES,
+    OF_SCORERS,
+    ROUND_CANDIDATES,
+    of_evaluation,
+    of_round,
+    of_scorers,
+)
 from rsft_pipeline.steps.score import versions
 from rsft_pipeline.store import Store
 
@@ -136,8 +144,8 @@ def scores(store: Store, round_: "Round") -> ScoreFacts:
         f"""SELECT s.scorer, s.version, count(*) AS judged, count(*) FILTER (s.value IS NULL) AS unjudged,
                 min(s.value) AS lowest, avg(s.value) AS mean, max(s.value) AS highest
             FROM ({ROUND_CANDIDATES}) c JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
-            WHERE list_contains($versions, s.version) GROUP BY ALL ORDER BY s.scorer""",
-        {**of_round(round_), "versions": list(version_of.values())},
+            WHERE {OF_SCORERS} GROUP BY ALL ORDER BY s.scorer""",
+        {**of_round(round_), "scorers": of_scorers(version_of)},
     )
     scored = store.arrow(
         f"SELECT candidate_id, score FROM ({decide.scored(store, round_)}) ORDER BY candidate_id",
@@ -280,8 +288,8 @@ def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate | N
         f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({EVALUATION_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
-            WHERE list_contains($versions, s.version) AND s.value IS NOT NULL GROUP BY ALL ORDER BY ALL""",
-        {**of_evaluation(round_, policy), "versions": list(version_of.values())},
+            WHERE {OF_SCORERS} AND s.value IS NOT NULL GROUP BY ALL ORDER BY ALL""",
+        {**of_evaluation(round_, policy), "scorers": of_scorers(version_of)},
     )
     means: dict[str, Estimate | None] = {}
     for scorer in version_of:

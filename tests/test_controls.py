@@ -46,6 +46,18 @@ def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(h
         assert rounds.history(store, recipe.name)[0]["champion"] == row["checkpoint"]
 
 
+def test_with_all_rounds_a_control_has_as_many_samples_as_the_accepted_set(home, instance, write_recipe):  # noqa: F811
+    controls = {"controls": ["random"], "training": {"data": "all_rounds", "start": "base"}}
+    recipe = load(write_recipe(**controls))
+    for key in ("r000", "r001"):
+        assert run(instance, recipe, key).success
+    with Store.at(home) as store:
+        samples = store.query("SELECT round, trained_on, samples FROM checkpoints")
+        accepted = [row["accepted"] for row in rounds.history(store, recipe.name)]
+    of = {(row["round"], row["trained_on"]): row["samples"] for row in samples}
+    assert of["r001", "random"] == of["r001", "accepted"] == sum(accepted)
+
+
 def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack_it(home, instance, write_recipe):  # noqa: F811
     until = {"per_prompt": 1, "draws": 12}
     recipe = load(write_recipe(sampling={"draws": 2, "max_tokens": 2, "until": until, "wave_size": 60}))

@@ -322,6 +322,26 @@ def test_changing_a_weight_judges_nothing_again_and_doubles_nothing(home, instan
         assert twice == []
 
 
+def test_a_scorer_under_the_name_of_another_is_not_taken_for_it(home, instance, write_recipe):
+    first = {"kind": "regex", "pattern": "a"}
+    run(instance, load(write_recipe(scoring={"scorers": [first]})), "r000")
+    second = {"kind": "regex", "pattern": "[^a]"}
+    recipe = load(write_recipe(scoring={"scorers": [{**first, "name": "before"}, second]}))
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        judged = store.query(
+            """SELECT c.text, list(s.value) FILTER (s.scorer = 'combined') AS combined,
+                   list(s.value) FILTER (s.scorer = 'regex') AS regex, list(s.value) FILTER (s.scorer = 'before') AS old
+               FROM scores s JOIN candidates c USING (candidate_id) WHERE c.split = 'train'
+               GROUP BY c.candidate_id, c.text"""
+        )
+    assert {"a" in row["text"] for row in judged} == {True, False}
+    for row in judged:
+        a, other = float("a" in row["text"]), float(any(c != "a" for c in row["text"]))
+        assert (sorted(row["regex"]), row["old"]) == (sorted([a, other]), [a])
+        assert sorted(row["combined"]) == sorted([a, (a + other) / 2])
+
+
 def test_a_corrected_reference_is_judged_by_again(home, instance, write_recipe):
     path = write_recipe()
     recipe = load(path)

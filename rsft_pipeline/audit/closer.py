@@ -14,6 +14,7 @@ from rsft_pipeline.devices import Device
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.scoring import ScoringError
+from rsft_pipeline.steps.rows import OF_SCORERS
 from rsft_pipeline.steps.score import accepted_before, judged_sample
 from rsft_pipeline.store import Store
 
@@ -65,7 +66,7 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
         WITH single AS (
             SELECT s.candidate_id, list(s.scorer) AS scorers, list(s.value) AS scores FROM ({scores}) s
             JOIN {looked_at} r ON r.candidate_id = s.candidate_id AND r.content = s.content
-            WHERE list_contains($scorers, s.scorer) AND list_contains($versions, s.version)
+            WHERE {OF_SCORERS}
             GROUP BY s.candidate_id
         )
         SELECT r.content = r.now AS unchanged, c.candidate_id, c.prompt_id, c.text, c.token_ids, c.finish_reason,

@@ -17,7 +17,7 @@ from rsft_pipeline.evaluation import PromptResult, compare, promoted
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import EVALUATION
 from rsft_pipeline.steps.evaluate import recorded_results, results
-from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, of_evaluation
+from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, of_evaluation, of_scorers
 from rsft_pipeline.store import Query
 
 OF = " of held-out candidates"  # what its checks are called beside those of candidates to train on
@@ -33,7 +33,7 @@ def check(
     if not asked:
         note(Check("held-out results, counted again", 0, None, "this round was not evaluated"))
         return []
-    scorers = {"scorers": list(version_of), "versions": list(version_of.values()), "combined": COMBINED}
+    scorers = {"scorers": of_scorers(version_of), "combined": COMBINED}
     for i, weights in enumerate(sorted({row["checkpoint"] for row in asked})):
         given = {**of_evaluation(round_, weights), **scorers, "version": version_of.get(COMBINED)}
         query(f"{'INSERT INTO held_out' if i else 'CREATE TEMP TABLE held_out AS'} {_CANDIDATES}", given)

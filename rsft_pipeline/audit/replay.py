@@ -26,7 +26,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
-from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round, of_scorers
 from rsft_pipeline.store import Store
 from rsft_pipeline.training import Sample
 
@@ -129,8 +129,8 @@ def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, n
     connection.execute(f"CREATE TEMP TABLE looked_at AS {some}", [judged])
     of_this = "SELECT * FROM scores WHERE recipe = $recipe AND round = $round"
     sql = closer.rows_sql("looked_at", ROUND_CANDIDATES, of_this)
-    asked = {"scorers": list(version_of), "versions": list(version_of.values())}
-    rows = connection.execute(sql, {**of_round(round_), **asked}).to_arrow_table().to_pylist()
+    asked = {**of_round(round_), "scorers": of_scorers(version_of)}
+    rows = connection.execute(sql, asked).to_arrow_table().to_pylist()
     held_out_rows = held_out.check(connection, round_, version_of, judged, note)
     return Stored(facts, rows, held_out_rows, version_of)
 

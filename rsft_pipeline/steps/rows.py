@@ -4,6 +4,7 @@ Belongs here: SQL that says which candidates a round drew, was evaluated by, or 
 that it takes. Not: reading or writing any of them (the steps beside this file, and who looks at what they wrote).
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rsft_pipeline import acceptance, merkle, revocations, sampling
@@ -30,6 +31,16 @@ EVALUATION_CANDIDATES = """
       AND prompt_id IN (
         SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'eval')
 """
+
+
+# Which scores `s` count, where $scorers is what `of_scorers` gives. Neither a name nor a version would do alone: a
+# name may have meant another scorer before, and a version may have had another name.
+OF_SCORERS = "list_contains($scorers, s.scorer || ' ' || s.version)"
+
+
+def of_scorers(version_of: Mapping[str, str]) -> list[str]:
+    """The parameter of OF_SCORERS, of scorers and their versions."""
+    return [f"{scorer} {version}" for scorer, version in version_of.items()]
 
 
 def of_round(round_: Round) -> dict:
@@ -69,7 +80,7 @@ ACCEPTED = f"{_DECIDED} AND d.accepted"
 _EVERYTHING = f"""
     SELECT * REPLACE (1::DOUBLE AS weight) FROM ({_DECIDED} AND d.reason <> 'revoked')
     QUALIFY NOT $distinct OR row_number() OVER (
-        PARTITION BY prompt_id, {acceptance.same_text("text")} ORDER BY md5($salt || candidate_id)) = 1
+        PARTITION BY round, prompt_id, {acceptance.same_text("text")} ORDER BY md5($salt || candidate_id)) = 1
 """
 _RANDOM = f"""
     SELECT * FROM ({_EVERYTHING}) ORDER BY md5($salt || candidate_id), candidate_id

@@ -11,7 +11,7 @@ from rsft_pipeline.devices import Device
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round, RoundError
-from rsft_pipeline.steps.rows import COMBINED
+from rsft_pipeline.steps.rows import COMBINED, OF_SCORERS, of_scorers
 from rsft_pipeline.store import Store, columns
 
 SCORING_BATCH = 4096  # candidates scored and persisted together
@@ -66,7 +66,7 @@ def score(
     """
     recipe = round_.recipe
     version_of = versions(store, round_)
-    to_judge = {**parameters, "version": version_of[COMBINED], "versions": list(version_of.values())}
+    to_judge = {**parameters, "version": version_of[COMBINED], "scorers": of_scorers(version_of)}
     with store.connection() as connection:
         connection.execute(f"CREATE TEMP TABLE unscored AS {_UNSCORED.format(candidates=candidates)}", to_judge)
         (number,) = connection.execute("SELECT count(*) FROM unscored").fetchone()
@@ -108,7 +108,7 @@ _UNSCORED = f"""
     ), said AS (
         SELECT s.candidate_id, list(struct_pack(s.scorer, s.value)) AS known
         FROM scores s JOIN unscored u ON u.candidate_id = s.candidate_id AND u.content = s.content
-        WHERE s.recipe = $recipe AND list_contains($versions, s.version) GROUP BY s.candidate_id
+        WHERE s.recipe = $recipe AND {OF_SCORERS} GROUP BY s.candidate_id
     )
     SELECT u.*, said.known FROM unscored u LEFT JOIN said ON said.candidate_id = u.candidate_id
 """
