@@ -50,7 +50,8 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)
             outcome = evaluate.judge(lake, round_, contest, context.run.run_id)
             by_scorer = report.held_out_scores(lake, round_, contest)
-            by_class = report.classes(lake, round_, contest) if round_.recipe.task == "classification" else None
+            labelled = round_.recipe.task == "classification" and round_.recipe.prompts.reference is not None
+            by_class = report.classes(lake, round_, contest) if labelled else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)

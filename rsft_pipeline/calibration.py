@@ -65,19 +65,20 @@ def log_scale(values: np.ndarray, share: float) -> float:
     n = _count(values)
     rising = np.sort(values[values > -np.inf])
     above = n - len(rising)  # those of −inf are above no c
-    if share * n > len(rising):
+    wanted = float(Fraction(str(share)) * n)  # 0.07 · 100 is 7, not 7.000000000000001
+    if wanted > len(rising):
         raise CalibrationError(
             f"{above} of {n} candidates can never be accepted (their A is 0): a share of {share:g} is out of reach. "
             f"Ask for {_down(len(rising) / n)} or less"
         )
-    if share * n == len(rising):
+    if wanted == len(rising):
         return float(rising[0])
     sums = np.logaddexp.accumulate(rising)
     accepted_at = np.exp(sums - rising) + np.arange(len(rising) - 1, -1, -1)  # Σ min(1, exp(value − c)) at c = value
-    below = int(np.count_nonzero(accepted_at >= share * n))
+    below = int(np.count_nonzero(accepted_at >= wanted))
     largest = rising[below - 1]
     total = math.fsum(np.exp(rising[:below] - largest))
-    return float(largest + math.log(total) - math.log(share * n - (len(rising) - below)))
+    return float(largest + math.log(total) - math.log(wanted - (len(rising) - below)))
 
 
 def temperature(shortfalls: np.ndarray, share: float) -> float:

@@ -4,7 +4,8 @@ Belongs here: precision, recall, F1 and their mean over the labels. Does not: ac
 exact match (evaluation.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,44 +29,72 @@ class Class:
     f1: float
 
 
-def confusion(store: Store, round_: Round, policy: str) -> dict[tuple[str, str], int]:
-    """How often a policy answered held-out prompts of one label with another: (reference, answer) → candidates."""
+@dataclass(frozen=True)
+class Answers:
+    """What a policy answered to held-out prompts, by prompts that were answered alike.
+
+    Shapes, of P kinds of prompts and L labels: `prompts` int [P], how many there are of a kind; `tables` int
+    [P, L, L], how often one of the kind, whose reference is the second index, was answered with the third.
+    """
+
+    prompts: np.ndarray
+    tables: np.ndarray
+
+    @classmethod
+    def of(cls, answered: Iterable[tuple[str, Mapping[str, int]]], labels: Sequence[str]) -> "Answers":
+        """Of each prompt's reference, and how often it got each answer. References that are no label are left out."""
+        kinds = Counter(
+            (labels.index(reference), tuple(answers.get(label, 0) for label in labels))
+            for reference, answers in answered
+            if reference in labels
+        )
+        tables = np.zeros((len(kinds), len(labels), len(labels)), dtype=np.int64)
+        for table, (reference, answers) in zip(tables, kinds, strict=True):
+            table[reference] = answers
+        return cls(np.array(list(kinds.values()), dtype=np.int64), tables)
+
+    @property
+    def table(self) -> np.ndarray:
+        """[reference, answer] → candidates."""
+        return np.tensordot(self.prompts, self.tables, 1)
+
+    @property
+    def prompts_by_reference(self) -> np.ndarray:
+        return self.prompts @ self.tables.any(2)
+
+
+def answers(store: Store, round_: Round, policy: str) -> Answers:
+    """What a policy answered to the round's held-out prompts."""
     rows = store.query(
-        f"""SELECT p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
+        f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
         of_evaluation(round_, policy),
     )
-    return {(row["reference"], row["text"]): row["n"] for row in rows}
+    answered: dict[str, tuple[str, dict[str, int]]] = {}
+    for row in rows:
+        answered.setdefault(row["prompt_id"], (row["reference"], {}))[1][row["text"]] = row["n"]
+    return Answers.of(answered.values(), round_.recipe.model.labels)
 
 
-def classes(counts: Mapping[tuple[str, str], int], labels: Sequence[str]) -> list[Class]:
+def classes(found: Answers, labels: Sequence[str]) -> list[Class]:
     """Precision, recall and F1 of each label."""
-    matrix = _matrix(counts, labels)
-    hits = matrix.diagonal()
-    precision, recall = _ratio(hits, matrix.sum(0)), _ratio(hits, matrix.sum(1))
-    return [
-        Class(*row)
-        for row in zip(labels, *(x.tolist() for x in (matrix.sum(1), precision, recall, _f1(matrix))), strict=True)
-    ]
+    table, prompts = found.table, found.prompts_by_reference
+    hits = table.diagonal()
+    numbers = prompts, _ratio(hits, table.sum(0)), _ratio(hits, table.sum(1)), _f1(table)
+    return [Class(*row) for row in zip(labels, *(each.tolist() for each in numbers), strict=True)]
 
 
-def macro_f1(counts: Mapping[tuple[str, str], int], labels: Sequence[str], *, confidence: float, seed: int) -> Estimate:
+def macro_f1(found: Answers, *, confidence: float, seed: int) -> Estimate:
     """The mean F1 of the labels, each counting the same.
 
     Its interval is the percentile bootstrap over prompts (Efron 1979): the prompts drawn again as many times as there
-    are. With one answer for each prompt, that is a multinomial draw of the table's cells.
+    are, each with all of its answers. Where no answer was wrong it is [1, 1]: what was never seen it cannot draw.
     """
-    matrix = _matrix(counts, labels)
-    n = int(matrix.sum())
-    drawn = np.random.default_rng(seed).multinomial(n, matrix.ravel() / n, RESAMPLES)
-    means = _f1(drawn.reshape(-1, *matrix.shape)).mean(-1)
+    n = int(found.prompts.sum())
+    drawn = np.random.default_rng(seed).multinomial(n, found.prompts / n, RESAMPLES)
+    means = _f1(np.tensordot(drawn, found.tables, 1)).mean(-1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(_f1(matrix).mean()), float(low), float(high), n)
-
-
-def _matrix(counts: Mapping[tuple[str, str], int], labels: Sequence[str]) -> np.ndarray:
-    """[reference, answer]."""
-    return np.array([[counts.get((reference, answer), 0) for answer in labels] for reference in labels])
+    return Estimate(float(_f1(found.table).mean()), float(low), float(high), n)
 
 
 def _f1(matrix: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import duckdb
 import numpy as np
 from scipy.special import betainc
 
-from rsft_pipeline import acceptance
+from rsft_pipeline import acceptance, revocations
 from rsft_pipeline.calibration import CalibrationError
 from rsft_pipeline.recipe.acceptance import AnyRule
 from rsft_pipeline.rounds import Round
@@ -114,6 +114,8 @@ def of_round(store: Store, round_: Round, column: str | None = None) -> Efficien
 def decided(store: Store, round_: Round, column: str | None = None) -> str:
     """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
 
+    Without those that were revoked, of which the rule saw nothing.
+
     Takes the parameters of rows.ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
     """
     grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
@@ -121,7 +123,8 @@ def decided(store: Store, round_: Round, column: str | None = None) -> str:
         SELECT s.* EXCLUDE (same_text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
         FROM ({decide.scored(store, round_)}) s
         JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
-        JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe"""
+        JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe
+        WHERE d.reason <> '{revocations.REASON}'"""
 
 
 def _pointer(column: str) -> str:
@@ -209,7 +212,7 @@ def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters:
     rule = parameters["rule"]
     values = np.sort(acceptance.compared(connection, decided, parameters, "reason <> 'pilot'"))
     if rule == "rejection" and parameters.get("threshold") is not None:
-        rule, values = "threshold", np.exp(np.minimum(0.0, values - parameters["log_M"]))
+        rule, values = "threshold", np.exp(np.minimum(0.0, values - parameters.get("log_M", 0.0)))
     name = {"rejection": "log_M", "boltzmann": "beta", "loss": "k"}.get(rule, "threshold")
     found = []
     for wanted in WANTED:

@@ -161,6 +161,8 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
         trust_remote_code=False,
     )
     model.stored_dtype = _stored_dtype(Path(path))
+    if task == "classification":
+        _pad_as_the_tokenizer(model, path)
     return model.to(device.kind).eval()
 
 
@@ -174,7 +176,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
     _no_bars()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class("classification").from_pretrained(
+        model = auto_class("classification").from_pretrained(
             path,
             **head(labels),
             dtype=torch.float32,
@@ -182,6 +184,14 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
         )
+    _pad_as_the_tokenizer(model, path)
+    return model
+
+
+def _pad_as_the_tokenizer(model, path: Path) -> None:
+    """Decoder models find a text's last token, where they classify, by the padding behind it."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer(path).pad_token_id
 
 
 def head(labels: Sequence[str]) -> dict:
@@ -300,13 +310,18 @@ def _with_adapters(model, config: Model, seed: int):
         import peft
     except ImportError:
         raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
-    lora = config.lora
+    lora, kind, whole = config.lora, "CAUSAL_LM", None
+    if not model.can_generate():
+        kind, whole = "SEQ_CLS", r"(.*\.)?(\w*classifier|score)(\..*)?"  # which peft then trains whole
+    elif model.config.is_encoder_decoder:
+        kind = "SEQ_2_SEQ_LM"
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder and model.can_generate() else "CAUSAL_LM",
+        exclude_modules=whole,
+        task_type=kind,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

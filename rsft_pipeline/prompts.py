@@ -99,22 +99,21 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     Args:
         tokenizer: the policy's; it renders chat prompts and measures all of them.
         context_length: of the policy, in tokens; prompt and completion share it (an encoder-decoder has it for
-            each). None: without end.
+            each, and a label takes none of it). None: without end.
 
     Raises:
         PromptError: a missing file, an unknown format or encoding, an unreadable data set, a source without
             a usable row, or a context too short for `sampling.max_tokens`.
     """
-    section = recipe.prompts
-    longest = (context_length or math.inf) - recipe.sampling.max_tokens
-    if longest < 1:
+    section, context, completion = recipe.prompts, context_length or math.inf, recipe.sampling.max_tokens
+    if recipe.task == "classification":
+        context, completion = min(context, tokenizer.model_max_length), 0
+    if context - completion < 1:
         raise PromptError(
             f"sampling.max_tokens is {recipe.sampling.max_tokens}, but the model's context is {context_length} "
             "tokens: nothing is left for a prompt"
         )
-    if recipe.task == "seq2seq":
-        longest += recipe.sampling.max_tokens
-    longest = min(longest, section.max_tokens or longest)
+    longest = min(section.max_tokens or math.inf, context if recipe.task == "seq2seq" else context - completion)
     _check_encoding(section.encoding)
 
     prompts: list[Prompt] = []
@@ -122,7 +121,7 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     seen: dict[str, str] = {}
     for rows in (_source(recipe), _inbox(recipe)):
         judged = ((row, _outcome(row, recipe, tokenizer, longest, seen)) for row in rows)
-        for outcome in _measured(judged, tokenizer, section.messages is not None, recipe.task, longest):
+        for outcome in _measured(judged, recipe, tokenizer, longest, context):
             if isinstance(outcome, Refused):
                 refused.append(outcome)
             else:
@@ -216,6 +215,8 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, see
         return row.refused("missing column", str(missing))
     except (TypeError, ValueError, RecursionError) as error:
         return row.refused("not storable", str(error))
+    if reference is not None and recipe.task == "classification" and reference not in recipe.model.labels:
+        return row.refused("no label", f"the reference is {reference!r:.100}; labels are {recipe.model.labels}")
 
     filled = [_fill(part, values) for part in parts]
     if values and not any(lineage.normalise(value) for value in values.values()):
@@ -247,20 +248,37 @@ def _cut(tokenizer, text: str, longest: float) -> str:
 
 
 def _measured(
-    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]], tokenizer, chat: bool, task: str, longest: int
+    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]], recipe: Recipe, tokenizer, longest: float, context: float
 ) -> Iterator[Prompt | Refused]:
-    """The same outcomes in the same order, less the prompts whose number of tokens does not fit."""
+    """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated."""
     while batch := list(islice(judged, BATCH)):
-        texts = [outcome.text for _, outcome in batch if isinstance(outcome, Prompt)]
-        lengths = iter([len(ids) for ids in _encode(tokenizer, texts, chat, task)] if texts else [])
+        lengths = _lengths([outcome for _, outcome in batch if isinstance(outcome, Prompt)], recipe, tokenizer)
         for row, outcome in batch:
-            length = next(lengths) if isinstance(outcome, Prompt) else 1
+            if isinstance(outcome, Refused):
+                yield outcome
+                continue
+            length, answer = next(lengths)
+            room = context if recipe.task == "seq2seq" else context - length
             if length > longest:
                 yield row.refused("too long", f"{length} tokens, {longest} fit")
             elif length == 0:
                 yield row.refused("empty", "the tokenizer makes no token of it")
+            elif answer > room:
+                yield row.refused("too long", f"the reference is {answer} tokens with its end, {room} fit")
             else:
                 yield outcome
+
+
+def _lengths(prompts: list[Prompt], recipe: Recipe, tokenizer) -> Iterator[tuple[int, int]]:
+    """Tokens of each prompt, and of its reference with the token that ends it, where that is what is rated; else 0."""
+    if not prompts:
+        return iter(())
+    ids = _encode(tokenizer, [prompt.text for prompt in prompts], recipe.prompts.messages is not None, recipe.task)
+    answers = [0] * len(prompts)
+    if recipe.sampling.source == "reference" and recipe.task != "classification":
+        references = [prompt.reference for prompt in prompts]
+        answers = [len(each) + 1 for each in tokenizer(references, add_special_tokens=False)["input_ids"]]
+    return zip(map(len, ids), answers, strict=True)
 
 
 def _storable(value: Any) -> Any:

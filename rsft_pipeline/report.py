@@ -313,12 +313,12 @@ def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
     from rsft_pipeline import classes as by_class
 
     recipe, overall, rows = round_.recipe, [], []
-    labels, how = recipe.model.labels, {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
-    counts = {role: by_class.confusion(store, round_, weights) for role, weights in contest.roles.items()}
-    found = {role: by_class.macro_f1(each, labels, **how) for role, each in counts.items()}
-    for role, each in counts.items():
+    how = {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
+    answers = {role: by_class.answers(store, round_, weights) for role, weights in contest.roles.items()}
+    found = {role: by_class.macro_f1(each, **how) for role, each in answers.items()}
+    for role, each in answers.items():
         overall.append(
             {"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"}
         )
-        rows += [{"weights": role, **vars(one)} for one in by_class.classes(each, labels)]
+        rows += [{"weights": role, **vars(one)} for one in by_class.classes(each, recipe.model.labels)]
     return ClassFacts({role: one.value for role, one in found.items()}, f"{table(overall)}\n\n{table(rows)}")

@@ -277,8 +277,9 @@ def _check(samples: Sequence[Sample], model) -> None:
         if not sample.prompt_ids:
             raise TrainingError(f"candidate {sample.candidate_id} has no prompt tokens to predict its first token from")
         lengths = len(sample.prompt_ids), len(sample.completion_ids)
-        # An encoder-decoder has its context twice, once for each.
-        if (length := max(lengths) if model.config.is_encoder_decoder else sum(lengths)) > context:
+        # An encoder-decoder has its context twice, once for each; a classifier's label takes none of it.
+        apart = model.config.is_encoder_decoder or not model.can_generate()
+        if (length := max(lengths) if apart else sum(lengths)) > context:
             raise TrainingError(
                 f"candidate {sample.candidate_id} has {length} tokens; the model's context is {context}"
             )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import definitions
 from assets import outside
 from cli.main import app
-from rsft_pipeline import gates, lineage, merkle, rounds
+from rsft_pipeline import efficiency, gates, lineage, merkle, rounds
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
@@ -280,6 +280,8 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
     )
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] == "revoked"} == {True}
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] != "revoked"} == {False}
+    seen = efficiency.of_round(mine, round_)  # the rule has seen nothing of the others
+    assert seen.candidates == sum(row["reason"] != "revoked" for row in rows) < len(rows)
 
     revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
     with pytest.raises(RoundError, match=r"scorer `answer`, version [0-9a-f]+, was revoked by me: it was wrong"):

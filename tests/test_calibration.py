@@ -74,6 +74,11 @@ def test_beta_hits_its_share_to_float_precision():
                 assert math.fsum(np.exp(shortfalls / beta)) / n == pytest.approx(share, rel=2e-13)
 
 
+def test_the_largest_share_that_can_be_had_is_had_however_it_is_rounded():
+    values = np.array([-np.inf] * 93 + [1.0] * 7)
+    assert calibration.log_scale(values, 0.07) == 1.0  # 0.07 · 100 is more than 7 in floats
+
+
 def test_what_no_number_can_give_is_an_error_that_says_what_to_do():
     same = np.full(10, 0.5)
     with pytest.raises(CalibrationError, match=r"100.0% of 10 candidates score 0.5.*rule: quantile.*share of 1.0"):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from rsft_pipeline import bootstrap, classes, models, prompts
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe.model import Bootstrap
+from rsft_pipeline.recipe.model import Bootstrap, Model
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Asked, Request
@@ -162,23 +162,84 @@ def test_a_prompt_that_is_too_long_is_cut_to_what_fits(tmp_path, recipe):
     (tmp_path / "rows.csv").write_text("text,label\n" + "abcdefghij" * 3 + ",early\nab,late\n")
     source = {"prompts.source": "rows.csv"}
     kept = prompts.read(recipe(**source, **{"prompts.too_long": "cut"}), tokenizer, 12)
-    assert [prompt.text for prompt in kept.prompts] == ["abcdefghij", "ab"]  # <s> and ten letters, one label
+    assert [prompt.text for prompt in kept.prompts] == [
+        "abcdefghija",
+        "ab",
+    ]  # <s> and eleven letters; a label takes none
     assert not kept.refused
     kept = prompts.read(recipe(**source, **{"prompts.too_long": "cut", "prompts.max_tokens": "4"}), tokenizer, 12)
     assert [prompt.text for prompt in kept.prompts] == ["abc", "ab"]
     kept = prompts.read(recipe(**source), tokenizer, 12)
-    assert [(row.reason, row.detail) for row in kept.refused] == [("too long", "31 tokens, 11 fit")]
+    assert [(row.reason, row.detail) for row in kept.refused] == [("too long", "31 tokens, 12 fit")]
+
+
+def answered(counts, labels, draws=1):
+    """Prompts that were answered with one label each, `draws` times."""
+    each = [(reference, {answer: draws}) for (reference, answer), n in counts.items() for _ in range(n)]
+    return classes.Answers.of(each, labels)
+
+
+def test_several_draws_of_a_prompt_make_no_interval_narrower():
+    counts = {("a", "a"): 6, ("a", "b"): 2, ("b", "b"): 3, ("b", "a"): 1}
+    once, often = answered(counts, "ab"), answered(counts, "ab", draws=8)
+    assert [one.prompts for one in classes.classes(often, "ab")] == [8, 4]
+    how = {"confidence": 0.95, "seed": 0}
+    assert classes.macro_f1(often, **how) == classes.macro_f1(once, **how)
+    mixed = classes.Answers.of([("a", {"a": 3, "b": 1}), ("b", {"b": 4}), ("none", {"a": 4})], "ab")
+    assert mixed.table.tolist() == [[3, 1], [0, 4]]
+    assert classes.macro_f1(mixed, **how).n == 2
+
+
+def test_a_reference_that_is_no_label_goes_to_quarantine(tmp_path, recipe):
+    tokenizer = models.tokenizer(models.base(recipe(), tmp_path).path)
+    (tmp_path / "rows.csv").write_text("text,label\nab,early\nfg,Late\n")
+    read = prompts.read(recipe(**{"prompts.source": "rows.csv"}), tokenizer, 12)
+    assert [prompt.text for prompt in read.prompts] == ["ab"]
+    assert [(row.line, row.reason, row.detail) for row in read.refused] == [
+        (3, "no label", "the reference is 'Late'; labels are ['early', 'late']")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+def test_adapters_of_a_classifier_train_with_its_head_and_merge(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **BERT, num_labels=3)
+    config.dim, config.n_heads, config.n_layers, config.hidden_dim = 32, 2, 2, 64  # what DistilBERT calls them
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    adapted, trainable, total = models.select_trainable(classifier, Model(source="-", train="lora"))
+    assert 0 < trainable < total
+    loss = classification.token_losses(adapted, classification.collate([Sample("a", list(PROMPTS[0]), [2])], PAD)).sum()
+    loss.backward()
+    assert any(p.grad is not None for name, p in adapted.named_parameters() if "classifier" in name)
+    assert type(adapted.merge_and_unload()) is type(classifier)
+
+
+def test_a_decoder_without_a_padding_token_classifies_by_its_tokenizers(tmp_path):
+    tokenizer = bootstrap._tokenizer(Bootstrap(config={}, corpus="-"), ["abcdefghij"])
+    tokenizer.pad_token = None
+    sizes = {**BERT, "vocab_size": len(tokenizer), "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama", **sizes, pad_token_id=None, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    padded = models.tokenizer(tmp_path)
+    model = models.load(tmp_path, CPU, task="classification")
+    requests = [Request(str(i), Asked(str(i), ids, None), 0, i) for i, ids in enumerate([(4, 5, 6), (7, 8)])]
+    together = classification.draw(model, padded, requests, Sampling())
+    alone = [classification.draw(model, padded, [one], Sampling())[0] for one in requests]
+    assert [one.log_p for one in together] == pytest.approx([one.log_p for one in alone], abs=1e-5)
+    assert models.with_head(tmp_path, ["a", "b"], 0).config.pad_token_id == padded.pad_token_id
 
 
 def test_f1_of_a_table_is_what_the_formula_gives():
     counts = {("a", "a"): 6, ("a", "b"): 2, ("b", "b"): 3, ("b", "a"): 1, ("c", "a"): 4}
-    a, b, c = classes.classes(counts, ["a", "b", "c"])
+    found = answered(counts, "abc")
+    a, b, c = classes.classes(found, "abc")
     assert (a.prompts, a.precision, a.recall) == (8, 6 / 11, 6 / 8)
     assert (b.precision, b.recall, b.f1) == (3 / 5, 3 / 4, 2 * 3 / 9)
     assert (c.prompts, c.precision, c.recall, c.f1) == (4, 0.0, 0.0, 0.0)
-    found = classes.macro_f1(counts, ["a", "b", "c"], confidence=0.95, seed=0)
+    found = classes.macro_f1(found, confidence=0.95, seed=0)
     assert found.value == pytest.approx((12 / 19 + 6 / 9) / 3)
     assert found.low < found.value < found.high and found.n == 16
     # An answer that is always right has no interval to be inside of.
-    perfect = classes.macro_f1({("a", "a"): 5, ("b", "b"): 5}, ["a", "b"], confidence=0.95, seed=0)
+    perfect = classes.macro_f1(answered({("a", "a"): 5, ("b", "b"): 5}, "ab"), confidence=0.95, seed=0)
     assert (perfect.value, perfect.low) == (1.0, 1.0) and not math.isnan(perfect.high)

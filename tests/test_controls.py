@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rsft_pipeline import lineage, rounds
+from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.store import Store
 from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
@@ -71,6 +72,9 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
             last_pass = 5 if row["first"] is None else row["first"] // 2
             assert row["last"] == row["draws"] - 1 == 2 * last_pass + 1
         assert {row["draws"] for row in rows} > {2, 4}
+        # Another rule can be asked about, one that could not be drawn until: on all that was drawn.
+        other = whatif(store, recipe, "r000", {"acceptance.rule": "top_k", "acceptance.k": "1"})
+        assert (other.candidates, other.would.accepted) == (sum(row["draws"] for row in rows), len(rows))
         before = store.query("SELECT candidate_id FROM candidates ORDER BY 1")
         decisions = store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1")
     assert run(instance, recipe, "r000").success

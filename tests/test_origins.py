@@ -93,13 +93,23 @@ def home_of(folder):
     return Home(folder)
 
 
+TAUGHT = {**SAMPLING, "source": "teacher", "teacher": {"source": "elsewhere"}}
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
         ({"sampling": {**SAMPLING, "source": "teacher"}}, "`source: teacher` and a `teacher:` section go together"),
         (
-            {"sampling": {**SAMPLING, "source": "reference"}, "acceptance": {"rule": "rejection"}},
+            {"sampling": {**SAMPLING, "draws": 1, "source": "reference"}, "acceptance": {"rule": "rejection"}},
             "references are not drawn",
+        ),
+        ({"sampling": {**SAMPLING, "draws": 8, "source": "reference"}}, "give `draws: 1`"),
+        ({"sampling": TAUGHT, "acceptance": {"rule": "loss", "k": 1}}, "`rule: loss` goes by the policy's own"),
+        ({"sampling": TAUGHT, "acceptance": {"rule": "rejection"}}, "`acceptance.target: policy` goes by the policy's"),
+        (
+            {"sampling": TAUGHT, "scoring": {"scorers": [{"kind": "knowledge"}]}},
+            "a scorer `knowledge` goes by the policy's own",
         ),
         (
             {"sampling": {**SAMPLING, "until": {"per_prompt": 1, "draws": 9}}, "acceptance": {"rule": "top_k", "k": 1}},

@@ -219,6 +219,17 @@ def test_limit_counts_usable_rows_and_stops_at_the_one_that_fills_it(make, tmp_p
     assert (ingest.rows, len(ingest.refused)) == (3, 1)
 
 
+def test_a_reference_that_is_rated_has_to_fit_with_its_prompt(make, tmp_path):
+    rows = [{"q": "four", "a": "x" * n} for n in (14, 15)]
+    write(tmp_path / "rows.jsonl", *(json.dumps({**row, "q": f"{row['q']}{i}"}).encode() for i, row in enumerate(rows)))
+    found = read(make({"source": "reference", "draws": 1}, reference="a"), context_length=21)
+    assert [len(prompt.reference) for prompt in found.prompts] == [14]  # <s>four0, the answer, and its end: 21 tokens
+    assert [(row.reason, row.detail) for row in found.refused] == [
+        ("too long", "the reference is 16 tokens with its end, 15 fit")
+    ]
+    assert len(read(make(reference="a"), context_length=21).prompts) == 2  # only compared with
+
+
 def test_prompt_and_completion_share_the_context(make, tmp_path):
     write(tmp_path / "rows.jsonl", b'{"q": "1234"}', b'{"q": "12345"}')  # with <s>: 5 and 6 tokens
     assert len(read(make(), context_length=16).prompts) == 2

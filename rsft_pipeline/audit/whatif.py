@@ -116,7 +116,9 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
     if given.get("rule", rule["rule"]) != rule["rule"]:
         rule = {name: rule[name] for name in Rule.model_fields}
     try:
-        return recipe.as_recorded({**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}})
+        asked = {**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}}
+        asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
+        return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise AuditError(f"no such rule: {'; '.join(wrong)}") from None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from rsft_pipeline.lineage import digest
-from rsft_pipeline.recipe.acceptance import AnyRule, RejectionRule
+from rsft_pipeline.recipe.acceptance import AnyRule, LossRule, RejectionRule
 from rsft_pipeline.recipe.evaluation import Evaluation, Promotion, Stop
 from rsft_pipeline.recipe.model import Model
 from rsft_pipeline.recipe.prompts import Prompts
@@ -66,9 +66,26 @@ class Recipe(Section):
             raise ValueError("`sampling.source: reference` needs `prompts.reference`, the column of the answers")
         if self.sampling.source == "reference" and isinstance(self.acceptance, RejectionRule):
             raise ValueError("`rule: rejection` needs the q of a draw, and references are not drawn")
+        if self.sampling.source == "teacher":
+            self._check_teacher()
         if self.sampling.until:
             self._check_until(self.sampling.until)
         return self
+
+    def _check_teacher(self) -> None:
+        """What goes by the policy's probability of a draw, which of a teacher's draws nobody knows."""
+        asks = []
+        if isinstance(self.acceptance, LossRule):
+            asks.append("`rule: loss`")
+        if isinstance(self.acceptance, RejectionRule) and self.acceptance.target == "policy":
+            asks.append("`acceptance.target: policy`")
+        if any(scorer.kind == "knowledge" for scorer in self.scoring.scorers):
+            asks.append("a scorer `knowledge`")
+        if asks:
+            raise ValueError(
+                f"{asks[0]} goes by the policy's own probability of a draw, and with `sampling.source: teacher` only "
+                "the teacher's is known; a scorer `likelihood` gives that of any model"
+            )
 
     def _check_until(self, until: Until) -> None:
         rule = self.acceptance

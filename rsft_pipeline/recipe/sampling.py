@@ -59,6 +59,11 @@ class Sampling(Section):
     def _parts_agree(self):
         if (self.source == "teacher") != (self.teacher is not None):
             raise ValueError("`source: teacher` and a `teacher:` section go together")
+        if self.source == "reference" and self.draws > 1:
+            raise ValueError(
+                f"with `source: reference` all `draws` of a prompt are the same answer, and there are {self.draws}: "
+                "give `draws: 1`, and `until.draws` if an answer may have several chances"
+            )
         if self.until and self.until.draws < self.draws:
             raise ValueError("`until.draws`, the most per prompt, cannot be less than `draws`, those of one pass")
         return self
