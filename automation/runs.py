@@ -22,7 +22,12 @@ ACTIVE = [
 
 def this_process() -> str:
     """Names this process on this machine, also once its number has been given to another."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time()}"
+    return f"{socket.gethostname()} {os.getpid()} {_begun(psutil.Process())}"
+
+
+def _begun(process: psutil.Process) -> float:
+    """Seconds from the start of the machine to that of the process, which no setting of the clock changes."""
+    return process.create_time() - psutil.boot_time()
 
 
 def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.SkipReason:
@@ -69,6 +74,6 @@ def _killed(process: str | None) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        return str(psutil.Process(int(pid)).create_time()) != created
+        return abs(_begun(psutil.Process(int(pid))) - float(created)) > 1
     except psutil.NoSuchProcess:
         return True

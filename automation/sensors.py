@@ -38,7 +38,7 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
             return round_key
         failed = failures(context.instance, now, round_key)
         if failed >= ATTEMPTS:
-            return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")
+            return _look(round_key, failed)
         # A revoked round was asked for before: Dagster would take the same key for the same request.
         instead = f" instead of {there['dagster_run_id']}" if there and there["state"] == "revoked" else ""
         return _request(now, round_key, f"{round_key} attempt {failed + 1}{instead}")
@@ -57,16 +57,25 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         now = as_file(recipe)
         inbox, files = now.path(now.prompts.inbox), inbox_files(now)
         seen = lineage.digest([[file.name, lineage.file_digest(file)] for file in files])
-        if not files or seen == context.cursor:
+        with store.open() as lake:
+            round_key = rounds.following(lake, now.name)
+        asked, _, waiting = (context.cursor or "").partition(" ")
+        again = seen == asked and round_key == waiting  # the round that was to read them is not finished
+        if not files or (seen == asked and not again):
             return dg.SkipReason(f"nothing new in {inbox}")
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
-        with store.open() as lake:
-            round_key = rounds.following(lake, now.name)
-        result = _request(now, round_key, f"{round_key} {seen}")
-        return result._replace(cursor=seen)
+        failed = failures(context.instance, now, round_key)
+        if again and failed >= ATTEMPTS:
+            return _look(round_key, failed)
+        result = _request(now, round_key, f"{round_key} {seen} attempt {failed + 1}")
+        return result._replace(cursor=f"{seen} {round_key}")
 
     return new_prompts
+
+
+def _look(round_key: str, failed: int) -> dg.SkipReason:
+    return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")
 
 
 def _request(recipe: Recipe, round_key: str, run_key: str) -> dg.SensorResult:

@@ -248,5 +248,7 @@ def _differences(answer: differing.Diff) -> RenderableType:
         lines.append(table)
         for what, changes in (("solved", found.solved_first), ("lost", found.lost_first)):
             for change in changes[:5]:
-                lines.append(Text(f"  {what}: {change.text[:80]!r} {change.before:.0%} → {change.after:.0%}"))
+                lines.append(
+                    Text(f"  {what}: {(change.text or '(erased)')[:80]!r} {change.before:.0%} → {change.after:.0%}")
+                )
     return Group(*lines, *(Text(note, style="yellow") for note in answer.notes))

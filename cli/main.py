@@ -7,7 +7,10 @@ import typer
 from cli import audit, audit_ui, lineage, run, ui
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.home import settle_environment
+from rsft_pipeline.models import ModelError
+from rsft_pipeline.prompts import PromptError
 from rsft_pipeline.recipe.section import RecipeError
+from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.store import StoreError
 
 app = typer.Typer(
@@ -31,7 +34,7 @@ def main() -> None:
     settle_environment()
     try:
         app()
-    except (RecipeError, StoreError, AuditError, OSError) as error:
+    except (RecipeError, StoreError, AuditError, RoundError, PromptError, ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

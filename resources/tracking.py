@@ -46,10 +46,12 @@ class Tracking(dg.ConfigurableResource):
         return run_id
 
     def _experiment(self, client, recipe: str) -> str:
-        found = client.get_experiment_by_name(recipe)
-        if found:
-            return found.experiment_id
         artifacts = None if self.uri else (Home.here().mlflow / "artifacts" / recipe).as_uri()
+        found = client.get_experiment_by_name(recipe)
+        if found and artifacts in (None, found.artifact_location):
+            return found.experiment_id
+        if found:  # the home has been moved: MLflow would go on writing to where it was
+            client.rename_experiment(found.experiment_id, f"{recipe} in {found.artifact_location}")
         return client.create_experiment(recipe, artifact_location=artifacts)
 
     def curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
@@ -114,7 +116,7 @@ class Tracking(dg.ConfigurableResource):
 
     def url(self, recipe: str, run_id: str) -> str:
         """The page of a run in MLflow's UI."""
-        experiment = self.client().get_experiment_by_name(recipe).experiment_id
+        experiment = self.client().get_run(run_id).info.experiment_id
         return f"{self.ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
 
 
@@ -123,7 +125,8 @@ def _client(uri: str):
     """A round asks for it two dozen times, and making one takes as long as a write."""
     from mlflow import MlflowClient
 
-    return MlflowClient(uri)
+    with Home.here().lock("mlflow", wait=True):  # two processes must not make the same database
+        return MlflowClient(uri)
 
 
 def _allowed(name: str) -> str:

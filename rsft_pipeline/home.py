@@ -35,8 +35,13 @@ class Home:
 
     @classmethod
     def here(cls) -> "Home":
-        """The home that the environment names."""
-        return cls(Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve())
+        """The home that the environment names. Raises OSError for a path that databases would read otherwise."""
+        path = Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve()
+        if found := set("?%") & set(str(path)):
+            raise OSError(
+                f"RSFT_HOME is {path}: MLflow and Dagster read a path as a URL, so it cannot have {min(found)!r}"
+            )
+        return cls(path)
 
     def folder(self, name: str) -> Path:
         folder = self.path / name

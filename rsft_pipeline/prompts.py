@@ -17,7 +17,7 @@ import numbers
 import re
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -550,11 +550,31 @@ def _parquet(path: Path, name: str, encoding: str) -> Iterator[_Row | Refused]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                for fields in batch.to_pylist():
+                for fields, written in _converted(batch):
                     number += 1
-                    yield _Row(name, number, None, fields)
+                    if isinstance(fields, Exception):
+                        yield Refused(name, number, written, "not storable", str(fields))
+                    else:
+                        yield _Row(name, number, None, fields)
     except pyarrow.ArrowException as error:
         raise PromptError(f"prompts: {path} is not readable as Parquet, after row {number}: {error}") from None
+
+
+def _converted(batch) -> Iterator[tuple[dict[str, Any] | Exception, bytes]]:
+    """Each row of an Arrow batch as Python has it, or why it cannot, with what Arrow writes of it."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # a date out of range, bytes that are not UTF-8, a time zone that nobody knows: in which row?
+        rows = [batch.slice(i, 1) for i in range(batch.num_rows)]
+    for row in rows:
+        if isinstance(row, dict):
+            yield row, b""
+            continue
+        try:
+            yield row.to_pylist()[0], b""
+        except Exception as error:
+            columns = zip(row.schema.names, row.columns, strict=True)
+            yield error, "\n".join(f"{column}: {values.to_string()}" for column, values in columns).encode()
 
 
 def _from_folder(path: Path, name: str, split: str) -> Iterator[_Row]:
@@ -591,7 +611,10 @@ def _from_function(reference: str, folder: Path) -> Iterator[_Row]:
         function = functions.load(reference, folder)
     except functions.FunctionError as error:
         raise PromptError(f"prompts.source: {error}") from error
-    for number, fields in enumerate(function(), 1):
+    rows = function()
+    if not isinstance(rows, Iterable):
+        raise PromptError(f"prompts.source: {reference} has to yield rows, and returned a {type(rows).__name__}")
+    for number, fields in enumerate(rows, 1):
         if not isinstance(fields, Mapping):
             raise PromptError(f"{reference} yields rows as dicts; row {number} is a {type(fields).__name__}")
         yield _Row(reference, number, None, fields)

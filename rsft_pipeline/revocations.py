@@ -9,6 +9,7 @@ that was there: these are looked up by id. What comes later is recognised when i
 """
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -36,19 +37,27 @@ ANY = "SELECT 1 FROM revocations LIMIT 1"  # whether anything was revoked: mostl
 # --- prompts ---------------------------------------------------------------------------------
 
 
+def spellings(words: str) -> list[str]:
+    """The words as a text has them, and as JSON may write them: columns, turns and refused rows are kept as JSON."""
+    escaped = json.dumps(words)[1:-1]
+    capital = re.sub(r"\\u[0-9a-f]{4}", lambda match: f"\\u{match[0][2:].upper()}", escaped)
+    return sorted({words, json.dumps(words, ensure_ascii=False)[1:-1], escaped, capital})
+
+
 def without(store: Store, recipe: str, read: Ingest) -> Ingest:
     """What was read, with the revoked prompts among the refused rows and their bytes nowhere."""
     rows = store.query("SELECT kind, what FROM revocations WHERE recipe = ?", [recipe])
     if not rows:
         return read
     revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in ("prompt", "source", "text")}
+    spelt = [each for words in revoked["text"] for each in spellings(words)]
 
     def is_revoked(prompt: Prompt) -> bool:
         texts = (prompt.text, prompt.reference or "", json.dumps(prompt.fields, ensure_ascii=False))
         return (
             prompt.prompt_id in revoked["prompt"]
             or prompt.source in revoked["source"]
-            or any(words in text for words in revoked["text"] for text in texts)
+            or any(words in text for words in spelt for text in texts)
         )
 
     out = [prompt for prompt in read.prompts if is_revoked(prompt)]

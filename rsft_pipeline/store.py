@@ -55,7 +55,13 @@ class Store:
             Path(catalog.partition(":")[2]).parent.mkdir(parents=True, exist_ok=True)
             options.append("META_JOURNAL_MODE 'WAL'")
         attach = f"ATTACH {_quoted('ducklake:' + catalog)} AS lake ({', '.join(options)})"
-        self._patiently(lambda: self._connection.execute(attach))
+        try:
+            self._patiently(lambda: self._connection.execute(attach))
+        except duckdb.Error as error:
+            raise StoreError(
+                f"the store at {catalog} cannot be opened: is its folder there, writable and not full, and the catalog "
+                f"whole? ({error})"
+            ) from error
         self._connection.execute("USE lake")
         self._prepare(SCHEMA.read_text(encoding="utf-8"))
 

@@ -24,6 +24,7 @@ from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
@@ -521,3 +522,5 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
         assert done.exit_code == 1
         assert candidate in done.stdout
     assert isinstance(audit("verify", "ffffffff").exception, AuditError)
+    for round_key in ("r007", "zz"):  # errors that `rsft` gives as one message
+        assert isinstance(audit("replay", path, round_key).exception, RoundError)

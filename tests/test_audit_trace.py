@@ -329,6 +329,21 @@ def test_an_erased_text_is_in_no_table_and_after_forgetting_in_no_file(tmp_path)
     assert files_with(tmp_path, secret) == []
 
 
+def test_words_are_found_where_they_are_written_as_json_and_among_bytes_that_are_no_text(tmp_path):
+    words, shared = 'José said "hi"', {"recipe": "a", "active": True, "source": "s"}
+    with Store.at(tmp_path) as store:
+        rows = [{"who": words}, {"who": "nobody"}]
+        store.append("prompts", [{**shared, "prompt_id": str(n), "text": f"p{n}", "line": n, "fields": json.dumps(row)}
+                                 for n, row in enumerate(rows)])  # fmt: skip
+        refused = [b"caf\xe9", json.dumps(rows[0]).encode(), json.dumps(rows[0], ensure_ascii=False).encode(),
+                   json.dumps(rows[0]).replace("u00e9", "u00E9").encode()]  # fmt: skip
+        store.append("quarantine", [{"recipe": "a", "source": "s", "line": n, "raw": raw, "reason": "empty"}
+                                    for n, raw in enumerate(refused)])  # fmt: skip
+        done = revoke(store, ids.text(store, words), who="me", why="the law", erase=True)
+        assert done.erased == {"prompts": 1, "candidates": 0, "quarantine": 3}
+        assert store.query("SELECT raw FROM quarantine WHERE octet_length(raw) > 0") == [{"raw": b"caf\xe9"}]
+
+
 def files_with(home, secret):
     import duckdb
 

@@ -101,6 +101,8 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monke
         (("check", "arithmetic", "--set", "sampling"), "expected a.b=value"),
         (("run", "arithmetic", "--set", "prompts.source=nowhere.jsonl"), "nowhere.jsonl"),
         (("status", "arithmetic"), "has no rounds yet"),
+        (("check", "elsewhere/mine.yml"), "ends in .yaml; rename it"),
+        (("check", "arithmetic", "--set", "model.revision=2024-02-30"), "is not YAML"),
     ],
 )
 def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, expected):
@@ -109,6 +111,19 @@ def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, ex
     output = " ".join((done.stdout + done.stderr).split())
     assert expected in output
     assert "Traceback" not in done.stderr
+
+
+def test_a_home_that_a_database_url_could_not_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "is this it?"))
+    done = rsft("status")
+    assert done.returncode == 2 and "it cannot have '?'" in done.stderr
+
+
+def test_a_store_that_cannot_be_opened_is_one_message(home):
+    (home / "store").mkdir()
+    (home / "store" / "catalog.sqlite").write_bytes(b"no catalog at all" * 1000)
+    done = rsft("status")
+    assert done.returncode == 2 and "cannot be opened" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_check_and_schema(home, path):

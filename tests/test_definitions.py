@@ -7,7 +7,9 @@ import pytest
 from toposort import CircularDependencyError
 
 import definitions
+from automation.jobs import LOOP, job_name
 from automation.schedules import schedules
+from automation.sensors import sensors
 from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.store import Store
 
@@ -81,6 +83,41 @@ def test_the_schedule_starts_the_next_round_until_a_stop_rule_holds(home, write_
             for n in range(recipe.stop.rounds):
                 store.append("rounds", [{**finished, "round": f"r{n:03d}", "champion_eval": evaluated}])
         assert "rounds used up: 5 of 5" in tick().skip_message
+
+
+def test_new_files_are_asked_about_again_until_their_round_is_finished(home, write_recipe, tmp_path):
+    inbox = tmp_path / "inbox"
+    prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "inbox": str(inbox)}
+    recipe = load(write_recipe(prompts=prompts))
+    _, sensor = sensors(recipe)
+    inbox.mkdir()
+    (inbox / "more.jsonl").write_text('{"question": "ab a", "answer": "a"}\n')
+    cursor = None
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def tick():
+            nonlocal cursor
+            loaded = definitions.build([recipe]).get_repository_def()
+            with dg.build_sensor_context(
+                instance=instance, repository_def=loaded, resources=definitions.usual_resources(), cursor=cursor
+            ) as context:
+                found = sensor(context)
+            if isinstance(found, dg.SkipReason):
+                return found.skip_message
+            cursor = found.cursor
+            (request,) = found.run_requests
+            return request.run_key.rpartition(" attempt ")[2]
+
+        for attempt in "123":
+            assert tick() == attempt
+            tags = {LOOP: recipe.name, "dagster/partition": "r000"}
+            instance.add_run(dg.DagsterRun(job_name=job_name(recipe), tags=tags, status=dg.DagsterRunStatus.FAILURE))
+        assert "r000 failed 3 times" in tick()
+        (inbox / "mended.jsonl").write_text('{"question": "cd c", "answer": "c"}\n')
+        assert tick() == "4"
+        with Store.at(home) as store:
+            store.append("rounds", [{"recipe": recipe.name, "state": "finished", "round": "r000"}])
+        assert "nothing new" in tick()
 
 
 def test_a_cycle_from_checkpoint_to_policy_would_be_refused_which_is_why_the_policy_looks_it_up():

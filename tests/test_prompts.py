@@ -212,6 +212,16 @@ def test_the_inbox_is_read_after_the_source_and_a_stray_file_stops_nothing(make,
     ]
 
 
+def test_parquet_rows_that_python_cannot_hold_are_refused_and_the_others_kept(make, tmp_path):
+    times = pyarrow.array([0, 2**60, 0], pyarrow.timestamp("us"))
+    bytes_ = pyarrow.array([b"one", b"two", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"q": bytes_, "at": times}), tmp_path / "rows.parquet")
+    found = read(make(source="rows.parquet"))
+    assert [(p.text, p.line) for p in found.prompts] == [("one", 1)]
+    assert [(row.line, row.reason) for row in found.refused] == [(2, "not storable"), (3, "not storable")]
+    assert all(row.detail for row in found.refused) and b"two" in found.refused[0].raw
+
+
 def test_limit_counts_usable_rows_and_stops_at_the_one_that_fills_it(make, tmp_path):
     write(tmp_path / "rows.jsonl", b'{"q": "one"}', b"broken", b'{"q": "three"}', b"broken", b'{"q": "five"}')
     ingest = read(make(limit=2))

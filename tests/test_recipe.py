@@ -60,6 +60,11 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
         ({"acceptance": {"rule": "rejection", "target": "teacher"}}, "expected one of policy, answer"),
         ({"scoring": {"scorers": [{"kind": "regex", "pattern": "("}]}}, "is not a regular expression"),
+        ({"training": {"clip": float("inf")}}, "training.clip: Input should be a finite number"),
+        (
+            {"scoring": {"scorers": [{"kind": "function", "function": "a:b", "arguments": {"x": float("nan")}}]}},
+            "`arguments` are recorded as JSON, which has no such value",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_was_expected(write_recipe, sections, expected):
@@ -67,7 +72,12 @@ def test_a_wrong_value_says_what_was_expected(write_recipe, sections, expected):
 
 
 def test_yaml_that_is_broken_or_no_mapping_is_said_so(tmp_path):
-    for text, expected in (("a: [", "not readable as YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")):
+    for text, expected in (
+        ("a: [", "not readable as YAML"),
+        ("a: 2024-13-45", "month must be in 1..12"),
+        ("- 1", "expected a mapping"),
+        ("", "expected a mapping"),
+    ):
         path = tmp_path / "broken.yaml"
         path.write_text(text)
         with pytest.raises(RecipeError, match=expected):

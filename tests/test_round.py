@@ -390,6 +390,8 @@ def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
     home.rename(moved)
     monkeypatch.setenv("RSFT_HOME", str(moved))
     assert run(instance, recipe, "r001").success
+    assert not home.exists()  # nothing is written to where it was
+    assert len(list(moved.glob("mlflow/artifacts/*/*/artifacts/meta.json"))) == 2
 
 
 def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use(tmp_path):

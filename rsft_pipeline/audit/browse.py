@@ -347,14 +347,14 @@ def _weights(query: Query, recipe: str, digest: str) -> Weights:
 
 def quarantine(store: Store, recipe: str | None, reason: str | None, after: str | None = None) -> Page:
     """A page of refused rows: recipe, source, line, reason, detail, raw (bytes, the first 2,000), bytes (how many)."""
-    of = {"recipe": recipe, "reason": reason, "key": json.loads(after) if after else None}
+    of = {"recipe": recipe, "reason": reason, "key": after}
     place = "concat_ws(chr(31), recipe, source, lpad(line::VARCHAR, 12, '0'))"
     sql = f"""SELECT recipe, source, line, reason, detail, raw[:2000] AS raw, octet_length(raw) AS bytes, {place} AS key
               FROM quarantine WHERE ($recipe IS NULL OR recipe = $recipe) AND ($reason IS NULL OR reason = $reason)
                 AND ($key IS NULL OR {place} > $key)
               ORDER BY key LIMIT {ROWS + 1}"""
     rows = store.query(sql, of)
-    return Page(rows[:ROWS], json.dumps(rows[ROWS - 1]["key"]) if len(rows) > ROWS else None)
+    return Page(rows[:ROWS], rows[ROWS - 1]["key"] if len(rows) > ROWS else None)
 
 
 def refusals(store: Store) -> list[dict]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rsft_pipeline import revocations
 from rsft_pipeline.audit.ids import Thing
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
@@ -123,7 +124,8 @@ _CANDIDATES = {
 _PROMPTS = {
     "prompt": "prompt_id = $what",
     "source": "source = $what",
-    "text": "contains(concat_ws(chr(10), text, reference, fields, messages), $what)",
+    "text": """list_bool_or(list_transform($spellings,
+        lambda words: contains(concat_ws(chr(10), text, reference, fields, messages), words)))""",
 }
 
 
@@ -140,7 +142,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
     counts = {"prompts": 0, "candidates": 0, "held_out": 0, "accepted": 0, "evaluated": []}
     samples = {}
     for recipe in thing.recipes:
-        of = {"recipe": recipe, "what": thing.what}
+        of = {"recipe": recipe, "what": thing.what, "spellings": revocations.spellings(thing.what)}
         if thing.kind in _PROMPTS:
             prompts = f"SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND ({_PROMPTS[thing.kind]})"
             query(f"INSERT INTO touched_prompts {prompts}", of)

@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 
+from rsft_pipeline import revocations
 from rsft_pipeline.audit.ids import AuditError, Thing
 from rsft_pipeline.audit.impact import Impact, follow
 from rsft_pipeline.audit.reading import on
@@ -121,11 +122,12 @@ def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int
 # Rows that were refused: of the source, with the text, or as copies of a prompt.
 _COPIES = """recipe = $recipe AND octet_length(raw) > 0 AND (
     ($kind = 'source' AND source = $what)
-    OR ($kind = 'text' AND contains(decode(raw), $what))
+    OR ($kind = 'text' AND list_bool_or(list_transform($spellings,
+        lambda words: contains(decode(raw, 'replace'), words))))
     OR detail IN (SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p
                   WHERE p.recipe = $recipe
                     AND p.prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)))"""
 
 
 def _kind(thing: Thing) -> dict[str, Any]:
-    return {"kind": thing.kind, "what": thing.what}
+    return {"kind": thing.kind, "what": thing.what, "spellings": revocations.spellings(thing.what)}

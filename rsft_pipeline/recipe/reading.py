@@ -32,7 +32,9 @@ def schema() -> dict[str, Any]:
 def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
     """The YAML file of a recipe given by name or path. Raises RecipeError with the nearest names."""
     path = Path(name).expanduser()
-    if path.suffix in {".yaml", ".yml"}:
+    if path.suffix == ".yml":  # elsewhere only .yaml is looked for, and a name has to be one recipe's alone
+        raise RecipeError(f"{path}: a recipe's file ends in .yaml; rename it")
+    if path.suffix == ".yaml":
         if not path.is_file():
             raise RecipeError(f"{path}: there is no such file")
         return path.resolve()
@@ -73,7 +75,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
 def _read(path: Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of fields at the top level")
@@ -101,7 +103,7 @@ def _assign(tree: dict, key: str, text: str, path: Path) -> None:
             raise RecipeError(f"{path}: cannot set {key}: {'.'.join(parents[: i + 1])} is a value, not a section")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot set {key}: {text!r} is not YAML: {error}") from None
     node[_index(node, last, key, path) if isinstance(node, list) else last] = value
 

@@ -3,6 +3,7 @@
 Not: what any of them says of a candidate (rsft_pipeline/scoring/).
 """
 
+import json
 from typing import Annotated, Any, Literal, Union
 
 import regex
@@ -99,6 +100,14 @@ class FunctionScorer(Scorer):
     kind: Literal["function"]
     function: str = Field(description="`module:function`; the recipe's folder is searched first.")
     arguments: dict[str, Any] = Field({}, description="Keyword arguments passed to it.")
+
+    @model_validator(mode="after")
+    def _can_be_recorded(self):
+        try:
+            json.dumps(self.arguments, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`arguments` are recorded as JSON, which has no such value: {error}") from None
+        return self
 
 
 class SquadScorer(Scorer):

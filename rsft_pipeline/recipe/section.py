@@ -10,4 +10,4 @@ class RecipeError(ValueError):
 class Section(BaseModel):
     """A part of the recipe: immutable, and every key must be a known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)

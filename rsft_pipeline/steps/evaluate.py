@@ -59,7 +59,10 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
             f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first"
         )
     if why := revocations.of_checkpoint(store, round_.recipe.name, made):
-        raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its beginning")
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its "
+            "beginning; where that gives the same weights, change the recipe, or revoke what they learned"
+        )
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
     return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
 

@@ -29,9 +29,11 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
     read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
+        revoked = sum(row.reason == revocations.REASON for row in read.refused)
+        besides = f" ({revoked} more were revoked)" if revoked else ""
         raise prompts.PromptError(
-            f"{recipe.name}: none of {len(read.prompts)} prompts is in the {empty.pop()} split: give more prompts, "
-            "or change prompts.eval_fraction"
+            f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
+            "prompts, or change prompts.eval_fraction"
         )
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
     kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
