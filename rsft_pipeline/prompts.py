@@ -55,12 +55,13 @@ class Refused:
 
     The reason is one of: `not UTF-8` (or whichever encoding the recipe names), `broken JSON`, `broken CSV`,
     `not storable` (a value that JSON cannot keep, such as bytes or half a surrogate pair), `missing column`
-    (or null in it), `empty`, `too long`, `duplicate`, and for a whole file of the inbox `unreadable file`.
+    (or null in it), `no label` (a reference that a classifier cannot give), `empty`, `too long`, `duplicate`, and
+    for a whole file of the inbox `unreadable file`.
     """
 
     source: str
     line: int  # as in Prompt; 0 for a whole file
-    raw: bytes  # the line or lines without the last line feed; where there are none, the row as JSON
+    raw: bytes  # the line or lines without the last line feed; where there are none, the row as JSON or as Arrow has it
     reason: str
     detail: str
 
