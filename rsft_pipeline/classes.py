@@ -49,9 +49,10 @@ class Answers:
             if reference in labels
         )
         tables = np.zeros((len(kinds), len(labels), len(labels)), dtype=np.int64)
-        for table, (reference, answers) in zip(tables, kinds, strict=True):
+        ordered = sorted(kinds)  # the bootstrap is the same, in whatever order the prompts came
+        for table, (reference, answers) in zip(tables, ordered, strict=True):
             table[reference] = answers
-        return cls(np.array(list(kinds.values()), dtype=np.int64), tables)
+        return cls(np.array([kinds[kind] for kind in ordered], dtype=np.int64), tables)
 
     @property
     def table(self) -> np.ndarray:
