@@ -99,7 +99,8 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
         tree.add(Text(why, style="red"))
     if found.prompt:
         asked = found.prompt
-        node = tree.add(Text(f"asked by line {asked.line} of {asked.source} ({asked.split}), prompt {asked.prompt_id}"))
+        source = _named(asked.source)
+        node = tree.add(Text(f"asked by line {asked.line} of {source} ({asked.split}), prompt {asked.prompt_id}"))
         node.add(Text(_said(asked.text)))
         if asked.reference is not None:
             node.add(Text(f"reference {_said(asked.reference)}"))
@@ -312,6 +313,11 @@ def _written(done: exporting.Exported) -> Tree:
 def _said(text: str | None) -> str:
     """A text with what is not printable escaped: a completion could otherwise move the cursor or worse."""
     return "(erased)" if text is None else repr(text)
+
+
+def _named(source: str) -> str:
+    """A file's name, which whoever drops it chooses."""
+    return source if source.isprintable() else repr(source)
 
 
 def _count(number: int, noun: str) -> str:
