@@ -107,5 +107,5 @@ def surprisals(logits: "Tensor", targets: "Tensor") -> "Tensor":
             return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     several = max(1, SOFTMAX // logits.shape[1])
-    parts = zip(logits.split(several), targets.split(several), strict=True)
-    return torch.cat([checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    some = zip(logits.split(several), targets.split(several), strict=True)
+    return torch.cat([checkpoint(of, *each, use_reentrant=False, preserve_rng_state=False) for each in some])
