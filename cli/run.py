@@ -285,7 +285,8 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     console.print(table)
     if reason := rounds.why_stopped(store, recipe):
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
-    console.print(f"champion: {rows[-1]['champion']}   state: {Home.here().path}", highlight=False, soft_wrap=True)
+    state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
+    console.print(state, highlight=False, markup=False, soft_wrap=True)
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
     console.print(f"  Dagster  {pages.DAGSTER}\n  MLflow   {pages.MLFLOW}\n  audit    {pages.AUDIT}", highlight=False)
 

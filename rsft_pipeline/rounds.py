@@ -8,10 +8,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from rsft_pipeline import models, revocations
-from rsft_pipeline.evaluation import FinishedRound, stop_reason
+from rsft_pipeline.evaluation import FinishedRound, Metric, stop_reason
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
+from rsft_pipeline.recipe.evaluation import MOST_ROUNDS, Stop
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
@@ -107,12 +109,17 @@ def finish(store: Store, round_: Round, **outcome) -> None:
 
 
 def record(store: Store, recipe: Recipe, round_key: str) -> Round:
-    """The record of a round that was begun. Raises RoundError where it was not."""
+    """The record of a round that was begun. Raises RoundError where it was not, or by settings refused since."""
     row = raw(store, recipe.name, round_key)
     if row is None:
         raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
+    try:
+        as_it_was = recipe.as_recorded(json.loads(row["settings"]))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RoundError(f"{recipe.name} {round_key} ran with settings that are refused by now: {reason}") from None
     return Round(
-        recipe.as_recorded(json.loads(row["settings"])),
+        as_it_was,
         round_key,
         row["policy"],
         row["policy_source"],
@@ -146,22 +153,24 @@ def in_use(store: Store, recipe: str, round_key: str, champion: str) -> str:
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:
     """Why no further round is due, in words; None while one is."""
-    return _stop_reason(recipe, history(store, recipe.name))
+    return _stop_reason(recipe.stop, recipe.promotion.metric, history(store, recipe.name))
 
 
 def why_stopped(store: Store, recipe: str) -> str | None:
     """The same for a recipe's name, by the stop rules that its last finished round was run with."""
     finished = history(store, recipe)
-    return _stop_reason(Recipe.model_validate_json(finished[-1]["settings"]), finished) if finished else None
+    if not finished:
+        return None
+    settings = json.loads(finished[-1]["settings"])
+    return _stop_reason(Stop.model_validate(settings["stop"]), settings["promotion"]["metric"], finished)
 
 
-def _stop_reason(recipe: Recipe, finished: list[dict]) -> str | None:
-    metric = recipe.promotion.metric
+def _stop_reason(stop: Stop, metric: Metric, finished: list[dict]) -> str | None:
     rounds = [
         FinishedRound(row["promoted"], _value(json.loads(row["champion_eval"]), metric), row["tokens"])
         for row in finished
     ]
-    return stop_reason(recipe.stop, rounds, metric)
+    return stop_reason(stop, rounds, metric)
 
 
 def _value(summary: dict, metric: str) -> float | None:

@@ -384,6 +384,17 @@ def test_weights_that_were_changed_on_disk_are_not_drawn_from(home, instance, re
     assert "model.safetensors changed since" in failure_of(result, f"{recipe.name}__policy")
 
 
+def test_a_round_by_settings_that_are_refused_since_says_so_and_the_history_stays(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        settings = json.loads(rounds.raw(store, recipe.name, "r000")["settings"])
+        settings["sampling"]["source"], settings["stop"]["rounds"] = "reference", 1
+        store.commit(lambda connection: connection.execute("UPDATE rounds SET settings = ?", [json.dumps(settings)]))
+        with pytest.raises(rounds.RoundError, match=r"r000 ran with settings that are refused by now: .*`draws: 1`"):
+            rounds.record(store, recipe, "r000")
+        assert rounds.why_stopped(store, recipe.name) == "rounds used up: 1 of 1 finished"
+
+
 def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
     run(instance, recipe, "r000")
     moved = home.with_name("moved")
