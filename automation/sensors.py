@@ -56,13 +56,16 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
     def new_prompts(context: dg.SensorEvaluationContext, store: StoreResource):
         now = as_file(recipe)
         inbox, files = now.path(now.prompts.inbox), inbox_files(now)
+        nothing = dg.SkipReason(f"nothing new in {inbox}")
+        if not files:
+            return nothing
         seen = lineage.digest([[file.name, lineage.file_digest(file)] for file in files])
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
         asked, _, waiting = (context.cursor or "").partition(" ")
         again = seen == asked and round_key == waiting  # the round that was to read them is not finished
-        if not files or (seen == asked and not again):
-            return dg.SkipReason(f"nothing new in {inbox}")
+        if seen == asked and not again:
+            return nothing
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
         failed = failures(context.instance, now, round_key)

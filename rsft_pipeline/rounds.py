@@ -15,6 +15,7 @@ from rsft_pipeline.evaluation import FinishedRound, Metric, stop_reason
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS, Stop
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import refusals
 from rsft_pipeline.store import Store
 
 
@@ -116,8 +117,8 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     try:
         as_it_was = recipe.as_recorded(json.loads(row["settings"]))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RoundError(f"{recipe.name} {round_key} ran with settings that are refused by now: {reason}") from None
+        refused = f"{recipe.name} {round_key} ran with settings that are refused by now: {refusals(error)}"
+        raise RoundError(refused) from None
     return Round(
         as_it_was,
         round_key,

@@ -21,6 +21,7 @@ from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import refusals
 from rsft_pipeline.revocations import set_aside
 from rsft_pipeline.store import Store
 
@@ -120,8 +121,7 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
         return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise AuditError(f"no such rule: {'; '.join(wrong)}") from None
+        raise AuditError(f"no such rule: {refusals(error)}") from None
 
 
 def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[str, Any]) -> Side:

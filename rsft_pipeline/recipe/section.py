@@ -1,6 +1,6 @@
 """Section: what every part of a recipe is, and the error of a recipe that cannot run."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class RecipeError(ValueError):
@@ -11,3 +11,9 @@ class Section(BaseModel):
     """A part of the recipe: immutable, and every key must be a known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def refusals(error: ValidationError) -> str:
+    """What fields were refused for, each with its path, in one line."""
+    found = [(*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    return "; ".join(f"{'.'.join(path)}: {why}" if path else why for *path, why in found)
