@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := benchmarks/peers/.venv
 
-.PHONY: setup demo test ui
+.PHONY: setup demo test ui bench
 
 setup: $(VENV)/installed
 
@@ -25,3 +26,25 @@ test: setup
 
 ui: setup
 	$(BIN)/rsft ui
+
+# Every number of docs/benchmarks but a GPU's. Takes an hour and a half on 2 cores, and wants them for itself.
+bench: setup $(PEERS)/installed
+	$(BIN)/python -m benchmarks.sampling --ways shared_prefix generate generate_each
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling mixed-prompts --turns 2 --ways shared_prefix generate \
+		--out docs/benchmarks/one-thread
+	$(BIN)/python -m benchmarks.sampling t5-small --turns 1 --ways shared_prefix plain_loop generate \
+		--out docs/benchmarks/seq2seq
+	$(BIN)/python -m benchmarks.until
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training one-of-a-prompt four-of-a-prompt --turns 3 \
+		--peers $(PEERS)/bin/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training large-vocabulary --turns 3 --ways ours trainer trl \
+		--peers $(PEERS)/bin/python --out docs/benchmarks/large-vocabulary
+	$(BIN)/python -m benchmarks.round
+	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.audit
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@

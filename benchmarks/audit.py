@@ -13,7 +13,6 @@ median counts, and the first time, when nothing is in memory yet, is told apart.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import duckdb
 
+from benchmarks.results import FOLDER, bars, publish, table
 from rsft_pipeline import lineage, merkle, rounds, sampling
 from rsft_pipeline.audit import ids, verify
 from rsft_pipeline.audit.impact import impact
@@ -38,7 +38,6 @@ from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import ACCEPTED, COMBINED
 from rsft_pipeline.store import Store
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 ROUNDS, DRAWS = 20, 8
 RECIPE = """
 description: Made for the audit benchmark.
@@ -264,25 +263,12 @@ def measure(asked: dict[str, list[Callable[[], Any]]], repeats: int) -> list[dic
     return rows
 
 
-def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The seconds as Markdown."""
-    lines = [
-        f"Made by `python -m benchmarks.audit` on {facts['cores']} cores, DuckDB {facts['duckdb']}.",
-        "",
-        "| question | first | median | least | of the processor |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        seconds = " | ".join(f"{row[name]:.3f}" for name in ("first", "median", "least", "processor"))
-        lines.append(f"| {row['question']} | {seconds} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=5_000_000)
     parser.add_argument("--home", type=Path, default=None, help="default: a folder in the temporary directory")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     given = parser.parse_args()
     home = given.home or Path(os.environ.get("TMPDIR", "/tmp")) / f"rsft-audit-{given.candidates}"
     rows = []
@@ -294,17 +280,16 @@ def main() -> None:
         print("   first   median    least processor  seconds", flush=True)
         rows += measure(ask(made, recipe), given.repeats)
         made.close()
-    facts = {
-        "candidates": given.candidates,
-        "bytes": sum(file.stat().st_size for file in (home / f"{ROUNDS}" / "store").rglob("*") if file.is_file()),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "duckdb": duckdb.__version__,
-        "python": platform.python_version(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "audit.json").write_text(json.dumps({**facts, "seconds": rows}, indent=2) + "\n")
-    (RESULTS / "audit.md").write_text(table(facts, rows))
+    lake = home / f"{ROUNDS}" / "store"
+    size = sum(file.stat().st_size for file in lake.rglob("*") if file.is_file())
+    clocks = ("first", "median", "least", "processor")
+    publish(
+        given.out,
+        "audit",
+        {"candidates": given.candidates, "bytes": size, "seconds": rows},
+        table(["seconds", *clocks], ([row["question"], *(f"{row[clock]:.3f}" for clock in clocks)] for row in rows)),
+        bars({f"{counted:,} candidates": {row["question"]: [row["median"]] for row in rows}}, "seconds", "{:.2f}"),
+    )
 
 
 if __name__ == "__main__":

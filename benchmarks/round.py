@@ -23,8 +23,21 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+from benchmarks.results import FOLDER, figure, publish, table
+
 ROOT = Path(__file__).parent.parent
+PARTS = {  # of the plot, and what they are called where they are measured
+    "imports, start, model, prompts": (
+        "imports and model",
+        "imports, start and end of the process",
+        "policy",
+        "prompts",
+    ),
+    "drawing, scoring": ("candidates and scores", "candidates", "scores"),
+    "deciding": ("accepted",),
+    "training": ("checkpoint",),
+    "evaluation": ("evaluation",),
+}
 
 
 def bare(home: Path, overrides: dict[str, str]) -> None:
@@ -147,13 +160,23 @@ def pipeline(home: Path, overrides: dict[str, str]) -> dict[str, float]:
     return seconds
 
 
-def table(rows: dict[str, float], head: str) -> list[str]:
-    return [
-        "",
-        f"| {head} | seconds |",
-        "| --- | --- |",
-        *(f"| {name} | {value:.1f} |" for name, value in rows.items()),
-    ]
+def plot(bare: dict[str, float], pipeline: dict[str, float]):
+    """A figure of where the seconds of either side go."""
+    sides = {"bare script": bare, "`rsft run`": pipeline}
+    drawn = figure(9, 2.6)
+    axis, left = drawn.subplots(), [0.0] * len(sides)
+    parts = {
+        part: [sum(side.get(name, 0.0) for name in names) for side in sides.values()] for part, names in PARTS.items()
+    }
+    told = [sum(each) for each in zip(*parts.values(), strict=True)]
+    parts["the rest"] = [side["whole"] - known for side, known in zip(sides.values(), told, strict=True)]
+    for part, seconds in parts.items():
+        axis.barh(list(sides), seconds, left=left, label=part)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axis.set_xlabel("seconds")
+    axis.invert_yaxis()
+    drawn.legend(loc="outside upper center", ncols=3, frameon=False)
+    return drawn
 
 
 def main() -> None:
@@ -161,7 +184,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--prompts", type=int, default=2000)
     options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark")
-    options.add_argument("--out", type=Path, default=RESULTS / "round_cpu")
+    options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     options.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     arguments.home.mkdir(parents=True, exist_ok=True)
@@ -190,15 +213,16 @@ def main() -> None:
     wholes = [(turn["pipeline"]["whole"], turn["bare"]["whole"]) for turn in turns]
     overhead = statistics.median(whole - alone for whole, alone in wholes)
     share = statistics.median(whole / alone - 1 for whole, alone in wholes)
-    lines = [
-        f"overhead: {overhead:.1f} s, {share:.0%} (median of {len(turns)} turns, {arguments.prompts:,} prompts)",
+    told = f"overhead: {overhead:.1f} s, {share:.0%} (median of {len(turns)} turns, {arguments.prompts:,} prompts)"
+    sides = {
+        side: {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}
+        for side in ("bare", "pipeline")
+    }
+    tables = [
+        table([head, "seconds"], ([name, f"{value:.1f}"] for name, value in sides[side].items()))
+        for side, head in (("bare", "bare script"), ("pipeline", "`rsft run`"))
     ]
-    for side, head in (("bare", "bare script"), ("pipeline", "`rsft run`")):
-        rows = {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}
-        lines += table(rows, head)
-    arguments.out.with_suffix(".json").write_text(json.dumps(turns, indent=2) + "\n", "utf-8")
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n".join(lines))
+    publish(arguments.out, "round_cpu", {"turns": turns}, "\n\n".join([told, *tables]), plot(**sides))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ reading the prompts.
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,10 +26,9 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.results import FOLDER, bars, publish, table
 from rsft_pipeline import decoding
 from rsft_pipeline.decoding import Row, Shape
-
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 # As long as GSM8K's test questions: their characters at 16 evenly spaced quantiles, 4 to a token, and 40
 # tokens of chat template.
@@ -358,57 +354,37 @@ def summary(result: dict) -> list[dict]:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def table(results: list[dict]) -> str:
-    """The results as Markdown."""
-    lines = []
-    for result in results:
-        lengths = result["lengths"]
-        lines += [
-            f"### {result['case']}",
-            "",
-            f"{result['parameters'] / 1e6:,.0f} M parameters; {len(lengths)} prompts of {min(lengths)} to "
-            f"{max(lengths)} tokens × {result['draws']} draws × "
-            + (
-                f"up to {result['tokens']} tokens, each ending with probability {result['stop_share']:.3f}"
-                if result["stop_share"]
-                else f"{result['tokens']} tokens"
-            )
-            + f"; {len(result['floor_seconds'])} turns. State: {result['state_bytes_per_draw'] / 1e6:.2f} MB a draw, "
-            f"{result['state_bytes_per_prefix_token'] / 1e3:.1f} kB a token of a prompt.",
-            "",
-            "| way | seconds | tokens/s | samples/s | × `generate` | of the floor | peak memory |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for line in summary(result):
-            over = "" if line["over_generate"] is None else f"{line['over_generate']:.2f}"
-            peak = "" if line["peak_gb"] is None else f"{line['peak_gb']:.1f} GB"
-            lines.append(
-                f"| {line['way']} | {line['seconds']:.2f} | {line['tokens_per_second']:,.0f} | "
-                f"{line['samples_per_second']:.1f} | {over} | {line['of_floor']:.2f} | {peak} |"
-            )
-        lines += [f"\n{way} did not run: {error}" for way, error in result["errors"].items()]
-        lines.append("")
+def report(result: dict) -> str:
+    """A case as Markdown."""
+    lengths = result["lengths"]
+    ends = f"up to {result['tokens']} tokens, each ending with probability {result['stop_share']:.3f}"
+    drawn = ends if result["stop_share"] else f"{result['tokens']} tokens"
+    lines = [
+        f"### {result['case']}",
+        "",
+        f"{result['parameters'] / 1e6:,.0f} M parameters; {len(lengths)} prompts of {min(lengths)} to {max(lengths)} "
+        f"tokens × {result['draws']} draws × {drawn}; {len(result['floor_seconds'])} turns. State: "
+        f"{result['state_bytes_per_draw'] / 1e6:.2f} MB a draw, "
+        f"{result['state_bytes_per_prefix_token'] / 1e3:.1f} kB a token of a prompt.",
+        "",
+        table(
+            ["way", "seconds", "tokens/s", "samples/s", "× `generate`", "of the floor", "peak memory"],
+            (
+                [
+                    line["way"],
+                    f"{line['seconds']:.2f}",
+                    f"{line['tokens_per_second']:,.0f}",
+                    f"{line['samples_per_second']:.1f}",
+                    "" if line["over_generate"] is None else f"{line['over_generate']:.2f}",
+                    f"{line['of_floor']:.2f}",
+                    "" if line["peak_gb"] is None else f"{line['peak_gb']:.1f} GB",
+                ]
+                for line in summary(result)
+            ),
+        ),
+        *(f"\n{way} did not run: {error}" for way, error in result["errors"].items()),
+    ]
     return "\n".join(lines)
-
-
-def plot(results: list[dict], path: Path) -> None:
-    """Tokens per second of each way, as a multiple of `generate`'s."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 2.6), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
-        lines = [line for line in summary(result) if line["over_generate"] is not None]
-        bars = axis.barh([line["way"] for line in lines], [line["over_generate"] for line in lines])
-        axis.bar_label(bars, fmt="%.1f×", padding=3)
-        axis.set_title(result["case"])
-        axis.set_xlabel("speed over generate")
-        axis.margins(x=0.25)
-        axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -417,7 +393,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="case", help="default: those of this machine's device")
     parser.add_argument("--turns", type=int, default=3, help="measured turns, after one that warms up")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.cases) - set(cases)):
         parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(cases)}")
@@ -427,26 +403,21 @@ def main() -> None:
     for name in names:
         print(name, flush=True)
         results.append(measure(name, cases[name](), device, arguments.turns, arguments.ways))
-    record = {
-        "command": f"python -m benchmarks.sampling {' '.join(names)} --turns {arguments.turns} "
-        f"--ways {' '.join(arguments.ways)}",
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "results": results,
-        "summary": {result["case"]: summary(result) for result in results},
+    panels = {
+        result["case"]: {line["way"]: [line["over_generate"]] for line in summary(result) if line["over_generate"]}
+        for result in results
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"sampling_{device}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    (arguments.out / f"sampling_{device}.md").write_text(
-        f"Made by `{record['command']}` on {record['device']}, {record['threads']} threads, "
-        f"torch {record['torch']}, transformers {record['transformers']}.\n\n{table(results)}",
-        "utf-8",
+    publish(
+        arguments.out,
+        f"sampling_{device}",
+        {
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "results": results,
+            "summary": {result["case"]: summary(result) for result in results},
+        },
+        "\n\n".join(map(report, results)),
+        bars(panels, "speed over generate", "{:.1f}×"),
     )
-    plot(results, arguments.out / f"sampling_{device}.png")
-    print(table(results))
 
 
 if __name__ == "__main__":

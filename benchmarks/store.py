@@ -26,6 +26,7 @@ from pathlib import Path
 import duckdb
 from pydantic import TypeAdapter
 
+from benchmarks.results import FOLDER, figure, publish, table
 from rsft_pipeline import acceptance, lineage, sampling
 from rsft_pipeline.recipe.acceptance import AnyRule
 from rsft_pipeline.recipe.reading import load
@@ -36,7 +37,6 @@ from rsft_pipeline.steps.score import versions
 from rsft_pipeline.steps.train import samples_sql
 from rsft_pipeline.store import SCHEMA, Store
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 RECIPE = """
 description: Made for the store benchmark.
 model: {source: /nowhere}
@@ -169,7 +169,7 @@ def main() -> None:
     options.add_argument("--candidates", type=int, nargs="+", default=[1_000_000, 5_000_000, 20_000_000])
     options.add_argument("--memory", default="2500MB", help="DuckDB's limit; the process takes about 1 GiB more")
     options.add_argument("--rounds", type=int, help="count the files over so many rounds instead")
-    options.add_argument("--out", type=Path, default=RESULTS / "store_cpu")
+    options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     options.add_argument("--way", choices=["lake", "bare"], help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.rounds:
@@ -187,20 +187,45 @@ def main() -> None:
                 [sys.executable, "-m", "benchmarks.store", *told], stdout=subprocess.PIPE, text=True, check=True
             )
             results.append({"candidates": candidates, "way": way, **json.loads(made.stdout.splitlines()[-1])})
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    lines = [
-        "| candidates | step | lake, s | bare, s | ratio |",
-        "| --- | --- | --- | --- | --- |",
+    pairs = list(zip(results[::2], results[1::2], strict=True))
+    rows = [
+        [f"{lake['candidates']:,}", name, f"{lake[name]:.2f}", *_beside(lake[name], bare.get(name))]
+        for lake, bare in pairs
+        for name in lake
+        if name not in ("candidates", "way")
     ]
-    for lake, bare in zip(results[::2], results[1::2], strict=True):
-        for name in lake:
-            if name in bare and name not in ("candidates", "way"):
-                ratio = lake[name] / bare[name]
-                lines.append(f"| {lake['candidates']:,} | {name} | {lake[name]:.2f} | {bare[name]:.2f} | {ratio:.2f} |")
-        if "compact" in lake:
-            lines.append(f"| {lake['candidates']:,} | compact | {lake['compact']:.2f} | | |")
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n".join(lines))
+    publish(
+        arguments.out,
+        "store_cpu",
+        {"memory": arguments.memory, "results": results},
+        table(["candidates", "step", "lake, s", "bare, s", "ratio"], rows),
+        plot(pairs),
+    )
+
+
+def _beside(lake: float, bare: float | None) -> list[str]:
+    return ["", ""] if bare is None else [f"{bare:.2f}", f"{lake / bare:.2f}"]
+
+
+def plot(pairs: list[tuple[dict, dict]]):
+    """A figure: how the seconds of a million candidates grow (level: linear), and the lake over the bare file."""
+    drawn = figure(11, 3.6)
+    growth, ratio = drawn.subplots(1, 2)
+    millions = [lake["candidates"] / 1e6 for lake, _ in pairs]
+    for name in pairs[0][1]:
+        if name in ("candidates", "way", "peak GiB"):
+            continue
+        each = [lake[name] / million for (lake, _), million in zip(pairs, millions, strict=True)]
+        growth.plot(millions, each, marker="o", label=name)
+        ratio.plot(millions, [lake[name] / bare[name] for lake, bare in pairs], marker="o")
+    growth.set(title="the lake's growth", ylabel="seconds a million", ylim=(0, None))
+    ratio.axhline(2, color="grey", linestyle="dashed", label="the aim: at most 2")
+    ratio.set(title="the lake over a bare DuckDB file", ylabel="times as long", ylim=(0, 2.2))
+    for axis in (growth, ratio):
+        axis.set(xlabel="candidates, millions", xscale="log", xticks=millions, xticklabels=[f"{m:g}" for m in millions])
+        axis.minorticks_off()
+    drawn.legend(loc="outside right center", frameon=False, fontsize="small")
+    return drawn
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ same whatever its order, so the losses after some of them must agree.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+from benchmarks.results import FOLDER, bars, publish, table
+
 CONTENDER = Path(__file__).parent / "peers" / "train.py"
 BATCH, RATE = 32, 1e-3
 
@@ -158,11 +158,20 @@ def summary(result: dict) -> list[dict]:
     return lines
 
 
-def table(results: list[dict]) -> str:
-    """The results as Markdown."""
-    lines = []
-    for result in results:
-        lines += [
+def report(result: dict) -> str:
+    """A case as Markdown."""
+    head = ["way", "target tokens/s", "× `trainer` (quartiles)", "the same by processor time"]
+    head += ["loss after the same steps, less `trainer`'s", "most memory of the process, GiB"]
+    rows = []
+    for line in summary(result):
+        wall, processor = (
+            f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            for low, middle, high in (line["seconds_over_trainer"], line["processor_seconds_over_trainer"])
+        )
+        speed, loss = f"{line['target_tokens_per_second']:,.0f}", f"{line['loss_difference']:+.1e}"
+        rows.append([line["way"], speed, wall, processor, loss, f"{line['peak_gib']:.1f}"])
+    return "\n".join(
+        [
             f"### {result['case']}",
             "",
             f"{result['parameters'] / 1e6:.1f} M parameters, {result['vocabulary']:,} token ids; {result['samples']} "
@@ -170,42 +179,9 @@ def table(results: list[dict]) -> str:
             f"sample {result['longest']}; {result['target_tokens']:,} of them targets; "
             f"{len(next(iter(result['ways'].values()))['runs'])} turns.",
             "",
-            "| way | target tokens/s | × `trainer` (quartiles) | the same by processor time | "
-            "loss after the same steps, less `trainer`'s | most memory of the process, GiB |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            table(head, rows),
         ]
-        for line in summary(result):
-            wall, processor = (
-                f"{middle:.2f} ({low:.2f} to {high:.2f})"
-                for low, middle, high in (line["seconds_over_trainer"], line["processor_seconds_over_trainer"])
-            )
-            lines.append(
-                f"| {line['way']} | {line['target_tokens_per_second']:,.0f} | {wall} | {processor} | "
-                f"{line['loss_difference']:+.1e} | {line['peak_gib']:.1f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(results: list[dict], path: Path) -> None:
-    """Speed of each way over `trainer`'s, with the quartiles as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(4.4 * len(results), 2.6), squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
-        lines = summary(result)
-        low, middle, high = np.array([line["seconds_over_trainer"] for line in lines]).T
-        bars = axis.barh([line["way"] for line in lines], middle, xerr=[middle - low, high - middle], capsize=3)
-        axis.bar_label(bars, fmt="%.1f×", padding=8)
-        axis.set_title(result["case"])
-        axis.set_xlabel("speed over transformers' Trainer")
-        axis.margins(x=0.25)
-        axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    )
 
 
 def main() -> None:
@@ -214,7 +190,7 @@ def main() -> None:
     parser.add_argument("--peers", default=sys.executable, help="interpreter of the peers' environment")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=["ours", "trainer", "trainer_by_length", "trl"])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     told = parser.parse_args()
     if unknown := sorted(set(told.cases) - set(CASES)):
         parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(CASES)}")
@@ -232,25 +208,20 @@ def main() -> None:
         finally:
             for contender in contenders:
                 contender.close()
-    record = {
-        "command": f"python -m benchmarks.training {' '.join(names)} --turns {told.turns} --ways {' '.join(told.ways)}",
-        "device": platform.processor() or platform.machine(),
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
-        "load": os.getloadavg(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "results": results,
-        "summary": {result["case"]: summary(result) for result in results},
-    }
-    told.out.mkdir(parents=True, exist_ok=True)
-    (told.out / "training_cpu.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    (told.out / "training_cpu.md").write_text(
-        f"Made by `{record['command']}` on {record['device']}, {record['threads']} threads, "
-        f"torch {record['torch']}, transformers {record['transformers']}.\n\n{table(results)}",
-        "utf-8",
+    publish(
+        told.out,
+        "training_cpu",
+        {"results": results, "summary": {result["case"]: summary(result) for result in results}},
+        "\n\n".join(map(report, results)),
+        bars(
+            {
+                result["case"]: {line["way"]: line["seconds_over_trainer"] for line in summary(result)}
+                for result in results
+            },
+            "speed over transformers' Trainer",
+            "{:.1f}×",
+        ),
     )
-    plot(results, told.out / "training_cpu.png")
-    print(table(results))
 
 
 if __name__ == "__main__":

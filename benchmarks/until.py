@@ -11,7 +11,6 @@ be made of without `distinct`. 0 in the Gini coefficient: every solved prompt ha
 """
 
 import argparse
-import json
 import logging
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.results import FOLDER, bars, publish, table
 from rsft_pipeline import models, rounds, tasks, until
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
@@ -32,7 +32,6 @@ from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
 from rsft_pipeline.steps.score import score
 from rsft_pipeline.store import Store
 
-RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 CPU = Device("cpu", "float32")
 
 
@@ -80,7 +79,7 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=500)
     options.add_argument("--most", type=int, nargs="+", default=[8, 16, 32])
     options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark")
-    options.add_argument("--out", type=Path, default=RESULTS / "until_cpu")
+    options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     arguments = options.parse_args()
     logging.basicConfig(level=logging.WARNING)
     home, rows = Home(arguments.home), []
@@ -91,18 +90,21 @@ def main() -> None:
         if fixed["solved_digest"] != again["solved_digest"]:
             raise SystemExit("the two ways solved other prompts: one of them is wrong")
         rows.append({"most": most, "fixed": fixed, "until": again, "tokens": again["tokens"] / fixed["tokens"]})
-    arguments.out.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
-    lines = [
-        "| draws at most | prompts solved | tokens, fixed | tokens, until | ratio | Gini, fixed | Gini, until |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(
-            f"| {row['most']} | {row['fixed']['solved']} of {row['fixed']['prompts']} | {row['fixed']['tokens']:,} "
-            f"| {row['until']['tokens']:,} | {row['tokens']:.2f} | {row['fixed']['gini']} | {row['until']['gini']} |"
-            for row in rows
-        ),
-    ]
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n".join(lines))
+    head = ["draws at most", "prompts solved", "tokens, fixed", "tokens, until", "ratio", "Gini, fixed", "Gini, until"]
+    lines = (
+        [
+            str(row["most"]),
+            f"{row['fixed']['solved']} of {row['fixed']['prompts']}",
+            f"{row['fixed']['tokens']:,}",
+            f"{row['until']['tokens']:,}",
+            f"{row['tokens']:.2f}",
+            str(row["fixed"]["gini"]),
+            str(row["until"]["gini"]),
+        ]
+        for row in rows
+    )
+    panels = {f"{row['most']} draws at most": {way: [row[way]["tokens"]] for way in ("fixed", "until")} for row in rows}
+    publish(arguments.out, "until_cpu", {"results": rows}, table(head, lines), bars(panels, "tokens drawn", "{:,.0f}"))
 
 
 if __name__ == "__main__":

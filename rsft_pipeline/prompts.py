@@ -550,6 +550,9 @@ def _parquet(path: Path, name: str, encoding: str) -> Iterator[_Row | Refused]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise PromptError(f"prompts: {path} has columns of one name: {names}")
             for batch in file.iter_batches():
                 for fields, written in _converted(batch):
                     number += 1

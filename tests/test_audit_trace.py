@@ -107,8 +107,9 @@ def test_a_missing_link_is_named(mine):
 
 def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there):
     assert ids.accepted(there, NAME, "r001", 2) == accepted(there, "r001")[1]
-    with pytest.raises(AuditError, match=f"has {len(accepted(there, 'r001'))} accepted candidates"):
-        ids.accepted(there, NAME, "r001", 10_000)
+    for place in (0, 10_000, 10**20):
+        with pytest.raises(AuditError, match=f"has {len(accepted(there, 'r001'))} accepted candidates"):
+            ids.accepted(there, NAME, "r001", place)
     matches = ids.containing(there, "a")
     assert len(matches) == ids.MATCHES and all("a" in one.text for one in matches) and matches[0].accepted
     with pytest.raises(AuditError, match="no candidate's id begins with ffff"):

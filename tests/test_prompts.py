@@ -331,6 +331,7 @@ def test_an_eos_that_the_tokenizer_appends_is_taken_off(make):
         ({"source": "rows.tsv"}, r"the format of .*rows.tsv cannot be told .* set prompts.format"),
         ({"source": "empty.txt"}, "empty.txt has no rows"),
         ({"source": "broken.parquet"}, "broken.parquet is not readable as Parquet"),
+        ({"source": "twice.parquet"}, r"twice.parquet has columns of one name: \['q', 'q'\]"),
         ({"source": "twice.csv"}, r"begins with no header of distinct names: \['q', 'q'\]"),
         ({"source": "folder"}, "folder is not a folder made by `datasets`"),
         ({"source": "rows:nothere"}, "no installed module 'rows'"),
@@ -342,6 +343,7 @@ def test_an_eos_that_the_tokenizer_appends_is_taken_off(make):
 def test_a_source_that_cannot_be_used_says_what_was_looked_for(make, tmp_path, section, message):
     write(tmp_path / "rows.jsonl", b'{"q": "one"}', b"broken")
     write(tmp_path / "rows.tsv", b"q", b"one")
+    pyarrow.parquet.write_table(pyarrow.table([["one"], ["two"]], ["q", "q"]), tmp_path / "twice.parquet")
     write(tmp_path / "empty.txt")
     write(tmp_path / "broken.parquet", b"PAR1")
     write(tmp_path / "twice.csv", b"q,q", b"1,2")

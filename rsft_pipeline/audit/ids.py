@@ -129,15 +129,11 @@ def candidate(query: Query, typed: str, recipe: str | None = None) -> dict[str, 
 def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
     """The id of a row of a round's accepted set, counted from 1 in the order of ids. Raises AuditError."""
     of = [recipe, round_key]
-    rows = store.query(
-        """SELECT candidate_id FROM decisions WHERE recipe = ? AND round = ? AND accepted
-           ORDER BY candidate_id LIMIT 1 OFFSET ?""",
-        [*of, max(0, place - 1)],
-    )
-    if not rows or place < 1:
-        there = store.value("SELECT count(*) FROM decisions WHERE recipe = ? AND round = ? AND accepted", of)
+    those = "FROM decisions WHERE recipe = ? AND round = ? AND accepted"
+    there = store.value(f"SELECT count(*) {those}", of)
+    if not 1 <= place <= there:
         raise AuditError(f"{recipe} {round_key} has {there} accepted candidates: there is no number {place}")
-    return rows[0]["candidate_id"]
+    return store.value(f"SELECT candidate_id {those} ORDER BY candidate_id LIMIT 1 OFFSET ?", [*of, place - 1])
 
 
 @dataclass(frozen=True)
