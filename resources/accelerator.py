@@ -17,7 +17,7 @@ from rsft_pipeline.home import Home
 class Accelerator(dg.ConfigurableResource):
     """Which device models run on, one user at a time."""
 
-    kind: str = Field("auto", description="auto, cpu, cuda or mps.")
+    kind: str = Field("auto", description="auto, cpu or cuda.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
 
     def device(self) -> Device:

@@ -171,7 +171,7 @@ def _warm_up(
 
 
 def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> list[training.Sample]:
-    asked = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    asked = [prompts.encode(tokenizer, row["prompt"], False, recipe.task) for row in rows]
     completions = tasks.of(recipe).completion_ids(model, tokenizer, [row["completion"] for row in rows])
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     return [

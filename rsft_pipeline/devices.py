@@ -9,7 +9,7 @@ from typing import Literal
 class Device:
     """A processor and the number format that models use on it."""
 
-    kind: Literal["cpu", "cuda", "mps"]
+    kind: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
 
     @property
@@ -27,9 +27,9 @@ def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
     """
     import torch
 
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not Apple's: it has no float64, which drawing needs
     if kind == "auto":
-        kind = next(name for name in ("cuda", "mps", "cpu") if there[name])
+        kind = next(name for name in there if there[name])
     if not there.get(kind):
         raise ValueError(
             f"device {kind!r} is not on this machine; there is {', '.join(k for k, v in there.items() if v)}"
@@ -45,6 +45,7 @@ def memory(device: Device) -> dict[str, int]:
 
     if device.kind == "cuda":
         free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # kept by PyTorch for its next tensors
         return {"free": free, "total": total, "peak": torch.cuda.max_memory_allocated()}
     import resource
 
@@ -65,4 +66,4 @@ def release(device: Device) -> None:
     import torch
 
     gc.collect()
-    getattr(torch, device.kind).empty_cache()
+    torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import fnmatch
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from rsft_pipeline.recipe.model import Model
 from rsft_pipeline.recipe.recipe import Recipe
 
 # What a model's content is: weights, configuration, tokenizer, chat template.
-CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
 META = "meta.json"
 POINT_TO_A_FOLDER = "To use a model that is on this machine: --set {field}.source=/path/to/folder"
 
@@ -160,6 +161,8 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
         use_safetensors=True,
         trust_remote_code=False,
     )
+    if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ModelError(f"{path}: a {type(model).__name__} keeps no keys and values, which draws would go on from")
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)
@@ -226,10 +229,10 @@ def start_id(model) -> int:
 
 
 def end_id(model, tokenizer) -> int:
-    """The id that a completion of the model ends with: the first of the generation config, else the tokenizer's EOS."""
+    """The id that a completion of the model ends with: the generation config's; of several the tokenizer's EOS."""
     configured = model.generation_config.eos_token_id
     if isinstance(configured, list):
-        configured = configured[0]
+        configured = tokenizer.eos_token_id if tokenizer.eos_token_id in configured else configured[0]
     return tokenizer.eos_token_id if configured is None else configured
 
 
@@ -237,8 +240,19 @@ def context_length(path: Path) -> int | None:
     """Tokens that prompt and completion have room for; None where the model's configuration sets no bound."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return context_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def context_of(config) -> int | None:
+    """The same of a configuration.
+
+    Where a row past the original context changes the frequencies of all rows beside it (Phi's `longrope`), that is the
+    context: what a draw is must not depend on its batch.
+    """
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    context = getattr(config, "max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 
 def auto_class(task: str):
@@ -326,9 +340,22 @@ def _with_adapters(model, config: Model, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, settings)
+            adapted = peft.get_peft_model(model, settings)
         except ValueError as error:  # no module has one of the names
             raise ModelError(f"`model.lora.targets` is {lora.targets!r}: {error}") from None
+    _check_untied(adapted, lora.targets)
+    return adapted
+
+
+def _check_untied(adapted, targets: str | list[str]) -> None:
+    """Merged into weights that are embedding and head at once, an adapter of one would change the other too."""
+    inner = adapted.get_base_model()
+    ends = [end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None]
+    weights = [getattr(end, "base_layer", end).weight for end in ends]
+    if any(hasattr(end, "base_layer") for end in ends) and len(weights) > len({id(weight) for weight in weights}):
+        raise ModelError(
+            f"`model.lora.targets` is {targets!r}, but this model's embedding and head are one matrix: leave both out"
+        )
 
 
 def _train_last_layers(model, count: int) -> None:

@@ -114,7 +114,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    packing: Bands,
+    packing: Bands | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -132,6 +132,8 @@ def packed_attention(
     """
     if others := sorted(k for k, given in kwargs.items() if given is not None and k not in shared_prefix.IGNORED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
+    if packing is None:
+        raise Unsupported("its layers do not hand on what its attention needs to know")
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # [nodes, heads, dimension]
     results = []
     for nodes in packing.nodes:

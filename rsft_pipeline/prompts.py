@@ -99,8 +99,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
 
     Args:
         tokenizer: the policy's; it renders chat prompts and measures all of them.
-        context_length: of the policy, in tokens; prompt and completion share it (an encoder-decoder has it for
-            each, and a label takes none of it). None: without end.
+        context_length: of the policy, or of a teacher where that is shorter, in tokens; prompt and completion share
+            it (an encoder-decoder has it for each, and a label takes none of it). None: without end.
 
     Raises:
         PromptError: a missing file, an unknown format or encoding, an unreadable data set, a source without

@@ -194,7 +194,7 @@ def draw(
     if model.config.model_type not in FAMILIES:
         raise Unsupported(f"its attention was compared with no {model.config.model_type}'s")
     loop = Loop(model, draws, shape, pad_id, rows)
-    with shared_prefix.attention_of(model, NAME), _own_positions(model):
+    with shared_prefix.attention_of(model, NAME), _own_positions(model), contextlib.closing(loop.cache):
         yield from loop.run()
 
 

@@ -140,6 +140,10 @@ class SharedPrefixCache(Cache):
         self.length = torch.zeros(places, dtype=torch.long, device=device)  # tokens of each prompt
         super().__init__(layers=[self.layer_class(self, window) for window in windows])
 
+    def close(self) -> None:
+        """Let the keys and values go: cache and layers refer to each other, so they would stay for a while."""
+        self.layers.clear()
+
     def growth(self, tokens: int, device: torch.device) -> int:
         """By how many columns suffixes grow that become so long."""
         return BLOCK.get(device.type, 64)
@@ -269,7 +273,10 @@ def _bias(hidden: torch.Tensor) -> torch.Tensor:
 
 
 # What models hand to their attention function that does not change its result for a single query.
-IGNORED = {"dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position", "output_attentions"}
+IGNORED = {
+    *("dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position"),
+    *("output_attentions", "output_router_logits"),
+}
 
 
 def shared_prefix_attention(
@@ -301,6 +308,8 @@ def shared_prefix_attention(
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
+    if key.shape[1::2] != layer.keys.shape[1::2] or value.shape[1::2] != layer.values.shape[1::2]:
+        raise Unsupported("it attends to other keys and values than it keeps")
     (rows, heads, _, _), kv_heads = query.shape, key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(cache, CompiledCache):
@@ -410,7 +419,7 @@ def draw(
         Unsupported: naming what the model does that this module does not compute.
     """
     loop = Loop(model, draws, shape, pad_id, rows)
-    with attention_of(model):
+    with attention_of(model), contextlib.closing(loop.cache):
         yield from loop.run()
 
 

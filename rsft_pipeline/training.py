@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from rsft_pipeline.devices import Device
 from rsft_pipeline.lineage import digest
+from rsft_pipeline.models import context_of
 from rsft_pipeline.recipe.training import Training
 
 log = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ def _optimizer(parameters, training: Training):
 def _check(samples: Sequence[Sample], model) -> None:
     if not samples:
         raise TrainingError("there are no samples to train on")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    context = context_of(model.config) or math.inf
     for sample in samples:
         if not sample.completion_ids:
             raise TrainingError(f"candidate {sample.candidate_id} has no completion tokens: nothing would be trained")

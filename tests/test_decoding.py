@@ -1,8 +1,10 @@
 """Decoding: draws follow the stated distribution, and neither batch mates nor a shared prefix change them."""
 
+import gc
 import itertools
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -45,6 +47,7 @@ FAMILIES = {
         {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7, "initializer_range": 0.1},
     ),
     "gpt_neox": (transformers.GPTNeoXConfig, {}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
 }
 GPT2 = {
     "vocab_size": VOCABULARY,
@@ -146,6 +149,7 @@ def test_steps_taken_before_the_host_looks_again_change_nothing(attention, monke
 
 def test_one_prompt_with_more_draws_than_rows_is_read_once(monkeypatch):
     model, rows = tiny("llama"), [Row((9, 8, 7), seed) for seed in range(40)]
+    decode(model, rows[:1], shape(), pad_id=0)  # the trial that a model stands once
     read = []
     original = shared_prefix.Loop._read
     monkeypatch.setattr(shared_prefix.Loop, "_read", lambda self, batch: (read.append(batch), original(self, batch)))
@@ -370,6 +374,30 @@ def test_out_of_memory_with_a_single_row_is_raised(monkeypatch):
         decode(tiny("llama"), mixed_rows(1, 4), shape(stop_ids=frozenset()), pad_id=0, batch_rows=4)
 
 
+def test_what_was_kept_for_draws_goes_with_them(monkeypatch):
+    caches = []
+    before = shared_prefix.SharedPrefixCache.__init__
+    monkeypatch.setattr(
+        shared_prefix.SharedPrefixCache,
+        "__init__",
+        lambda self, *sizes: (before(self, *sizes), caches.append(weakref.ref(self)))[0],
+    )
+    model = tiny("llama")
+    gc.disable()  # which would hide a circle of references
+    try:
+        for _ in range(3):
+            decode(model, mixed_rows(), shape(), pad_id=0)
+        assert len(caches) == 4 and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
+
+
+def test_a_cpu_without_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(2**55)
+    assert decoding._out_of_memory(full.value)
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
     def step(self):
         raise RuntimeError("shapes do not match")
@@ -405,6 +433,12 @@ def test_rows_at_once_follow_free_memory(monkeypatch):
 
 # --- models that cannot share -----------------------------------------------------------------
 
+LATENT = {  # DeepSeek's attention, which keeps less than it attends to
+    **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+    **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
+}
+
 
 @pytest.mark.parametrize(
     ("config", "reason"),
@@ -412,8 +446,15 @@ def test_rows_at_once_follow_free_memory(monkeypatch):
         (transformers.BloomConfig(vocab_size=48, hidden_size=32, n_layer=1, n_head=2), "AttentionInterface"),
         (transformers.Gemma2Config(**{**SMALL, "head_dim": 8}), "softcap"),
         (transformers.GptOssConfig(**{**SMALL, "head_dim": 8, "num_local_experts": 4}), "s_aux"),
+        (transformers.DeepseekV3Config(**{**SMALL, **LATENT}), "other keys and values than it keeps"),
+        (transformers.NemotronConfig(**{**SMALL, "head_dim": 8}), "nats a token from what the model gives them"),
+        (transformers.DiffLlamaConfig(**{**SMALL, "head_dim": 8}), "nats a token from what the model gives them"),
+        (
+            transformers.Lfm2Config(**{**SMALL, "layer_types": ["conv", "full_attention"], "pad_token_id": 0}),
+            "LinearAttentionLayer",
+        ),
     ],
-    ids=["bloom", "gemma2", "gpt_oss"],
+    ids=lambda given: given.model_type if isinstance(given, transformers.PreTrainedConfig) else "",
 )
 def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, reason, caplog):
     torch.manual_seed(0)

@@ -237,6 +237,14 @@ def test_adapters_start_from_the_seed_and_unknown_targets_are_named():
         models.select_trainable(tiny(), Model(source="-", train="lora", lora=Lora(targets=["nope"])))
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
+def test_adapters_of_a_matrix_that_is_embedding_and_head_are_refused(targets):
+    chosen = Model(source="-", train="lora", lora=Lora(targets=["q_proj", *targets]))
+    models.select_trainable(tiny(), chosen)
+    with pytest.raises(ModelError, match="embedding and head are one matrix"):
+        models.select_trainable(tiny({**LLAMA, "tie_word_embeddings": True}), chosen)
+
+
 # --- finding and loading ----------------------------------------------------------------------
 
 
@@ -286,11 +294,30 @@ def test_a_completion_stops_at_the_models_and_the_tokenizers_eos(configured, exp
     assert models.stop_ids(model, characters()) == expected
 
 
+@pytest.mark.parametrize(("configured", "expected"), [(7, 7), ([7, 2], 2), ([7, 9], 7), (None, 2)])
+def test_a_given_text_ends_with_the_tokenizers_eos_where_the_model_has_several(configured, expected):
+    model = tiny()
+    model.generation_config.eos_token_id = configured
+    assert models.end_id(model, characters()) == expected
+
+
+def test_a_model_that_keeps_no_keys_and_values_is_refused(tmp_path):
+    config = AutoConfig.for_model("mamba", vocab_size=48, hidden_size=16, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a MambaForCausalLM keeps no keys and values"):
+        models.load(tmp_path, CPU)
+
+
 def test_the_context_length_is_the_configurations(tmp_path):
     AutoConfig.for_model("gpt2", n_positions=48).save_pretrained(tmp_path / "gpt2")
     AutoConfig.for_model("llama", max_position_embeddings=96).save_pretrained(tmp_path / "llama")
     AutoConfig.for_model("bloom").save_pretrained(tmp_path / "bloom")  # relative positions: no bound
-    assert [models.context_length(tmp_path / kind) for kind in ("gpt2", "llama", "bloom")] == [48, 96, None]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = {"hidden_size": 16, "num_attention_heads": 2, "original_max_position_embeddings": 32}
+    phi = AutoConfig.for_model("phi3", **phi, max_position_embeddings=96, rope_parameters=rope)
+    phi.save_pretrained(tmp_path / "phi3")  # past 32 tokens a row changes those beside it
+    kinds = ("gpt2", "llama", "bloom", "phi3")
+    assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32]
 
 
 # --- bootstrap --------------------------------------------------------------------------------

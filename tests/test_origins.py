@@ -51,6 +51,22 @@ def test_a_teacher_draws_and_the_policy_learns(home, instance, write_recipe, tea
         assert store.value("SELECT parent FROM checkpoints") == row["policy"]
 
 
+def test_prompts_too_long_for_the_teacher_are_not_asked(home, instance, write_recipe):  # noqa: F811
+    # 5 tokens are room for the corpus, but not for a prompt of 3 and a completion of 3.
+    short = load(write_recipe("short"), {"model.bootstrap.config.max_position_embeddings": "5"})
+    sampling = {
+        **SAMPLING,
+        "max_tokens": 3,
+        "source": "teacher",
+        "teacher": {"source": str(models.base(short, home).path)},
+    }
+    recipe = load(write_recipe(sampling=sampling))
+    result = run(instance, recipe, "r000")
+    assert "none of the 100 rows of letters:letters is usable (too long: 100)" in failure_of(
+        result, f"{recipe.name}__prompts"
+    )
+
+
 def test_a_teacher_that_reads_otherwise_is_refused(home, instance, write_recipe):  # noqa: F811
     other = load(write_recipe("other"), {"model.bootstrap.tokenizer": "bpe", "model.bootstrap.steps": "1"})
     sampling = {**SAMPLING, "source": "teacher", "teacher": {"source": str(models.base(other, home).path)}}

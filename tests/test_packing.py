@@ -22,13 +22,14 @@ NODES = 22 + 7 + 2 + 4 + 0 + 4  # [1] is read once for four of them, [1, 5] for 
 LONGEST = 22
 
 PACKED = ["llama", "gpt2", "qwen2", "mistral", "gpt_neox"]
-PADDED = ["gemma2", "mamba", "bloom", "short-sighted mistral"]  # soft caps, no attention, no positions, a window
+# Soft caps, no attention, no positions, layers that hand nothing on, a window.
+PADDED = ["gemma2", "mamba", "bloom", "nemotron", "short-sighted mistral"]
 
 
 def tiny(kind: str):
     torch.manual_seed(0)
     settings: dict = {**SIZES, "tie_word_embeddings": False}
-    if kind in ("llama", "qwen2", "mistral", "gemma2", "short-sighted mistral"):
+    if kind in ("llama", "qwen2", "mistral", "gemma2", "nemotron", "short-sighted mistral"):
         settings |= {"intermediate_size": 32, "num_key_value_heads": 2}
     if kind == "short-sighted mistral":
         kind, settings["sliding_window"] = "mistral", 8

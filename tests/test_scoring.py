@@ -9,7 +9,13 @@ import pytest
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from rsft_pipeline import scoring
 from rsft_pipeline.devices import Device
@@ -69,6 +75,11 @@ def make(tmp_path):
         ("1,2,3", 3),
         ("1,2345", 2345),
         ("\u0661\u0668", None),  # digits of other scripts are left alone
+        ("1e-05", Fraction(1, 100_000)),  # as Python writes what was 0.00001 in a file
+        ("6.02e23 of them", 602 * 10**21),
+        ("1e+16", 10**16),
+        ("5e", 5),
+        ("1e9999", 9999),  # no exponent, or it would be a number that fills the memory
         ("9" * 5000, None),  # more digits than Python reads
         ("none at all", None),
         ("", None),
@@ -234,6 +245,21 @@ def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_mo
     expected = [alone(p + c) for i, (p, c) in enumerate(pairs) if i != 2]
     assert [r for r in rewards if r is not None] == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
+
+
+def test_a_tokenizer_that_pads_left_makes_no_reward_depend_on_the_batch(make, reward_model, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(reward_model, padding_side="left")
+    tokenizer.save_pretrained(tmp_path / "left")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24, "initializer_range": 0.5}
+    config = GPT2Config(
+        vocab_size=128, num_labels=1, **sizes
+    )  # whose positions are learned, so that padding shifts them
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "left")
+    judges = scoring.judges(make({"kind": "reward", "model": str(tmp_path / "left"), "batch_size": 2}), CPU)
+    short, long = sample("b", prompt="a"), sample("efgh", prompt="cd")
+    beside = scoring.score(judges, [short, long])["reward"]
+    assert beside == pytest.approx([scoring.score(judges, [one])["reward"][0] for one in (short, long)], abs=1e-5)
 
 
 def test_a_reward_model_that_cannot_be_used_is_named(make, reward_model, tmp_path):

@@ -17,6 +17,7 @@ from rsft_pipeline.scoring import ScoringError
 from rsft_pipeline.steps.rows import OF_SCORERS
 from rsft_pipeline.steps.score import accepted_before, judged_sample
 from rsft_pipeline.store import Store
+from rsft_pipeline.tasks import writing
 
 # Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
 ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
@@ -84,7 +85,7 @@ def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
     """Whether texts are what their tokens spell."""
     ids = [row["token_ids"] or [] for row in rows]  # the store's are never missing, but here nothing is taken for sure
     written = [own[:-1] if row["finish_reason"] == "stop" else own for row, own in zip(rows, ids, strict=True)]
-    spelt = tokenizer.batch_decode(written, skip_special_tokens=True)
+    spelt = writing.spelt(tokenizer, written)
     wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
     found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
     note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), *found)

@@ -14,6 +14,7 @@ _NUMBER = re.compile(
     r"""
     (?P<sign> (?<![\w)\]}.]) [-\u2212] )?
     (?P<digits> (?: [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9]) \.[0-9]+ )
+    (?P<exponent> [eE][-+]?[0-9]{1,3} (?![0-9]) )?  # bounded, or a few characters would be a number of gigabytes
     (?: / (?P<denominator> [0-9]+ ) (?![.,]?[0-9]) )?
     """,
     re.VERBOSE,
@@ -41,7 +42,8 @@ def number(text: str) -> Fraction | None:
     """The number that a text arrives at: the one after its last `#### `, else its last one; None without any.
 
     As in GSM8K (Cobbe et al. 2021, arXiv:2110.14168). Thousands commas, currency and per-cent signs are not
-    part of a number: $1,000 is 1000 and 50% is 50. Exact: 18.0 is 18, and .5 is 1/2.
+    part of a number: $1,000 is 1000 and 50% is 50. Exact: 18.0 is 18, .5 is 1/2, and 1e-05 is
+    1/100000.
     """
     text = _CURRENCY.sub("", text)
     marked = [found for line in _MARKER.findall(text) if (found := _NUMBER.search(line))]
@@ -51,7 +53,7 @@ def number(text: str) -> Fraction | None:
 
 def _value(found: re.Match) -> Fraction | None:
     try:
-        value = Fraction(found["digits"].replace(",", "")) / int(found["denominator"] or 1)
+        value = Fraction(found["digits"].replace(",", "") + (found["exponent"] or "")) / int(found["denominator"] or 1)
     except (ValueError, ZeroDivisionError):  # thousands of digits, which Python refuses to read; or n/0
         return None
     return -value if found["sign"] else value

@@ -6,6 +6,7 @@ Weights are read as safetensors only, and no code that comes with a model is run
 from collections.abc import Sequence
 
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import context_of
 
 
 class Classifier:
@@ -30,9 +31,10 @@ class Classifier:
         self.model.to(device.kind).eval()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Decoder models find a text's last token, where they classify, by the padding.
+        # Decoder models find a text's last token, where they classify, by the padding behind it.
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.tokenizer.padding_side = "right"
+        context = context_of(self.model.config)
         self.longest = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
 
     def __call__(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[list[float] | None]:

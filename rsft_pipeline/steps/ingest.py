@@ -25,7 +25,9 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     prompts.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
-    read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, models.context_length(base.path)))
+    drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
+    contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
+    read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
     sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
     read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:

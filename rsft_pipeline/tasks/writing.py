@@ -28,13 +28,16 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, frozenset(stop_ids))
     rows = [Row(request.prompt_ids, request.seed) for request in requests]
     drawn = decode(model, rows, shape, tokenizer.pad_token_id, sampling.batch_size)
-    texts = tokenizer.batch_decode(
-        [one.token_ids[:-1] if one.stopped else one.token_ids for one in drawn], skip_special_tokens=True
-    )
+    texts = spelt(tokenizer, [one.token_ids[:-1] if one.stopped else one.token_ids for one in drawn])
     return [
         Candidate(request, text, one.token_ids, "stop" if one.stopped else "length", one.log_q, one.log_p)
         for request, text, one in zip(requests, texts, drawn, strict=True)
     ]
+
+
+def spelt(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts that rows of token ids are, with no space taken out, whatever the tokenizer is set to."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _stop_tokens(tokenizer, texts: Sequence[str]) -> set[int]:
