@@ -252,9 +252,7 @@ def test_a_tokenizer_that_pads_left_makes_no_reward_depend_on_the_batch(make, re
     tokenizer.save_pretrained(tmp_path / "left")
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24, "initializer_range": 0.5}
-    config = GPT2Config(
-        vocab_size=128, num_labels=1, **sizes
-    )  # whose positions are learned, so that padding shifts them
+    config = GPT2Config(vocab_size=128, num_labels=1, **sizes)  # its positions are learned: padding shifts them
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "left")
     judges = scoring.judges(make({"kind": "reward", "model": str(tmp_path / "left"), "batch_size": 2}), CPU)
     short, long = sample("b", prompt="a"), sample("efgh", prompt="cd")
