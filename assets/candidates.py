@@ -23,7 +23,6 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
             kinds={"pytorch", "duckdb"},
             reads=("prompts", "policy"),
             partitions_def=rounds_of(recipe),
-            pool="gpu",
         )
     )
     def candidates(

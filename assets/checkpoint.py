@@ -21,7 +21,6 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
             kinds={"pytorch", "mlflow"},
             reads=("accepted",),
             partitions_def=rounds_of(recipe),
-            pool="gpu",
         )
     )
     def checkpoint(

@@ -20,7 +20,6 @@ def controls(recipe: Recipe) -> dg.AssetsDefinition:
             kinds={"pytorch", "mlflow"},
             reads=("accepted",),
             partitions_def=rounds_of(recipe),
-            pool="gpu",
         )
     )
     def controls(

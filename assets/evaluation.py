@@ -28,7 +28,6 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             kinds={"pytorch", "mlflow"},
             reads=("checkpoint", "controls") if recipe.controls else ("checkpoint",),
             partitions_def=rounds_of(recipe),
-            pool="gpu",
         )
     )
     def evaluation(

@@ -78,7 +78,8 @@ def _tag(tracking: Tracking, recipe: str, reached: dict[str, Touched], reason: s
     """Tag runs and registered versions. Returns whether any is registered."""
     client = tracking.client()
     for run in {one.mlflow_run_id for one in reached.values() if one.mlflow_run_id}:
-        tracking.tags(run, revoked=reason)
+        if tracking.there(run):
+            tracking.tags(run, revoked=reason)
     versions = client.search_model_versions(f"name = '{recipe}'")
     for version in versions:
         if version.tags.get("rsft.checkpoint") in reached:

@@ -22,6 +22,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         Begins the round: writes its row of the table `rounds` and its MLflow run.
         """
         now, round_key = as_run(recipe, context), context.partition_key
+        rounds.number(round_key)  # a partition may have been added by hand
         with store.open() as lake:
             rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)

@@ -13,11 +13,7 @@ from rsft_pipeline.steps.score import score
 
 
 def scores(recipe: Recipe) -> dg.AssetsDefinition:
-    @dg.asset(
-        **declared(
-            recipe, kinds={"python", "duckdb"}, reads=("candidates",), partitions_def=rounds_of(recipe), pool="gpu"
-        )
-    )
+    @dg.asset(**declared(recipe, kinds={"python", "duckdb"}, reads=("candidates",), partitions_def=rounds_of(recipe)))
     def scores(
         context: dg.AssetExecutionContext, store: StoreResource, accelerator: Accelerator
     ) -> dg.MaterializeResult:

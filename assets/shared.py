@@ -7,6 +7,7 @@ import dagster as dg
 
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError
 
 OVERRIDES = "rsft/set"  # run tag: JSON of `a.b` → YAML text, as given to `rsft run --set`
 
@@ -35,7 +36,12 @@ def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **
 
 def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
     """The recipe as its file is now, with what this run overrides."""
-    return load(recipe.file, json.loads(context.run.tags.get(OVERRIDES, "{}")))
+    text = context.run.tags.get(OVERRIDES, "{}")
+    try:
+        overrides = {name: str(value) for name, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise RecipeError(f"the tag {OVERRIDES} is {text!r}; expected a JSON object of a.b → value") from None
+    return load(recipe.file, overrides)
 
 
 def as_file(recipe: Recipe) -> Recipe:

@@ -1,33 +1,20 @@
 """Runs: which round of a recipe is due, and whether one is under way in Dagster, killed ones aside."""
 
-import os
-import socket
-
 import dagster as dg
-import psutil
 
 from automation.jobs import LOOP
+from resources import process
 from rsft_pipeline import rounds
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
-PROCESS = "rsft/process"  # run tag: the process that a round started from the command line lives in
 ACTIVE = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
 ]
-
-
-def this_process() -> str:
-    """Names this process on this machine, also once its number has been given to another."""
-    return f"{socket.gethostname()} {os.getpid()} {_begun(psutil.Process())}"
-
-
-def _begun(process: psutil.Process) -> float:
-    """Seconds from the start of the machine to that of the process, which no setting of the clock changes."""
-    return process.create_time() - psutil.boot_time()
 
 
 def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.SkipReason:
@@ -40,40 +27,33 @@ def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.
 
 
 def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
-    """Whether a round of the recipe is queued or running.
+    """Whether a round of the recipe is queued or running."""
+    return any(_of(run) == recipe.name for run in under_way(instance))
 
-    A run whose process was killed stays «started» in Dagster's records, and keeps its place in the pool `gpu`:
-    it is reported as failed here, and its place given back.
+
+def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Runs of any recipe that are queued or running.
+
+    A run whose process was killed stays «started» in Dagster's records: it is reported as failed here.
     """
     alive = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=ACTIVE)):  # of any recipe: they share the pool
-        if _killed(run.tags.get(PROCESS)):
-            instance.report_run_failed(run, f"the process of this run is gone: {run.tags[PROCESS]}")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    for run in instance.get_runs(dg.RunsFilter(statuses=ACTIVE)):
+        if process.gone(run.tags.get(process.TAG), run.run_id):
+            instance.report_run_failed(run, f"the process of this run is gone: {run.tags[process.TAG]}")
         else:
             alive.append(run)
-    return any(_of(run) == recipe.name for run in alive)
+    return alive
 
 
-def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> int:
-    """How often a round has failed or was cancelled."""
-    ended = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> list[dg.DagsterRun]:
+    """Runs of a round that have failed or were cancelled since one last succeeded, the last one first."""
     tags = {LOOP: recipe.name, "dagster/partition": round_key}
-    return len(instance.get_runs(dg.RunsFilter(tags=tags, statuses=ended)))
+    succeeded = dg.RunsFilter(tags=tags, statuses=[dg.DagsterRunStatus.SUCCESS])
+    last = next((record.create_timestamp for record in instance.get_run_records(succeeded, limit=1)), None)
+    ended = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+    return list(instance.get_runs(dg.RunsFilter(tags=tags, statuses=ended, created_after=last)))
 
 
 def _of(run: dg.DagsterRun) -> str | None:
     """The recipe that a run belongs to, also where assets were materialised without its job."""
     return run.tags.get(LOOP) or next((asset.path[0] for asset in run.asset_selection or ()), None)
-
-
-def _killed(process: str | None) -> bool:
-    if process is None:
-        return False  # started by Dagster's daemon, which watches its runs itself
-    host, pid, created = process.split(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        return abs(_begun(psutil.Process(int(pid))) - float(created)) > 1
-    except psutil.NoSuchProcess:
-        return True

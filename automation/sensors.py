@@ -4,6 +4,8 @@ They look at what exists, never at what just happened, so a missed or repeated t
 Both are off until somebody turns them on.
 """
 
+import json
+
 import dagster as dg
 
 from assets.shared import as_file, rounds_of
@@ -37,11 +39,11 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
         if isinstance(round_key, dg.SkipReason):
             return round_key
         failed = failures(context.instance, now, round_key)
-        if failed >= ATTEMPTS:
+        if len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
-        # A revoked round was asked for before: Dagster would take the same key for the same request.
-        instead = f" instead of {there['dagster_run_id']}" if there and there["state"] == "revoked" else ""
-        return _request(now, round_key, f"{round_key} attempt {failed + 1}{instead}")
+        # Dagster takes the same key for the same request: it names what went before, or the revoked round's run.
+        before = failed[0].run_id if failed else there and there["state"] == "revoked" and there["dagster_run_id"]
+        return _request(now, round_key, f"{round_key} after {before}" if before else round_key)
 
     return next_round
 
@@ -59,26 +61,36 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         nothing = dg.SkipReason(f"nothing new in {inbox}")
         if not files:
             return nothing
-        seen = lineage.digest([[file.name, lineage.file_digest(file)] for file in files])
+        there = {lineage.digest([file.name, lineage.file_digest(file)]) for file in files}
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
-        asked, _, waiting = (context.cursor or "").partition(" ")
-        again = seen == asked and round_key == waiting  # the round that was to read them is not finished
-        if seen == asked and not again:
+        asked, waiting = _asked(context.cursor)
+        again = there <= asked and round_key == waiting  # the round that was to read them is not finished
+        if there <= asked and not again:
             return nothing
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
         failed = failures(context.instance, now, round_key)
-        if again and failed >= ATTEMPTS:
+        if again and len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
-        result = _request(now, round_key, f"{round_key} {seen} attempt {failed + 1}")
-        return result._replace(cursor=f"{seen} {round_key}")
+        cursor = json.dumps({"files": sorted(there), "round": round_key})
+        before = f"{lineage.digest(cursor)} after {failed[0].run_id if failed else 'none'}"
+        return _request(now, round_key, f"{round_key} {before}")._replace(cursor=cursor)
 
     return new_prompts
 
 
-def _look(round_key: str, failed: int) -> dg.SkipReason:
-    return dg.SkipReason(f"{round_key} failed {failed} times: look at its runs, then launch it by hand")
+def _asked(cursor: str | None) -> tuple[set[str], str | None]:
+    """The files that a round was asked for because of, and that round."""
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:  # as it was written by an earlier version
+        found = {}
+    return set(found.get("files", ())), found.get("round")
+
+
+def _look(round_key: str, failed: list[dg.DagsterRun]) -> dg.SkipReason:
+    return dg.SkipReason(f"{round_key} failed {len(failed)} times: look at its runs, then launch it by hand")
 
 
 def _request(recipe: Recipe, round_key: str, run_key: str) -> dg.SensorResult:

@@ -7,6 +7,7 @@ Every command reads the store of `$RSFT_HOME` and is safe while rounds run; only
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,9 +44,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as on
 @contextmanager
 def opened() -> Iterator[Store]:
     """The store of this home. Looking makes none: raises AuditError where nothing has run."""
+    nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
+    if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
+        raise nothing
     with _store() as store:
         if not recipes_in(store):
-            raise AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
+            raise nothing
         yield store
 
 

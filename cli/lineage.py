@@ -238,18 +238,17 @@ def revoke(
         if forget:
             _check_idle(instance)
         done = revoking.revoke(store, _thing(store, thing, text, recipe), who=by, why=why, erase=erase)
-        _tell(instance, store, done)
         left = store.forget() if forget else []
+        _tell(instance, store, done)
     answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}
     show(answer, json_, lambda _: _revoked(done, forget, left))
 
 
 def _check_idle(instance) -> None:
-    from automation.runs import busy
-    from definitions import readable_recipes
+    from automation.runs import under_way
 
-    if working := [recipe.name for recipe in readable_recipes() if busy(instance, recipe)]:
-        raise AuditError(f"a round of {working[0]} is under way: forget the past when it is over")
+    if working := under_way(instance):
+        raise AuditError(f"a run of {working[0].job_name} is under way: forget the past when it is over")
 
 
 def _tell(instance, store, done: revoking.Revoked) -> None:

@@ -32,6 +32,8 @@ app.add_typer(audit.app, name="audit")
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback."""
     settle_environment()
+    for stream in (sys.stdout, sys.stderr):  # a terminal may have no → or …
+        stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (RecipeError, StoreError, AuditError, RoundError, PromptError, ModelError, OSError) as error:

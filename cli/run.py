@@ -7,6 +7,7 @@ recorded in the same instance.
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ def run(
             if not finished:  # else it is told below what they gave
                 console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
             break
-        with Home.here().lock(loaded.name, wait=False) as alone:
+        with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
                 raise RecipeError(f"another `rsft run {loaded.name}` is under way in {Home.here().path}")
             _execute(instance, loaded, round_key, overrides)
@@ -107,19 +108,22 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
 
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
-    from automation.runs import PROCESS, busy, this_process
+    from automation.runs import busy
     from definitions import build
+    from resources import process
 
     if busy(instance, recipe):
         raise RecipeError(f"a round of {recipe.name} is under way in Dagster: wait for it, or cancel it in the UI")
     instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
-    tags = {PROCESS: this_process(), **({OVERRIDES: json.dumps(overrides)} if overrides else {})}
+    run_id = str(uuid.uuid4())
+    tags = {process.TAG: process.this_process(run_id), **({OVERRIDES: json.dumps(overrides)} if overrides else {})}
     result = (
         build([recipe])
         .resolve_job_def(job_name(recipe))
         .execute_in_process(
             instance=instance,
             partition_key=round_key,
+            run_id=run_id,
             tags=tags,
             run_config={"loggers": {"console": {"config": {"log_level": "WARNING"}}}},
             raise_on_error=False,
@@ -130,6 +134,10 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
 
 
 def _fail(dg, result, recipe: Recipe, round_key: str) -> None:
+    failures = [e for e in result.all_events if e.event_type == dg.DagsterEventType.STEP_FAILURE]
+    if any(e.step_failure_data.error.cls_name == "DagsterExecutionInterruptedError" for e in failures):
+        console.print(f"{recipe.name} {round_key} was interrupted: run it again to go on", style="yellow")
+        raise typer.Exit(130)
     console.print(f"{recipe.name} {round_key} failed", style="bold red")
     for event in result.all_events:
         if event.event_type == dg.DagsterEventType.STEP_FAILURE:
@@ -138,7 +146,7 @@ def _fail(dg, result, recipe: Recipe, round_key: str) -> None:
             console.print(f"  {event.step_key}: {raised.message.strip()}", style="red", markup=False, soft_wrap=True)
         if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             checked = event.asset_check_evaluation_data
-            if not checked.passed:
+            if not checked.passed and checked.severity == dg.AssetCheckSeverity.ERROR:
                 console.print(f"  check {checked.check_name}: {checked.description}", style="red", markup=False)
     console.print(f"  whole log: rsft ui, run {result.run_id}", markup=False)
     raise typer.Exit(1)

@@ -1,11 +1,12 @@
 """The accelerator as a resource: a lease on the device, held for one piece of work and given back.
 
 With `in_process` execution a resource lives as long as the run, so it must not hold the card: only
-the lease does.
+the lease does. It is a lock of the home's and not one of Dagster's pools: who waits sleeps, and what a killed
+process held is free at once.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import dagster as dg
 from pydantic import Field
@@ -26,12 +27,20 @@ class Accelerator(dg.ConfigurableResource):
 
     @contextmanager
     def lease(self, log) -> Iterator[Device]:
-        """The device, for the length of the `with`; a GPU is locked against this home's other processes."""
+        """The device, for the length of the `with`, locked against this home's other processes."""
         device = self.device()
-        with nullcontext() if device.kind == "cpu" else Home.here().lock("accelerator", wait=True):
-            try:
-                yield device
-            finally:
-                release(device)
-                report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device).items()}
-                log.info("device %s (%s): %s", device.kind, device.dtype, report)
+        with Home.here().lock("accelerator", wait=False) as free:
+            if free:
+                yield from self._held(device, log)
+                return
+        log.warning("waiting for the accelerator: another round of this home is using it")
+        with Home.here().lock("accelerator", wait=True):
+            yield from self._held(device, log)
+
+    def _held(self, device: Device, log) -> Iterator[Device]:
+        try:
+            yield device
+        finally:
+            release(device)
+            report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device).items()}
+            log.info("device %s (%s): %s", device.kind, device.dtype, report)

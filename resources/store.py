@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import dagster as dg
 from pydantic import Field
 
+from resources import process
 from rsft_pipeline.home import Home
 from rsft_pipeline.store import Store
 
@@ -17,6 +18,11 @@ class StoreResource(dg.ConfigurableResource):
     catalog: str = Field("", description="`postgres:…` or `sqlite:/path`; default: a SQLite catalog in $RSFT_HOME.")
     data: str = Field("", description="Folder or object-store prefix of the Parquet files; default: in $RSFT_HOME.")
     memory: str = Field("", description="Most memory DuckDB takes, e.g. 4GB; default: its own, 80 % of the machine's.")
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Every run needs the store, so this is where it is noted which process it lives in."""
+        if context.run and context.instance:
+            context.instance.add_run_tags(context.run.run_id, {process.TAG: process.this_process(context.run.run_id)})
 
     @contextmanager
     def open(self) -> Iterator[Store]:

@@ -35,10 +35,11 @@ class Tracking(dg.ConfigurableResource):
         from mlflow.entities import Param
 
         client = self.client()
-        if instead_of and client.get_run(instead_of).info.status == "RUNNING":
+        if instead_of and self.there(instead_of) and client.get_run(instead_of).info.status == "RUNNING":
             client.set_terminated(instead_of, "KILLED")
         run_id = client.create_run(self._experiment(client, recipe), run_name=f"{recipe}/{round_key}").info.run_id
-        logged = [Param(_allowed(name), str(value)[:6000]) for name, value in _flat(params)]
+        values = {_allowed(name): str(value)[:6000] for name, value in _flat(params)}
+        logged = [Param(name, value) for name, value in values.items()]
         for i in range(0, len(logged), 100):  # MLflow's limit for one call
             client.log_batch(run_id, params=logged[i : i + 100])
         for name, value in {"recipe": recipe, "round": round_key, **tags}.items():
@@ -48,11 +49,25 @@ class Tracking(dg.ConfigurableResource):
     def _experiment(self, client, recipe: str) -> str:
         artifacts = None if self.uri else (Home.here().mlflow / "artifacts" / recipe).as_uri()
         found = client.get_experiment_by_name(recipe)
+        if found and found.lifecycle_stage == "deleted":  # it keeps its name, and cannot be renamed as it is
+            client.restore_experiment(found.experiment_id)
+            client.rename_experiment(found.experiment_id, f"{recipe}, deleted, {found.experiment_id}")
+            client.delete_experiment(found.experiment_id)
+            found = None
         if found and artifacts in (None, found.artifact_location):
             return found.experiment_id
         if found:  # the home has been moved: MLflow would go on writing to where it was
             client.rename_experiment(found.experiment_id, f"{recipe} in {found.artifact_location}")
         return client.create_experiment(recipe, artifact_location=artifacts)
+
+    def there(self, run_id: str) -> bool:
+        """Whether MLflow has the run, and nobody has deleted it there."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client().get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException:  # its database was lost, or is another
+            return False
 
     def curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
         """A metric over steps."""
@@ -131,7 +146,7 @@ def _client(uri: str):
 
 def _allowed(name: str) -> str:
     """The name with what MLflow does not allow in one replaced: recipes may name columns anyhow."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+    return re.sub(r"[^\w\-. :]", "_", name)[:250]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = ""):

@@ -37,9 +37,10 @@ class Home:
     def here(cls) -> "Home":
         """The home that the environment names. Raises OSError for a path that databases would read otherwise."""
         path = Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve()
-        if found := set("?%") & set(str(path)):
+        if found := set("?%*[\\") & set(str(path)):
             raise OSError(
-                f"RSFT_HOME is {path}: MLflow and Dagster read a path as a URL, so it cannot have {min(found)!r}"
+                f"RSFT_HOME is {path}: MLflow and Dagster read a path as a URL and DuckDB as a pattern of many, so it "
+                f"cannot have {min(found)!r}"
             )
         return cls(path)
 

@@ -14,7 +14,9 @@ import decimal
 import json
 import math
 import numbers
+import os
 import re
+import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -424,7 +426,8 @@ def inbox_files(recipe: Recipe) -> list[Path]:
 def _inbox(recipe: Recipe) -> Iterator[_Row | Refused]:
     """The rows of every file in the inbox. A file that cannot be read stops no round: it is refused."""
     for path in inbox_files(recipe):
-        name = f"{recipe.prompts.inbox.rstrip('/')}/{path.name}"
+        printable = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+        name = f"{recipe.prompts.inbox.rstrip('/')}/{printable}"
         kind = SUFFIXES.get(path.suffix.lower())
         if kind is None:
             yield Refused(name, 0, b"", "unreadable file", f"its name ends in none of {', '.join(SUFFIXES)}")
@@ -499,6 +502,7 @@ def _text_lines(path: Path, name: str, encoding: str) -> Iterator[_Row | Refused
 
 def _csv(path: Path, name: str, encoding: str) -> Iterator[_Row | Refused]:
     """CSV with a header. A record may span lines inside quotes; one that is broken costs its first line only."""
+    csv.field_size_limit(sys.maxsize)  # by itself it is 128 KiB, past which a cell's lines would be rows
     lines = _lines(path)
     given_back: deque[tuple[int, bytes]] = deque()
     header: list[str] | None = None

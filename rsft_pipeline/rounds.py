@@ -135,6 +135,13 @@ def raw(store: Store, recipe: str, round_key: str) -> dict | None:
     return rows[0] if rows else None
 
 
+def last_begun(store: Store, recipe: str) -> str:
+    """The last round that was begun. Raises RoundError where none was."""
+    if last := store.value("SELECT max(round) FROM rounds WHERE recipe = ?", [recipe]):
+        return last
+    raise RoundError(f"no round of {recipe} was begun yet")
+
+
 def history(store: Store, recipe: str) -> list[dict]:
     """The finished rounds of a recipe, in order."""
     return store.query("SELECT * FROM rounds WHERE recipe = ? AND state = 'finished' ORDER BY round", [recipe])

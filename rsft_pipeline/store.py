@@ -42,6 +42,8 @@ class Store:
     """
 
     def __init__(self, catalog: str, data: str, *, memory: str | None = None):
+        if found := set("?*[\\") & set(data):
+            raise StoreError(f"the store's data is {data}: DuckDB reads that as a pattern, because of {min(found)!r}")
         self.catalog, self.data = catalog, data
         # A folder of its own, which DuckDB makes when it needs it: by default every process would spill into the same
         # files of the current folder.

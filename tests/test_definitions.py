@@ -1,6 +1,11 @@
-"""What Dagster loads, as one snapshot, and the schedule."""
+"""What Dagster loads, as one snapshot; which runs sensors and the schedule ask for."""
 
 import json
+import logging
+import os
+import subprocess
+import sys
+import threading
 
 import dagster as dg
 import pytest
@@ -8,8 +13,11 @@ from toposort import CircularDependencyError
 
 import definitions
 from automation.jobs import LOOP, job_name
+from automation.runs import busy, under_way
 from automation.schedules import schedules
 from automation.sensors import sensors
+from resources import process
+from resources.accelerator import Accelerator
 from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.store import Store
 
@@ -23,7 +31,6 @@ def described(defs: dg.Definitions) -> dict:
             "group": graph.get(key).group_name,
             "kinds": sorted(graph.get(key).kinds),
             "partitions": getattr(graph.get(key).partitions_def, "name", None),
-            "pools": sorted(graph.get(key).pools or ()),
             "description": (graph.get(key).description or "").splitlines()[0],
         }
         for key in sorted(graph.get_all_asset_keys())
@@ -106,18 +113,94 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
                 return found.skip_message
             cursor = found.cursor
             (request,) = found.run_requests
-            return request.run_key.rpartition(" attempt ")[2]
+            return request.run_key.rpartition(" after ")[2]
 
-        for attempt in "123":
-            assert tick() == attempt
-            tags = {LOOP: recipe.name, "dagster/partition": "r000"}
-            instance.add_run(dg.DagsterRun(job_name=job_name(recipe), tags=tags, status=dg.DagsterRunStatus.FAILURE))
+        before = "none"
+        for _ in range(3):
+            assert tick() == before
+            before = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
         assert "r000 failed 3 times" in tick()
         (inbox / "mended.jsonl").write_text('{"question": "cd c", "answer": "c"}\n')
-        assert tick() == "4"
+        assert tick() == before
         with Store.at(home) as store:
             store.append("rounds", [{"recipe": recipe.name, "state": "finished", "round": "r000"}])
         assert "nothing new" in tick()
+        (inbox / "more.jsonl").unlink()  # which was read
+        assert "nothing new" in tick()
+
+
+def ended(instance, recipe, round_key, status, **tags):
+    """A run of a round that has come to this; its id."""
+    tags = {LOOP: recipe.name, "dagster/partition": round_key, **tags}
+    return instance.add_run(dg.DagsterRun(job_name=job_name(recipe), tags=tags, status=status)).run_id
+
+
+def test_what_failed_before_a_round_succeeded_counts_no_more_once_it_is_revoked(home, write_recipe, tmp_path):
+    recipe = load(write_recipe())
+    (sensor,) = sensors(recipe)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def tick():
+            loaded = definitions.build([recipe]).get_repository_def()
+            with dg.build_sensor_context(
+                instance=instance, repository_def=loaded, resources=definitions.usual_resources()
+            ) as context:
+                found = sensor(context)
+            return found.skip_message if isinstance(found, dg.SkipReason) else found.run_requests[0].run_key
+
+        assert tick() == "r000"
+        for _ in range(3):
+            last = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
+        assert "r000 failed 3 times" in tick()
+        made = ended(instance, recipe, "r000", dg.DagsterRunStatus.SUCCESS)
+        with Store.at(home) as store:
+            row = {"recipe": recipe.name, "round": "r000", "dagster_run_id": made}
+            store.append("rounds", [{**row, "state": "revoked"}])
+            assert tick() == f"r000 after {made}"
+            last = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
+            assert tick() == f"r000 after {last}"
+
+
+def test_a_run_whose_process_is_gone_is_told_from_one_that_goes_on(home, write_recipe, tmp_path):
+    recipe = load(write_recipe())
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    started, canceling = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def tagged(run_id, pid=None):
+            tag = process.this_process(run_id)
+            instance.add_run_tags(run_id, {process.TAG: tag.replace(f" {os.getpid()} ", f" {pid or os.getpid()} ")})
+            return run_id
+
+        killed = tagged(ended(instance, recipe, "r000", started), gone.pid)
+        assert not busy(instance, recipe)
+        assert instance.get_run_by_id(killed).status == dg.DagsterRunStatus.FAILURE
+        # Dagster copies the tags of a run that is executed again.
+        copied = instance.get_run_by_id(killed).tags[process.TAG]
+        again = ended(instance, recipe, "r000", dg.DagsterRunStatus.NOT_STARTED, **{process.TAG: copied})
+        assert [run.run_id for run in under_way(instance)] == [again]
+        instance.delete_run(again)
+        for status in (started, canceling):
+            alive = tagged(ended(instance, recipe, "r000", status))
+            assert busy(instance, recipe)
+            instance.delete_run(alive)
+
+
+def test_who_waits_for_the_accelerator_says_so_and_has_it_when_it_is_free(home, caplog):
+    accelerator, had = Accelerator(kind="cpu"), threading.Event()
+    log = logging.getLogger("lease")
+
+    def other():
+        with accelerator.lease(log):
+            had.set()
+
+    waiting = threading.Thread(target=other)
+    with accelerator.lease(log):
+        waiting.start()
+        assert not had.wait(0.5)
+    waiting.join(10)
+    assert had.is_set() and caplog.text.count("waiting for the accelerator") == 1
 
 
 def test_a_cycle_from_checkpoint_to_policy_would_be_refused_which_is_why_the_policy_looks_it_up():

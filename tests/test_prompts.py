@@ -1,6 +1,7 @@
 """Prompts: every row becomes one prompt or one refusal, and a prompt becomes the right tokens."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -319,6 +320,24 @@ def test_an_eos_that_the_tokenizer_appends_is_taken_off(make):
     assert prompts.encode(characters("<s> $A </s>"), "ab", chat=False) == [1, 97, 98]
     assert prompts.encode(characters("$A"), "ab", chat=False) == [97, 98]
     assert prompts.encode(characters("$A"), "ab</s>", chat=False) == [97, 98, 2]  # written in the prompt itself
+
+
+def test_a_long_cell_is_one_cell_whatever_its_lines_look_like(make, tmp_path):
+    cell = "\n".join(f"line {n},not a row" for n in range(20_000))  # a third of a megabyte
+    write(tmp_path / "rows.csv", b"q,a", f'"{cell}",yes'.encode(), b"short,no")
+    found = read(make(source="rows.csv"))
+    assert [prompt.text for prompt in found.prompts] == ["short"]
+    (refused,) = found.refused
+    assert (refused.line, refused.reason) == (2, "too long") and cell.encode() in refused.raw
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_all_the_same(make, tmp_path):
+    write(tmp_path / "rows.jsonl", b'{"q": "one"}')
+    (tmp_path / "inbox").mkdir()
+    with open(os.fsencode(tmp_path / "inbox") + b"/caf\xe9.jsonl", "w") as file:
+        file.write('{"q": "two"}')
+    found = read(make(source="rows.jsonl", inbox="inbox"))
+    assert [(prompt.text, prompt.source) for prompt in found.prompts][1] == ("two", "inbox/caf\\xe9.jsonl")
 
 
 # --- sources that cannot be read ----------------------------------------------------------------

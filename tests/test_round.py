@@ -7,9 +7,12 @@ import dagster as dg
 import pytest
 
 import definitions
-from assets.shared import OVERRIDES, rounds_of
+from assets.outside import tell
+from assets.shared import OVERRIDES, key, rounds_of
 from automation.jobs import job_name
 from rsft_pipeline import lineage, models, prompts, rounds
+from rsft_pipeline.audit.ids import thing
+from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
@@ -403,6 +406,42 @@ def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
     assert run(instance, recipe, "r001").success
     assert not home.exists()  # nothing is written to where it was
     assert len(list(moved.glob("mlflow/artifacts/*/*/artifacts/meta.json"))) == 2
+
+
+def test_tidying_up_in_mlflow_stops_no_round_and_no_revocation(home, instance, recipe):
+    client = definitions.usual_resources()["tracking"].client()
+    run(instance, recipe, "r000")
+    client.delete_experiment(client.get_experiment_by_name(recipe.name).experiment_id)
+    assert run(instance, recipe, "r001").success
+    with Store.at(home) as store:
+        client.delete_run(rounds.raw(store, recipe.name, "r001")["mlflow_run_id"])
+        assert run(instance, recipe, "r001").success  # begun again, instead of a run that is not there
+        client.delete_run(rounds.raw(store, recipe.name, "r001")["mlflow_run_id"])
+        prompt = store.value("SELECT prompt_id FROM decisions WHERE accepted LIMIT 1")
+        done = revoke(store, thing(store, prompt), who="me", why="a trial")
+        tell(instance, definitions.usual_resources()["tracking"], store, done)
+        assert done.marked
+
+
+def test_a_check_can_be_run_by_itself_and_is_about_the_last_round(home, instance, recipe):
+    run(instance, recipe, "r000")
+    keys = [dg.AssetCheckKey(key(recipe, "evaluation"), "not_worse")]
+    alone = dg.define_asset_job("alone", selection=dg.AssetSelection.checks(*keys))
+    defs = dg.Definitions.merge(definitions.build([recipe]), dg.Definitions(jobs=[alone]))
+    done = defs.resolve_job_def("alone").execute_in_process(instance=instance)
+    assert checks(done) == {"not_worse": True}
+
+
+def test_a_tag_of_settings_may_hold_numbers_and_is_explained_where_it_is_no_object(home, instance, recipe):
+    assert run(instance, recipe, "r000", {"sampling.draws": 4}).success
+    with Store.at(home) as store:
+        assert rounds.record(store, recipe, "r000").recipe.sampling.draws == 4
+    result = run(instance, recipe, "r001", ["sampling.draws"])
+    assert "expected a JSON object of a.b → value" in failure_of(result, f"{recipe.name}__policy")
+
+
+def test_a_partition_that_is_no_round_is_refused(home, instance, recipe):
+    assert "'R1' is not a round" in failure_of(run(instance, recipe, "R1"), f"{recipe.name}__policy")
 
 
 def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use(tmp_path):

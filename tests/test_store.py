@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from rsft_pipeline.store import Store, insert, replace
+from rsft_pipeline.store import Store, StoreError, insert, replace
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = {"recipe": "a", "round": "r000", "scorer": "x"}
@@ -31,6 +31,11 @@ def test_a_failed_transaction_leaves_nothing_behind(tmp_path):
         with pytest.raises(duckdb.Error, match="no_such_table"):
             store.commit(work)
         assert store.value("SELECT count(*) FROM scores") == 0
+
+
+def test_a_folder_that_is_a_pattern_of_others_too_is_refused(tmp_path):
+    with pytest.raises(StoreError, match=r"reads that as a pattern, because of '\*'"):
+        Store(f"sqlite:{tmp_path / 'catalog.sqlite'}", str(tmp_path / "star*"))
 
 
 def test_replacing_spares_the_rows_of_others(tmp_path):
