@@ -13,6 +13,7 @@ import pytest
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import WorkspaceFileTarget
 
+from resources import process
 from rsft_pipeline import rounds
 from rsft_pipeline.store import Store
 
@@ -32,20 +33,20 @@ def instance(home, monkeypatch):
 @pytest.fixture
 def daemon(instance, tmp_path):
     """Start the daemon as `rsft ui` does; stop it with everything it started."""
-    processes = []
+    begun = []
 
     def begin():
         log = open(tmp_path / "daemon.log", "w")  # noqa: SIM115 (as long as the daemon)
         command = [sys.executable, "-m", "dagster._daemon", "run", "-w", str(ROOT / "workspace.yaml")]
-        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, start_new_session=True))
+        begun.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, start_new_session=True))
 
     yield begin
-    for process in processes:
-        os.killpg(process.pid, signal.SIGTERM)
+    for one in begun:
+        os.killpg(one.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            one.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(one.pid, signal.SIGKILL)
 
 
 def known(home, path):
@@ -97,6 +98,7 @@ def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_rou
         loops, stopped = ("first_next_round", "second_next_round"), ["stopped: rounds used up: 2 of 2 finished"] * 2
         wait_for(lambda: last_ticks(instance, *loops) == stopped, patience=60)
         assert len(instance.get_runs()) == 4
+        assert all(run.tags[process.TAG].endswith(run.run_id) for run in instance.get_runs())  # should one be killed
         overlapping = reader.query(
             """SELECT a.round FROM rounds a JOIN rounds b ON a.recipe = b.recipe AND a.round < b.round
                WHERE a.finished_at > b.started_at"""
