@@ -21,14 +21,14 @@ def this_process(run_id: str) -> str:
 
 
 def gone(tag: str | None, run_id: str) -> bool:
-    """Whether the process that a run's tag names has ended; False where it names none of this machine, or no tag."""
-    host, pid, begun, run = (tag or "- - - -").split(" ")
-    if host != socket.gethostname() or run != run_id:
-        return False
-    try:
-        return abs(_begun(psutil.Process(int(pid))) - float(begun)) > 1
-    except psutil.NoSuchProcess:
-        return True
+    """Whether the process that a run's tag names has ended; False where the tag names none of this machine."""
+    match (tag or "").split(" "):
+        case [host, pid, begun, run] if host == socket.gethostname() and run == run_id:
+            try:
+                return abs(_begun(psutil.Process(int(pid))) - float(begun)) > 1
+            except psutil.NoSuchProcess:
+                return True
+    return False
 
 
 def _begun(process: psutil.Process) -> float:

@@ -217,6 +217,8 @@ def test_only_this_machine_by_its_own_names_is_answered(ask):
         ask("/", headers={"host": host})
     for host in ("evil.example", "127.0.0.1.evil.example:5001", "", "0.0.0.0", "evil.example@127.0.0.1"):
         assert "answer to 127.0.0.1" in ask("/", 403, headers={"host": host}).text
+    for address in ("/search?text=%00", "/candidate/%00"):
+        assert "NUL" in ask(address, 403).text
 
 
 def test_read_only_pages_change_nothing(ask, store):

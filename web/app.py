@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
@@ -101,10 +101,12 @@ def create(
 
 
 async def _check(request: Request) -> None:
-    """Raise Refused for what does not come from this machine, or would change something and may not."""
+    """Raise Refused for what does not come from this machine, no store could answer, or may not change a thing."""
     host = request.headers.get("host", "")
     if not LOOPBACK.fullmatch(host):
         raise Refused(f"These pages answer to 127.0.0.1 and localhost, not to {host!r}.")
+    if "\0" in unquote(str(request.url)):
+        raise Refused("No address here has a NUL in it.")
     if request.method in ("GET", "HEAD"):
         return
     if request.app.state.token is None:
