@@ -19,7 +19,9 @@ def test_it_was_compiled_where_there_is_a_compiler():
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler}")
-    assert cpu_attention.usable(torch.device("cpu"), torch.float32)
+    assert cpu_attention._library() is not None
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert cpu_attention.usable(torch.device("cpu"), torch.float32) == wide
     assert not cpu_attention.usable(torch.device("cpu"), torch.bfloat16)
     assert not cpu_attention.usable(torch.device("cuda"), torch.float32)
 
