@@ -2,6 +2,7 @@
 
     python -m benchmarks.round                    # the recipe's 2,000 prompts of 8 draws
     python -m benchmarks.round --prompts 20000    # a longer round, to see what grows with it
+    python -m benchmarks.round --set model.bootstrap.config.num_hidden_layers=4    # another model, or what one likes
 
 Both are whole processes, from the interpreter's start to its end, in turns. The bare script has no Dagster, no
 store, no MLflow, no lineage: it draws with the same sampler, compares answers, trains with the same loop, and draws
@@ -71,6 +72,7 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
 
     def draw(model, rows: list[dict], draws: int) -> list[tuple]:
         asked = [Asked(row["answer"], tuple(encode(tokenizer, row["question"], False)), row["answer"]) for row in rows]
+        asked.sort(key=lambda prompt: len(prompt.prompt_ids))  # as a round does: less is padded
         requests = [Request(f"{i} {n}", one, n, i * 1000 + n) for i, one in enumerate(asked) for n in range(draws)]
         drawn = []
         for i in range(0, len(requests), how.wave_size):
@@ -184,11 +186,13 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--prompts", type=int, default=2000)
     options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark")
+    options.add_argument("--set", metavar="a.b=value", nargs="+", default=[], help="of the recipe, for both sides")
     options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     options.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     arguments.home.mkdir(parents=True, exist_ok=True)
     overrides = questions(arguments.prompts, arguments.home / "sums.jsonl")
+    overrides |= dict(each.split("=", 1) for each in arguments.set)
     if arguments.bare:
         bare(arguments.home, overrides)
         return
@@ -200,6 +204,7 @@ def main() -> None:
     for _ in range(arguments.turns):
         began = time.perf_counter()
         same = ["--bare", "--prompts", str(arguments.prompts), "--home", str(arguments.home)]
+        same += ["--set", *arguments.set] if arguments.set else []
         told = subprocess.run(
             [sys.executable, "-m", "benchmarks.round", *same], cwd=ROOT, check=True, capture_output=True, text=True
         )
@@ -222,7 +227,8 @@ def main() -> None:
         table([head, "seconds"], ([name, f"{value:.1f}"] for name, value in sides[side].items()))
         for side, head in (("bare", "bare script"), ("pipeline", "`rsft run`"))
     ]
-    publish(arguments.out, "round_cpu", {"turns": turns}, "\n\n".join([told, *tables]), plot(**sides))
+    results = {"set": arguments.set, "prompts": arguments.prompts, "turns": turns}
+    publish(arguments.out, "round_cpu", results, "\n\n".join([told, *tables]), plot(**sides))
 
 
 if __name__ == "__main__":
