@@ -27,12 +27,12 @@ test: setup
 ui: setup
 	$(BIN)/rsft ui
 
-# Every number of docs/benchmarks but a GPU's. Takes an hour and a half on 2 cores, and wants them for itself.
+# Every number of docs/benchmarks but a GPU's. Takes an hour on 2 cores, and wants them for itself.
 bench: setup $(PEERS)/installed
 	$(BIN)/python -m benchmarks.sampling --ways shared_prefix generate generate_each
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling mixed-prompts --turns 2 --ways shared_prefix generate \
 		--out docs/benchmarks/one-thread
-	$(BIN)/python -m benchmarks.sampling t5-small --turns 1 --ways shared_prefix plain_loop generate \
+	$(BIN)/python -m benchmarks.sampling t5-small --turns 2 --ways shared_prefix plain_loop generate \
 		--out docs/benchmarks/seq2seq
 	$(BIN)/python -m benchmarks.until
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training one-of-a-prompt four-of-a-prompt --turns 3 \

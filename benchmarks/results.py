@@ -22,10 +22,13 @@ VERSIONS = ("torch", "transformers", "duckdb", "dagster", "mlflow")
 
 def publish(folder: Path, name: str, numbers: dict[str, Any], tables: str, figure: "Figure") -> None:
     """Write `name`.json, `name`.md and `name`.png, with the command and the machine; print the tables."""
+    import torch
+
     record = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "machine": {
             "processor": platform.processor() or platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS") or "as many as cores",
             "load": os.getloadavg(),
