@@ -456,7 +456,7 @@ LATENT = {  # DeepSeek's attention, which keeps less than it attends to
     ],
     ids=lambda given: given.model_type if isinstance(given, transformers.PreTrainedConfig) else "",
 )
-def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, reason, caplog):
+def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, reason, caplog, monkeypatch):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     rows, settings = mixed_rows(3, 3), shape(max_tokens=5)
@@ -465,3 +465,6 @@ def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, rea
     assert reason in caplog.text
     for row, drawn in zip(rows, made, strict=True):
         assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-3)
+    monkeypatch.setattr(decoding, "_forced", None)  # a trial is made once
+    again = decode(model, rows, settings, pad_id=0, batch_rows=4)
+    assert [one.token_ids for one in again] == [one.token_ids for one in made]
