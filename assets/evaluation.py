@@ -10,7 +10,7 @@ from resources.sampler import TransformersSampler
 from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import models, report, rounds
-from rsft_pipeline.card import card, write_card
+from rsft_pipeline.card import card
 from rsft_pipeline.evaluation import Comparison, Summary
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import picture, table
@@ -52,7 +52,8 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             labelled = round_.recipe.task == "classification" and round_.recipe.prompts.reference is not None
             by_class = report.classes(lake, round_, contest) if labelled else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
-            write_card(path, card(models.read_meta(path), asdict(outcome.summaries["checkpoint"]), outcome.verdict))
+            measured = asdict(outcome.summaries["checkpoint"])
+            models.write_card(path, card(models.read_meta(path), measured, outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             champion = contest.checkpoint if outcome.promoted else contest.champion
             tracking.crown(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))
@@ -61,7 +62,11 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 tracking.metrics(
                     round_.mlflow_run_id, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()}
                 )
-            evaluate.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
+            try:
+                evaluate.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
+            except rounds.RoundError:  # revoked in the meantime
+                tracking.crown(recipe.name, rounds.champion(lake, recipe.name))
+                raise
             lake.compact()
             plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))
         file = home.folder("reports") / f"{recipe.name}.png"
@@ -116,7 +121,7 @@ def _draw_and_score(
 
 
 def _numbers(summary: Summary) -> dict[str, float]:
-    estimates = {name: getattr(summary, name) for name in ("pass_at_1", "pass_at_k", "mean_score")}
+    estimates = {name: getattr(summary, name) for name in ("pass_at_1", "pass_at_k", "mean_score", "eligible")}
     return {
         **{name: estimate.value for name, estimate in estimates.items() if estimate},
         "distinct_ratio": summary.distinct_ratio,

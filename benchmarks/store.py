@@ -4,7 +4,7 @@
     python -m benchmarks.store --candidates 1000000
 
 Each size and way runs in a process of its own with DuckDB's memory limited, so that its peak is known: all of the
-process's memory, not DuckDB's alone. Bare is one DuckDB file with the tables of schema.sql and the very statements
+process's memory, not DuckDB's alone. Bare is one DuckDB file with the tables of schema.sql and the very functions
 that the steps run: what the lake costs beside it is snapshots, Parquet and its catalog. Results go to
 docs/benchmarks: JSON and a Markdown table. With `--rounds 100` it counts the files of a store that is compacted at
 the end of each round, as rounds do.
@@ -17,21 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from pydantic import TypeAdapter
 
 from benchmarks.results import FOLDER, figure, publish, table
-from rsft_pipeline import acceptance, lineage, sampling
+from rsft_pipeline import lineage, sampling
 from rsft_pipeline.recipe.acceptance import AnyRule
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import Round
-from rsft_pipeline.steps.decide import scored
+from rsft_pipeline.steps.decide import decide, scored
 from rsft_pipeline.steps.rows import ACCEPTED, COMBINED, of_round, of_training
 from rsft_pipeline.steps.score import versions
 from rsft_pipeline.steps.train import samples_sql
@@ -101,13 +101,12 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
             values = {**part, "version": version}
             store.commit(lambda connection, values=values: connection.execute(_SCORES, values))
     with timed("join candidates and scores"), store.connection() as connection:
-        _join(connection, lake, round_)
+        connection.execute(f"CREATE TEMP TABLE joined AS {scored(lake, round_)}", of_round(round_))
     for name, fields in RULES.items():
         rule = TypeAdapter(AnyRule).validate_python(fields)
         asked = replace(round_, recipe=recipe.model_copy(update={"acceptance": rule}))
-        with timed(f"join and decide: {name}"), store.connection() as connection:
-            _join(connection, lake, asked)
-            store.commit(partial(_decide, round_=asked), connection)
+        with timed(f"join and decide: {name}"):
+            decide(store, asked, "run")
     with timed("accepted set"), store.connection() as connection:
         connection.execute(f"CREATE TEMP TABLE chosen AS {samples_sql(ACCEPTED)}", of_training(round_))
     if way == "lake":
@@ -127,27 +126,14 @@ class Bare:
     def connection(self) -> duckdb.DuckDBPyConnection:
         return self._connection.cursor()
 
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+        return self._connection.execute(sql, parameters or None).to_arrow_table().to_pylist()
+
     def commit(self, work: Callable, connection: duckdb.DuckDBPyConnection | None = None) -> None:
         connection = connection or self._connection
         connection.execute("BEGIN")
         work(connection)
         connection.execute("COMMIT")
-
-
-def _join(connection: duckdb.DuckDBPyConnection, lake: Store, round_: Round) -> None:
-    connection.execute(f"CREATE TEMP TABLE scored AS {scored(lake, round_)}", of_round(round_))
-
-
-def _decide(connection: duckdb.DuckDBPyConnection, round_: Round) -> None:
-    """As steps/decide.py does it."""
-    recipe = round_.recipe
-    parameters = acceptance.parameters(connection, "scored", recipe.acceptance, 0)
-    connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
-    connection.execute(
-        f"""INSERT INTO decisions BY NAME SELECT ? AS recipe, ? AS round, *, ? AS parameters
-            FROM ({acceptance.decisions_sql("scored", parameters, recipe.seed)})""",
-        [recipe.name, round_.key, json.dumps(parameters)],
-    )
 
 
 def files(rounds: int) -> list[int]:

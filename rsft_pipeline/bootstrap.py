@@ -81,11 +81,11 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
     corpus = _corpus(recipe, settings) if settings else []
     told = settings.model_dump(mode="json") if settings else None
     trained = recipe.model.model_dump(mode="json", include={"train", "last_layers", "freeze", "lora"})
-    rows = _rows(recipe, corpus)
+    tokenizer = models.tokenizer(found.path)
+    rows = _rows(recipe, corpus, tokenizer)
     key = lineage.digest([found.digest, labels, told, trained, corpus, rows, *_shape(recipe)])
     if made := _made(root, key):
         return made
-    tokenizer = models.tokenizer(found.path)
     if recipe.task == "classification":
         model = models.with_head(found.path, labels, recipe.seed)
     else:
@@ -114,10 +114,14 @@ def _shape(recipe: Recipe) -> list:
     return [recipe.seed, recipe.task, recipe.model.labels]
 
 
-def _rows(recipe: Recipe, corpus: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows that are trained on. Those whose prompt is in the evaluation split are left out."""
-    asked = {row["prompt"] for row in corpus} - {""}  # each is asked many times, and hashed once
-    left_out = {prompt for prompt in asked if prompts.held_out(recipe, prompt)}
+def _rows(recipe: Recipe, corpus: list[dict[str, str]], tokenizer=None) -> list[dict[str, str]]:
+    """The rows that are trained on. Those whose prompt is in the evaluation split are left out.
+
+    Args:
+        tokenizer: the model's; None for one made here, which has no chat template.
+    """
+    asked = {row["prompt"] for row in corpus} - {""}  # each is asked many times, and looked at once
+    left_out = prompts.held_out(recipe, asked, tokenizer)
     return [row for row in corpus if row["prompt"] not in left_out]
 
 
@@ -171,7 +175,8 @@ def _warm_up(
 
 
 def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> list[training.Sample]:
-    asked = [prompts.encode(tokenizer, row["prompt"], False, recipe.task) for row in rows]
+    chat = recipe.prompts.messages is not None
+    asked = [prompts.encode(tokenizer, row["prompt"], chat, recipe.task) for row in rows]
     completions = tasks.of(recipe).completion_ids(model, tokenizer, [row["completion"] for row in rows])
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     return [

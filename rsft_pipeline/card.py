@@ -1,8 +1,6 @@
 """The model card of a checkpoint: what a person who finds the folder should know."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rsft_pipeline.markdown import table
@@ -12,13 +10,6 @@ _TRAINED_ON = {
     "random": "candidates chosen at random, as a control,",
     "everything": "candidates, all there were, as a control,",
 }
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Put the card in place of an earlier one, whole; it is no part of the checkpoint's digest."""
-    temporary = folder / f".card-{os.getpid()}"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / "README.md")
 
 
 def card(meta: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None, verdict: str | None = None) -> str:
@@ -45,7 +36,7 @@ Fine-tuned on {meta["samples"]} {_TRAINED_ON[meta["trained_on"]]} in {meta["step
 | --- | --- |
 | round | {meta["round"]} |
 | parent (weights that training started from) | `{meta["parent"]}` |
-| policy (weights that drew the candidates) | `{meta["policy"]}` |
+| weights that drew the candidates | `{meta.get("drawn_from", meta["policy"])}` |
 | accepted set | `{meta["accepted_digest"]}` |
 | its Merkle root | `{meta["merkle_root"]}` |
 | snapshot of the store | {meta["store_snapshot"]} |

@@ -26,7 +26,7 @@ class Class:
     prompts: int  # that have it as their reference
     precision: float
     recall: float
-    f1: float
+    f1: float | None  # None: neither a reference nor an answer
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,30 @@ def classes(found: Answers, labels: Sequence[str]) -> list[Class]:
     """Precision, recall and F1 of each label."""
     table, prompts = found.table, found.prompts_by_reference
     hits = table.diagonal()
-    numbers = prompts, _ratio(hits, table.sum(0)), _ratio(hits, table.sum(1)), _f1(table)
-    return [Class(*row) for row in zip(labels, *(each.tolist() for each in numbers), strict=True)]
+    f1 = [None if np.isnan(one) else one for one in _f1(table).tolist()]
+    numbers = [each.tolist() for each in (prompts, _ratio(hits, table.sum(0)), _ratio(hits, table.sum(1)))]
+    return [Class(*row) for row in zip(labels, *numbers, f1, strict=True)]
 
 
 def macro_f1(found: Answers, *, confidence: float, seed: int) -> Estimate:
-    """The mean F1 of the labels, each counting the same.
+    """The mean F1 of the labels, each counting the same; those that are neither a reference nor an answer do not count.
 
     Its interval is the percentile bootstrap over prompts (Efron 1979): the prompts drawn again as many times as there
-    are, each with all of its answers. Where no answer was wrong it is [1, 1]: what was never seen it cannot draw.
+    are, each with all of its answers, and the labels that these have. Where no answer was wrong it is [1, 1]: what was
+    never seen it cannot draw.
     """
     n = int(found.prompts.sum())
     drawn = np.random.default_rng(seed).multinomial(n, found.prompts / n, RESAMPLES)
-    means = _f1(np.tensordot(drawn, found.tables, 1)).mean(-1)
+    means = np.nanmean(_f1(np.tensordot(drawn, found.tables, 1)), -1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(_f1(found.table).mean()), float(low), float(high), n)
+    return Estimate(float(np.nanmean(_f1(found.table))), float(low), float(high), n)
 
 
 def _f1(matrix: np.ndarray) -> np.ndarray:
-    """[…, labels]: 2·hits / (references + answers)."""
+    """[…, labels]: 2·hits / (references + answers); NaN where there is neither."""
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)
-    return _ratio(2 * hits, matrix.sum(-1) + matrix.sum(-2))
+    return _ratio(2 * hits, matrix.sum(-1) + matrix.sum(-2), np.nan)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
+def _ratio(part: np.ndarray, whole: np.ndarray, of_nothing: float = 0.0) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(part), of_nothing), where=whole > 0)

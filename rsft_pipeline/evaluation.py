@@ -31,6 +31,7 @@ class PromptResult:
     score: float | None  # mean combined score over those that could be judged; None: none could
     distinct: int  # different normalised texts
     tokens: float  # mean length of a completion, in tokens
+    eligible: int | None = None  # draws that were judged and passed every gate; None: not recorded
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Summary:
     mean_score: Estimate | None  # None: nothing could be judged
     distinct_ratio: float  # distinct texts / draws, mean over prompts
     mean_tokens: float  # mean over prompts
+    eligible: Estimate | None = None  # share of the draws that were judged and passed every gate; None: not recorded
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Comparison:
     high: float
     n: int
     length_drift: float  # the checkpoint's mean length / the policy's
+    eligible: Estimate | None = None  # the same difference of the share of eligible draws; None: not recorded
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,8 @@ def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> 
         raise ValueError("there are no results to summarise: no held-out prompt was evaluated")
 
     def estimate(metric: Metric) -> Estimate | None:
-        values = np.array(list(_values(results, metric, k).values()))
-        if not len(values):
-            return None
-        low, high = interval(values, confidence, None if metric == "mean_score" else (0.0, 1.0))
-        return Estimate(float(values.mean()), low, high, len(values))
+        values = list(_values(results, metric, k).values())
+        return _mean(values, confidence, None if metric == "mean_score" else (0.0, 1.0))
 
     return Summary(
         prompts=len(results),
@@ -121,6 +121,7 @@ def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> 
         mean_score=estimate("mean_score"),
         distinct_ratio=float(np.mean([r.distinct / r.draws for r in results])),
         mean_tokens=float(np.mean([r.tokens for r in results])),
+        eligible=_mean(list(_eligible(results).values()), confidence, (0.0, 1.0)),
     )
 
 
@@ -139,23 +140,46 @@ def compare(
             f"policy and checkpoint cannot be compared by {metric}: no held-out prompt has a value for both"
             f" (policy: {len(before)} prompts, checkpoint: {len(after)})"
         )
-    differences = np.array([after[p] - before[p] for p in common])
-    low, high = interval(differences, confidence, None if metric == "mean_score" else (-1.0, 1.0))
+    bounds = None if metric == "mean_score" else (-1.0, 1.0)
+    difference = _mean([after[p] - before[p] for p in common], confidence, bounds)
+    counted, counts = _eligible(policy), _eligible(checkpoint)
+    eligible = [counts[p] - counted[p] for p in sorted(counted.keys() & counts.keys())]
     tokens_before, tokens_after = ({r.prompt_id: r.tokens for r in results} for results in (policy, checkpoint))
     drift = sum(tokens_after[p] for p in common) / sum(tokens_before[p] for p in common)
-    return Comparison(metric, float(differences.mean()), low, high, len(common), drift)
+    return Comparison(
+        metric,
+        difference.value,
+        difference.low,
+        difference.high,
+        len(common),
+        drift,
+        _mean(eligible, confidence, (-1.0, 1.0)),
+    )
 
 
 def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
-    """Whether the checkpoint becomes the champion, and why, in words."""
+    """Whether the checkpoint becomes the champion, and why, in words.
+
+    The mean score is that of the draws that were judged, whatever the gates say of them: a checkpoint that has surely
+    fewer eligible draws is not promoted by it.
+    """
     needed = promotion.margin if promotion.require == "better" else -promotion.margin
     passes = comparison.low > needed
     verdict = {"better": "better", "not_worse": "not worse"}[promotion.require]
     if not passes:
         verdict = {"better": "not better", "not_worse": "may be worse"}[promotion.require]
-    numbers = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
     relation = ">" if passes else "is not wholly >"
-    return passes, f"{verdict}: {comparison.metric} {numbers} {relation} {needed:g} over {comparison.n} prompts"
+    shown = _shown(comparison.difference, comparison.low, comparison.high)
+    numbers = f"{comparison.metric} {shown} {relation} {needed:g} over {comparison.n} prompts"
+    if comparison.metric == "mean_score" and (eligible := comparison.eligible):
+        numbers += f"; eligible draws {_shown(eligible.value, eligible.low, eligible.high)}"
+        if passes and eligible.high < 0:
+            passes, verdict = False, "fewer draws are eligible"
+    return passes, f"{verdict}: {numbers}"
+
+
+def _shown(difference: float, low: float, high: float) -> str:
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def stop_reason(stop: Stop, history: Sequence[FinishedRound], metric: Metric) -> str | None:
@@ -188,6 +212,18 @@ def _values(results: Sequence[PromptResult], metric: Metric, k: int) -> dict[str
         case "mean_score":
             return {r.prompt_id: r.score for r in results if r.score is not None}
     raise ValueError(f"{metric!r} is not a metric")
+
+
+def _eligible(results: Sequence[PromptResult]) -> dict[str, float]:
+    """The share of eligible draws of each prompt, where it was recorded."""
+    return {r.prompt_id: r.eligible / r.draws for r in results if r.eligible is not None}
+
+
+def _mean(values: Sequence[float], confidence: float, bounds: tuple[float, float] | None) -> Estimate | None:
+    """The mean over prompts and its interval; None of nothing."""
+    if not values:
+        return None
+    return Estimate(float(np.mean(values)), *interval(np.array(values), confidence, bounds), len(values))
 
 
 def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:

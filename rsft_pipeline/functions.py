@@ -4,6 +4,7 @@ Belongs here: finding such a function, and hashing its source. Does not: what it
 prompts, scoring and models each say what they expect of theirs.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -32,32 +33,42 @@ def load(reference: str, folder: Path) -> Callable:
     Raises:
         FunctionError: not of that form, no such module, a module that fails to import, no such function.
     """
+    return _found(reference, Path(folder), _from_file)[1]
+
+
+def version(reference: str, folder: Path) -> str:
+    """SHA-256 of the file that has the function, and of the one that it is written in where that is another.
+
+    What these files import is not part of it. Raises FunctionError as `load` does, and where there is no such file.
+    """
+    module, function = _found(reference, Path(folder), _from_same_file)
+    try:
+        written = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        written = None
+    files = {Path(file).resolve() for file in (getattr(module, "__file__", None), written) if file}
+    if written is None or not all(file.is_file() for file in files):
+        raise FunctionError(f"{function!r} has no source file, so its version cannot be told: wrap it in a function")
+    digests = sorted(map(file_digest, files))
+    return digests[0] if len(digests) == 1 else digest(digests)
+
+
+def _found(reference: str, folder: Path, from_file: Callable[[Path, bytes], ModuleType]) -> tuple[ModuleType, Callable]:
     if not REFERENCE.fullmatch(reference):
         raise FunctionError(f"{reference!r} is not of the form `module:function`")
     module_name, name = reference.split(":")
-    path = Path(folder).joinpath(*module_name.split(".")).with_suffix(".py")
-    module = _from_file(path) if path.is_file() else _installed(module_name, reference, path)
+    path = folder.joinpath(*module_name.split(".")).with_suffix(".py")
+    module = from_file(path, path.read_bytes()) if path.is_file() else _installed(module_name, reference, path)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise FunctionError(
             f"{module.__file__} has no function {name!r}. Functions there: {', '.join(sorted(there)) or 'none'}"
         )
-    return function
+    return module, function
 
 
-def source_digest(function: Callable) -> str:
-    """SHA-256 of the file that the function is written in. What that file imports is not part of it."""
-    try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        path = None
-    if path is None or not Path(path).is_file():
-        raise FunctionError(f"{function!r} has no source file, so its version cannot be told: wrap it in a function")
-    return file_digest(Path(path))
-
-
-def _from_file(path: Path) -> ModuleType:
+def _from_file(path: Path, source: bytes) -> ModuleType:
     # A private name, unique to the path: two recipes' `scorers.py` never meet, and neither hides a package.
     # It has to be in sys.modules, where dataclasses and pickle look their own module up.
     name = f"_rsft_{path.stem}_{digest(str(path.resolve()))}"
@@ -66,11 +77,15 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         # Compiled here: the import system would take a cached .pyc for an edit within the same second.
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise FunctionError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+# A version is asked for many times a round, and the file may take long to run.
+_from_same_file = functools.lru_cache(maxsize=64)(_from_file)
 
 
 def _installed(module_name: str, reference: str, path: Path) -> ModuleType:

@@ -4,7 +4,6 @@ Text that a model wrote is data: it is folded to a line, cut, and escaped before
 """
 
 import base64
-import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,8 +25,7 @@ def _cell(value: Any) -> str:
     text = "" if value is None else str(value)
     printable = "".join(c if c.isprintable() else "␣" for c in " ".join(text.split()))
     cut = printable if len(printable) <= WIDTH else printable[: WIDTH - 1] + "…"
-    escaped = html.escape(cut)
-    return "".join(f"&#{ord(c)};" if c in "|\\`*_{}[]()#!~.:@" else c for c in escaped)
+    return "".join(f"&#{ord(c)};" if c in "&<>|\\`*_{}[]()#!~.:@" else c for c in cut)
 
 
 def picture(png: bytes, alternative: str) -> str:

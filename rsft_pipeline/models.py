@@ -173,10 +173,14 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
     """A classification model on the CPU, to be trained: the encoder's weights, and a head for these labels.
 
     A head that is there and has as many outputs is kept; a new one is random, and follows from the seed.
+
+    Raises:
+        ModelError: the model has these labels in another order.
     """
     import torch
 
     _no_bars()
+    _check_order(path, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto_class("classification").from_pretrained(
@@ -189,6 +193,20 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
         )
     _pad_as_the_tokenizer(model, path)
     return model
+
+
+def _check_order(path: Path, labels: Sequence[str]) -> None:
+    """Raise ModelError where the labels would be given to each other's outputs."""
+    from transformers import AutoConfig
+
+    named = AutoConfig.from_pretrained(path, trust_remote_code=False).id2label
+    own = [named[output] for output in sorted(named)]
+    theirs, ours = ([label.casefold() for label in each] for each in (own, labels))
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise ModelError(
+            f"`model.labels` are {', '.join(labels)}, but the outputs of the model in {path} are {', '.join(own)}, and "
+            "its head is kept: give the labels in that order"
+        )
 
 
 def _pad_as_the_tokenizer(model, path: Path) -> None:
@@ -243,6 +261,23 @@ def context_length(path: Path) -> int | None:
     return context_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
+# RoBERTa and what was made after it: position ids begin behind that of padding, and those before are no token's.
+_BEHIND_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
 def context_of(config) -> int | None:
     """The same of a configuration.
 
@@ -252,6 +287,8 @@ def context_of(config) -> int | None:
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     context = getattr(config, "max_position_embeddings", None)
+    if context is not None and config.model_type in _BEHIND_PADDING:
+        context -= config.pad_token_id + 1
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 
@@ -436,8 +473,7 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         tokenizer.save_pretrained(temporary)
         files = _file_digests(temporary)
         saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
-        record = {**meta, "digest": saved.digest, "files": files}
-        (temporary / META).write_text(json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False), "utf-8")
+        (temporary / META).write_text(_record({**meta, "digest": saved.digest, "files": files}), "utf-8")
         (temporary / "README.md").write_text(card, "utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -450,6 +486,28 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return saved
+
+
+def describe(saved: Checkpoint, meta: dict, card: str) -> None:
+    """Write what is said of a checkpoint anew: `meta.json` and README.md."""
+    _replace(saved.path / META, _record({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
+    write_card(saved.path, card)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Put a card in place of an earlier one; it is no part of the checkpoint's digest."""
+    _replace(folder / "README.md", text)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(file)
+
+
+def _record(meta: dict) -> str:
+    return json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def content_digest(folder: Path) -> str:

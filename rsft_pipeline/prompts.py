@@ -19,13 +19,14 @@ import re
 import sys
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rsft_pipeline import functions, lineage
+from rsft_pipeline.recipe.prompts import Prompts
 from rsft_pipeline.recipe.recipe import Recipe
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -162,12 +163,25 @@ def check(recipe: Recipe) -> None:
             raise PromptError(f"prompts.source is {name!r}: there is no file {path}")
 
 
-def held_out(recipe: Recipe, text: str) -> bool:
-    """Whether a text asks what a held-out prompt asks: written as the template renders it, or its column alone."""
-    template, readings = recipe.prompts.template, [[text]]
-    if template is not None and (found := re.fullmatch(_pattern(template), text, re.DOTALL)):
-        readings.append(list(found.groups()))
-    return any(lineage.in_eval_split(values, recipe.prompts.eval_fraction) for values in readings)
+def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
+    """Those of the texts that ask what a held-out prompt asks.
+
+    A text is taken for a prompt as the policy reads it, for the message of a chat prompt that has all of its columns,
+    or for a column alone. Where it can be split into columns in several ways, one that is held out is enough.
+
+    Args:
+        tokenizer: the policy's; None where it has no chat template.
+    """
+    fraction = recipe.prompts.eval_fraction
+    columns = list(dict.fromkeys(name for part in _parts(recipe.prompts) for name in _placeholders(part)))
+    wordings = _wordings(recipe.prompts, columns, tokenizer)
+
+    def readings(text: str) -> Iterator[list[str]]:
+        yield [text]
+        for wording in wordings:
+            yield from ([values[name] for name in columns] for values in _readings(wording, text))
+
+    return {text for text in texts if any(lineage.in_eval_split(values, fraction) for values in readings(text))}
 
 
 def encode(tokenizer, prompt_text: str, chat: bool, task: str = "causal") -> list[int]:
@@ -212,7 +226,7 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, see
     try:
         fields = _renamed(_storable(row.fields), section.columns)
         reference = None if section.reference is None else _text(_column(fields, section.reference))
-        parts = [section.template] if section.messages is None else [m.content for m in section.messages]
+        parts = _parts(section)
         values = {name: _text(_column(fields, name)) for part in parts for name in _placeholders(part)}
     except _Missing as missing:
         return row.refused("missing column", str(missing))
@@ -338,20 +352,53 @@ def _placeholders(template: str) -> list[str]:
     return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
 
 
-def _pattern(template: str) -> str:
-    """A regular expression that the template's prompts match, with a group for each column."""
-    pattern, end, columns = "", 0, []
+def _parts(section: Prompts) -> list[str]:
+    """The texts with placeholders that a prompt is made of."""
+    return [section.template] if section.messages is None else [message.content for message in section.messages]
+
+
+def _wordings(section: Prompts, columns: Sequence[str], tokenizer) -> list[str]:
+    """The templates that give a text all columns of a prompt."""
+    if section.messages is None:
+        return [section.template]
+    # Where a chat template puts the columns is seen by marks in their place.
+    marks = {name: f"\ue000{i}\ue001" for i, name in enumerate(columns)}
+    marked = [{"role": m.role, "content": _fill(m.content, marks)} for m in section.messages]
+    rendered = render(tokenizer, marked).replace("{", "{{").replace("}", "}}")
+    for name, mark in marks.items():
+        rendered = rendered.replace(mark, f"{{{name}}}")
+    return [rendered, *(content for content in _parts(section) if {*columns} <= {*_placeholders(content)})]
+
+
+def _readings(template: str, text: str) -> Iterator[dict[str, str]]:
+    """Every way to split a text into the columns that the template may have made it of.
+
+    `New York 3` may be `{place} {number}` of `New` and `York 3`, and of `New York` and `3`.
+    """
+    literals, columns, end = [""], [], 0  # what stands before, between and behind the columns
     for match in _PLACEHOLDER.finditer(template):
-        pattern += re.escape(template[end : match.start()])
+        literals[-1] += template[end : match.start()]
         end = match.end()
         if match[1] is None:
-            pattern += re.escape(match[0][0])
-        elif match[1] in columns:
-            pattern += f"(?:\\{columns.index(match[1]) + 1})"
+            literals[-1] += match[0][0]
         else:
             columns.append(match[1])
-            pattern += "(.*)"
-    return pattern + re.escape(template[end:])
+            literals.append("")
+    literals[-1] += template[end:]
+    behind = [re.compile(f"(?={re.escape(literal)})") for literal in literals[1:-1]]
+    behind += [re.compile(rf"(?={re.escape(literals[-1])}\Z)")]
+
+    def read(i: int, start: int, values: dict[str, str]) -> Iterator[dict[str, str]]:
+        if i == len(columns):
+            yield values
+            return
+        for found in behind[i].finditer(text, start):
+            value = text[start : found.start()]
+            if values.get(columns[i], value) == value:
+                yield from read(i + 1, found.start() + len(literals[i + 1]), {**values, columns[i]: value})
+
+    if columns and text.startswith(literals[0]):
+        yield from read(0, len(literals[0]), {})
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
@@ -364,17 +411,17 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 _STOPPED_CLOCK = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
 
 
-def render(tokenizer, messages: list[dict]) -> str:
-    """The conversation up to where the assistant speaks.
+def render(tokenizer, messages: list[dict], finished: bool = False) -> str:
+    """The conversation up to where the assistant speaks; the whole of it where it is finished.
 
     By the tokenizer's chat template; without one, a line `role: content` for each message and then `assistant:`.
     """
-    if not tokenizer.chat_template:
+    if tokenizer is None or not tokenizer.chat_template:
         return "\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])
     template = _STOPPED_CLOCK + tokenizer.get_chat_template()
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            messages, chat_template=template, tokenize=False, add_generation_prompt=not finished
         )
     except Exception as error:
         raise PromptError(f"prompts.messages: the tokenizer's chat template refuses these roles: {error}") from error

@@ -49,10 +49,17 @@ def histogram(values: Sequence[float], title: str) -> bytes:
 
     figure = Figure(figsize=(5, 2.6))
     axes = figure.subplots()
-    axes.hist(values, bins=30, color="#4f7cac")
+    axes.hist(values, bins=30, range=_around(values), color="#4f7cac")
     axes.set(title=title, xlabel="score", ylabel="candidates")
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float] | None:
+    """What a histogram spans where its values are one number but for rounding, which is too little to be divided."""
+    if len(values) and np.ptp(values) <= 1e-12 * max(1.0, abs(values[0])):
+        return values[0] - 0.5, values[0] + 0.5
+    return None
 
 
 def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -320,5 +327,8 @@ def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
         overall.append(
             {"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"}
         )
-        rows += [{"weights": role, **vars(one)} for one in by_class.classes(each, recipe.model.labels)]
+        rows += [
+            {"weights": role, **vars(one), "f1": "neither asked nor answered" if one.f1 is None else one.f1}
+            for one in by_class.classes(each, recipe.model.labels)
+        ]
     return ClassFacts({role: one.value for role, one in found.items()}, f"{table(overall)}\n\n{table(rows)}")

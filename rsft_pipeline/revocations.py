@@ -132,12 +132,13 @@ def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
         return why
     made = {"recipe": recipe, "checkpoint": digest}
     came_of = store.query(
-        """SELECT parent, policy, json_extract_string(meta, '$.scorers[*]') AS scorers FROM checkpoints
+        """SELECT parent, policy, drawn_from, json_extract_string(meta, '$.scorers[*]') AS scorers FROM checkpoints
            WHERE recipe = $recipe AND checkpoint = $checkpoint""",
         made,
     )
     for row in came_of:
-        if why := of_round(store, [row["parent"], row["policy"]], {version: version for version in row["scorers"]}):
+        weights = [row["parent"], row["policy"], row["drawn_from"]]
+        if why := of_round(store, weights, {version: version for version in row["scorers"]}):
             return why
     rows = store.query(
         f"""SELECT c.candidate_id, c.prompt_id FROM training_samples d

@@ -147,6 +147,12 @@ def history(store: Store, recipe: str) -> list[dict]:
     return store.query("SELECT * FROM rounds WHERE recipe = ? AND state = 'finished' ORDER BY round", [recipe])
 
 
+def champion(store: Store, recipe: str) -> str:
+    """The champion in use, or an empty string where no round is finished."""
+    finished = history(store, recipe)
+    return finished[-1]["champion"] if finished else ""
+
+
 def following(store: Store, recipe: str) -> str:
     """The round to run next: the first that is not finished."""
     finished = {row["round"] for row in history(store, recipe)}
@@ -160,17 +166,24 @@ def in_use(store: Store, recipe: str, round_key: str, champion: str) -> str:
 
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:
-    """Why no further round is due, in words; None while one is."""
+    """Why no further round is due, in words; None while one is, or a revoked one is to run again."""
+    if _any_revoked(store, recipe.name):
+        return None
     return _stop_reason(recipe.stop, recipe.promotion.metric, history(store, recipe.name))
 
 
 def why_stopped(store: Store, recipe: str) -> str | None:
     """The same for a recipe's name, by the stop rules that its last finished round was run with."""
     finished = history(store, recipe)
-    if not finished:
+    if not finished or _any_revoked(store, recipe):
         return None
     settings = json.loads(finished[-1]["settings"])
     return _stop_reason(Stop.model_validate(settings["stop"]), settings["promotion"]["metric"], finished)
+
+
+def _any_revoked(store: Store, recipe: str) -> bool:
+    sql = "SELECT count(*) AS n FROM rounds WHERE recipe = ? AND state = 'revoked'"
+    return store.value(sql, [recipe]) > 0
 
 
 def _stop_reason(stop: Stop, metric: Metric, finished: list[dict]) -> str | None:
@@ -212,8 +225,7 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
         missing = next(key(n) for n in range(number(round_key)) if key(n) not in there)
         raise RoundError(f"{recipe.name} {round_key} needs {missing}, which is not finished: run that round first")
     if choice == "base" or not earlier:
-        base = models.base(recipe, home.path)
-        weights = Weights(base.digest, base.path, "base")
+        weights = _base(recipe, home, earlier[0]["policy"] if earlier else None)
     else:
         weights = locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
     if why := revocations.of_weights(store, weights.digest):
@@ -247,8 +259,13 @@ def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
         if changed := models.verify(weights.path):
             raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
         return weights
+    return _base(recipe, home, digest)
+
+
+def _base(recipe: Recipe, home: Home, digest: str | None) -> Weights:
+    """The base model, which has to be the one that the recipe's rounds started from, where they did already."""
     base = models.base(recipe, home.path)
-    if base.digest != digest:
+    if digest not in (None, base.digest):
         raise RoundError(
             f"{recipe.name}: these rounds started from the base model {digest}, but `model:` now gives "
             f"{base.digest}: put it back, or copy the recipe under another name"

@@ -61,7 +61,8 @@ CREATE TABLE IF NOT EXISTS decisions (
 CREATE TABLE IF NOT EXISTS checkpoints (
     recipe VARCHAR, round VARCHAR, checkpoint VARCHAR,
     parent VARCHAR,          -- digest of the weights training started from
-    policy VARCHAR,          -- digest of the weights the round sampled from
+    policy VARCHAR,          -- digest of the round's policy
+    drawn_from VARCHAR,      -- digest of the weights its candidates came from: the policy's, or a teacher's
     trained_on VARCHAR,      -- 'accepted', or for a control 'random' or 'everything'
     path VARCHAR, accepted_digest VARCHAR, samples BIGINT, steps BIGINT, loss DOUBLE,
     snapshot BIGINT,         -- of the lake: its tables as they were when training read them
@@ -80,6 +81,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     role VARCHAR,            -- 'policy', 'checkpoint', the 'champion' it is measured against, or a control
     checkpoint VARCHAR,      -- digest of the weights evaluated
     prompt_id VARCHAR, draws INTEGER, passes INTEGER, score DOUBLE, distinct_texts INTEGER, tokens DOUBLE,
+    eligible INTEGER,        -- draws that were judged and passed every gate
     dagster_run_id VARCHAR
 );
 
@@ -114,6 +116,9 @@ CREATE TABLE IF NOT EXISTS revocations (
 ALTER TABLE candidates ADD COLUMN IF NOT EXISTS origin VARCHAR;
 ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS trained_on VARCHAR;
 ALTER TABLE training_samples ADD COLUMN IF NOT EXISTS leaf VARCHAR;
+ALTER TABLE evaluations ADD COLUMN IF NOT EXISTS eligible INTEGER;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS drawn_from VARCHAR;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS controls VARCHAR;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS scorers VARCHAR;
+ALTER TABLE rounds ADD COLUMN IF NOT EXISTS evaluation_scorers VARCHAR;
+ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS drawn_from VARCHAR;

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from rsft_pipeline import bootstrap, classes, models, prompts
@@ -142,6 +143,15 @@ def test_an_encoder_gets_a_head_for_the_labels_that_follows_from_the_seed(tmp_pa
     assert models.base(recipe(seed="1"), tmp_path).digest != made.digest
 
 
+def test_a_head_of_the_same_labels_in_another_order_is_not_renamed(tmp_path, recipe):
+    made = models.base(recipe(), tmp_path)  # early, late
+    kept = models.with_head(made.path, ["Early", "Late"], 1)
+    assert torch.equal(kept.classifier.weight, load_file(made.path / "model.safetensors")["classifier.weight"])
+    said = r"`model.labels` are Late, Early, but the outputs of the model in .* are early, late, and its head is kept"
+    with pytest.raises(models.ModelError, match=said):
+        models.with_head(made.path, ["Late", "Early"], 1)
+
+
 def test_an_encoder_is_warmed_up_on_labelled_text(tmp_path, recipe):
     warm_up = "{corpus: 'letters:warm', steps: 60, batch_size: 16, learning_rate: 0.005}"
     made = models.base(recipe(**{"model.warm_up": warm_up}), tmp_path)
@@ -245,3 +255,16 @@ def test_f1_of_a_table_is_what_the_formula_gives():
     # An answer that is always right has no interval to be inside of.
     perfect = classes.macro_f1(answered({("a", "a"): 5, ("b", "b"): 5}, "ab"), confidence=0.95, seed=0)
     assert (perfect.value, perfect.low) == (1.0, 1.0) and not math.isnan(perfect.high)
+
+
+def test_a_label_that_is_neither_a_reference_nor_an_answer_is_no_part_of_the_mean():
+    counts = {("a", "a"): 6, ("a", "b"): 2, ("b", "b"): 3, ("b", "a"): 1}
+    asked, said = zip(*(pair for pair, n in counts.items() for _ in range(n)), strict=True)
+    how = {"confidence": 0.95, "seed": 0}
+    found = classes.macro_f1(answered(counts, "abc"), **how)
+    assert found.value == pytest.approx(f1_score(asked, said, average="macro"))
+    assert found == classes.macro_f1(answered(counts, "ab"), **how)
+    assert classes.classes(answered(counts, "abc"), "abc")[2] == classes.Class("c", 0, 0.0, 0.0, None)
+    # Of a hundred prompts drawn again, more than a third of the times none is the only one of its label.
+    rare = classes.macro_f1(answered({("a", "a"): 50, ("b", "b"): 49, ("c", "c"): 1}, "abc"), **how)
+    assert (rare.value, rare.low, rare.high) == (1.0, 1.0, 1.0)

@@ -1,14 +1,20 @@
 """Controls: checkpoints trained on candidates that no score has chosen, and what they tell of a round."""
 
+import itertools
 import json
 
 import pytest
 
 from rsft_pipeline import lineage, rounds
+from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.whatif import whatif
+from rsft_pipeline.devices import Device
+from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.steps import draw as drawing
+from rsft_pipeline.steps import evaluate
 from rsft_pipeline.store import Store
-from tests.test_round import checks, instance, run  # noqa: F401 (a fixture)
+from tests.test_round import checks, failure_of, instance, run  # noqa: F401 (a fixture)
 
 
 def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(home, instance, write_recipe):  # noqa: F811
@@ -81,6 +87,76 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
     with Store.at(home) as store:
         assert store.query("SELECT candidate_id FROM candidates ORDER BY 1") == before
         assert store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1") == decisions
+
+
+SCORER = """
+def exact(samples):
+    return [float(sample.completion == sample.reference) for sample in samples]
+"""
+
+
+def edited(step, file, calls=1):
+    """A step before which, from the given call on, somebody edits the scorer's file."""
+    count = itertools.count(1)
+
+    def edit_first(*rest, **named):
+        if next(count) >= calls:
+            file.write_text(f"{SCORER}# edited\n")
+        return step(*rest, **named)
+
+    return edit_first
+
+
+@pytest.fixture
+def by_function(write_recipe, tmp_path):
+    """A recipe whose scorer is a function in a file, and that file."""
+
+    def write(**sections):
+        scorers = [{"kind": "function", "name": "exact", "function": "judging:exact"}]
+        recipe = load(write_recipe(scoring={"scorers": scorers}, **sections))
+        file = recipe.folder / "judging.py"
+        file.write_text(SCORER)
+        return recipe, file
+
+    return write
+
+
+def test_a_scorer_that_is_edited_while_the_round_draws_stops_it_and_nothing_is_lost(
+    home,
+    instance,  # noqa: F811
+    by_function,
+    monkeypatch,
+):
+    until = {"per_prompt": 1, "draws": 6}
+    recipe, file = by_function(sampling={"draws": 2, "max_tokens": 2, "until": until, "wave_size": 60})
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "draw", edited(drawing.draw, file, calls=2))
+        failed = failure_of(run(instance, recipe, "r000"), f"{recipe.name}__candidates")
+    assert "the scorer `exact` has changed since it was loaded" in failed
+    with Store.at(home) as store:
+        drawn = store.value("SELECT count(*) FROM candidates WHERE split = 'train'")
+        (before,) = {row["version"] for row in store.query("SELECT version FROM scores WHERE scorer = 'exact'")}
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        decided = json.loads(rounds.raw(store, recipe.name, "r000")["scorers"])["exact"]
+        assert decided != before
+        assert store.value("SELECT count(*) FROM candidates WHERE split = 'train'") > drawn
+        judged = store.value("SELECT count(*) FROM scores WHERE scorer = 'exact' AND version = ?", [decided])
+        assert judged == store.value("SELECT count(*) FROM candidates")
+
+
+def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by_function, monkeypatch):  # noqa: F811
+    recipe, file = by_function()
+    monkeypatch.setattr(evaluate, "contest", edited(evaluate.contest, file))
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        row = rounds.raw(store, recipe.name, "r000")
+        assert json.loads(row["evaluation_scorers"]).keys() == json.loads(row["scorers"]).keys()
+        assert row["evaluation_scorers"] != row["scorers"]
+        answer = replay(store, recipe, "r000", Home.here(), Device("cpu", "float32"), forced=0)
+        assert answer.findings == []
+        asked = {check.name: check.compared for check in answer.checks}
+        assert asked["scorer exact of held-out candidates"] > 0 == asked["scorer exact"]
 
 
 @pytest.mark.parametrize("wanted", [10, 40])

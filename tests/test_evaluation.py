@@ -3,6 +3,7 @@
 import math
 from itertools import combinations
 
+import letters_store as letters
 import numpy as np
 import pytest
 
@@ -17,10 +18,13 @@ from rsft_pipeline.evaluation import (
     summarise,
 )
 from rsft_pipeline.recipe.evaluation import Promotion, Stop
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.evaluate import results
 
 
-def result(prompt_id, passes=0, draws=4, score=0.5, distinct=1, tokens=10.0):
-    return PromptResult(str(prompt_id), draws, passes, score, distinct, tokens)
+def result(prompt_id, passes=0, draws=4, score=0.5, distinct=1, tokens=10.0, eligible=None):
+    return PromptResult(str(prompt_id), draws, passes, score, distinct, tokens, eligible)
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass():
@@ -182,6 +186,40 @@ def test_an_identical_checkpoint_on_many_prompts_is_not_worse_and_not_better():
     identical = compare(same, same, "pass_at_1", k=1, confidence=0.95)
     assert not promoted(identical, Promotion(require="better"))[0]
     assert promoted(identical, Promotion(require="not_worse", margin=0.05))[0]
+
+
+def test_a_mean_score_of_fewer_eligible_draws_promotes_nobody():
+    before = [result(i, score=i / 40, eligible=4) for i in range(20)]
+
+    def verdict(eligible, metric="mean_score", passes=0):
+        after = [result(i, passes, score=i / 40 + 0.3 + i / 100, eligible=eligible) for i in range(20)]
+        return promoted(compare(before, after, metric, k=4, confidence=0.95), Promotion(metric=metric))
+
+    said = "mean_score +0.395 [+0.367, +0.423] > 0 over 20 prompts"
+    # Equal on 20 prompts: what happens on 1 − 0.025^(1/20) of all may have gone unseen.
+    assert verdict(4) == (True, f"better: {said}; eligible draws +0.000 [-0.168, +0.168]")
+    # 20 prompts that are all at −0.75: the interval reaches up to −0.75 + 0.168 · 1.75
+    assert verdict(1) == (False, f"fewer draws are eligible: {said}; eligible draws -0.750 [-0.792, -0.455]")
+    assert verdict(None) == (True, f"better: {said}")  # an evaluation from before they were counted
+    assert verdict(1, "pass_at_1", passes=1)[0]  # there the draws that are not eligible did not pass
+
+
+def test_draws_that_were_not_judged_or_failed_a_gate_are_not_eligible(tmp_path, write_recipe):
+    round_ = Round(load(write_recipe(letters.RECIPE)), "r000", letters.BASE, "base", letters.BASE, "")
+    first, second = (letters.prompt_id(number, "eval") for number in (0, 1))
+    with letters.write(tmp_path) as store:  # the last of four draws was not judged
+        held_out = {"recipe": letters.RECIPE, "round": "r000", "split": "eval"}
+        store.append("round_prompts", [{**held_out, "prompt_id": prompt} for prompt in (first, second)])
+        gate = "UPDATE scores SET passed = false WHERE candidate_id = ? AND scorer = 'combined'"
+        store.commit(lambda connection: connection.execute(gate, [letters.candidate_id("r000", 0, 0, "eval")]))
+        found = results(store.query, round_, letters.BASE, letters.SCORERS["combined"])
+    assert {r.prompt_id: (r.draws, r.eligible, r.score) for r in found} == {first: (4, 2, 0.75), second: (4, 3, 0.75)}
+
+
+def test_eligible_draws_are_summarised_where_they_were_counted():
+    summary = summarise([result("a", eligible=4), result("b", eligible=1), result("c")], k=2, confidence=0.95)
+    assert (summary.eligible.value, summary.eligible.n) == (0.625, 2)
+    assert summarise([result("a")], k=2, confidence=0.95).eligible is None
 
 
 def history(*promotions, value=0.5, tokens=1000):

@@ -9,13 +9,19 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from rsft_pipeline import bootstrap, lineage, models, prompts, training
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.prompts import encode
 from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
+from rsft_pipeline.recipe.prompts import Prompts
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.tasks import causal
@@ -76,6 +82,18 @@ def a_recipe(folder, source="bootstrap", **bootstrapped):
     file = folder / "letters.yaml"
     file.write_text(json.dumps(tree))  # JSON is YAML
     return load(file)
+
+
+def asking(folder, **how):
+    """The recipe with another wording of its prompts."""
+    asked = a_recipe(folder)
+    section = {**asked.prompts.model_dump(exclude={"template"}), **how}
+    return asked.model_copy(update={"prompts": Prompts.model_validate(section)})
+
+
+def held_out_of(questions):
+    """Those of one column that are held out."""
+    return {question for question in questions if lineage.in_eval_split([question], 0.25)}
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -316,8 +334,27 @@ def test_the_context_length_is_the_configurations(tmp_path):
     phi = {"hidden_size": 16, "num_attention_heads": 2, "original_max_position_embeddings": 32}
     phi = AutoConfig.for_model("phi3", **phi, max_position_embeddings=96, rope_parameters=rope)
     phi.save_pretrained(tmp_path / "phi3")  # past 32 tokens a row changes those beside it
-    kinds = ("gpt2", "llama", "bloom", "phi3")
-    assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32]
+    AutoConfig.for_model("xlm-roberta", max_position_embeddings=48, pad_token_id=1).save_pretrained(tmp_path / "xlmr")
+    kinds = ("gpt2", "llama", "bloom", "phi3", "xlmr")
+    assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32, 46]
+
+
+@pytest.mark.parametrize("kind", sorted(models._BEHIND_PADDING))
+def test_a_text_as_long_as_the_context_is_read_and_none_longer_where_positions_begin_behind_padding(kind):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    own = {
+        "esm": {"position_embedding_type": "absolute"},
+        "longformer": {"attention_window": 4},
+        "luke": {"entity_vocab_size": 4, "entity_emb_size": 8},
+        "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    }
+    sizes |= {"vocab_size": 30, "max_position_embeddings": 16, "pad_token_id": 1, **own.get(kind, {})}
+    config = AutoConfig.for_model(kind, **sizes)
+    model, longest = AutoModelForSequenceClassification.from_config(config).eval(), models.context_of(config)
+    with torch.inference_mode():
+        model(torch.full((1, longest), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, longest + 1), 5))
 
 
 # --- bootstrap --------------------------------------------------------------------------------
@@ -404,12 +441,52 @@ def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_en
 
 
 def test_a_held_out_question_is_known_with_and_without_its_template(tmp_path):
-    asked = a_recipe(tmp_path)
-    worded = asked.model_copy(update={"prompts": asked.prompts.model_copy(update={"template": "{{Q}}: {prompt}\n"})})
-    for question in (f"{letter}=" for letter in string.ascii_lowercase):
-        out = lineage.in_eval_split([question], asked.prompts.eval_fraction)
-        assert prompts.held_out(worded, f"{{Q}}: {question}\n") >= out
-        assert prompts.held_out(worded, question) == out
+    worded = asking(tmp_path, template="{{Q}}: {prompt}\n")
+    questions = [f"{letter}=" for letter in string.ascii_lowercase]
+    out = held_out_of(questions)
+    assert prompts.held_out(worded, questions) == out
+    assert prompts.held_out(worded, [f"{{Q}}: {q}\n" for q in questions]) >= {f"{{Q}}: {q}\n" for q in out}
+
+
+def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(tmp_path):
+    asked = [(place, str(n)) for place in ("York", "New York", "A New York") for n in range(20)]
+    out = {f"{place} {n}: {place}" for place, n in asked if lineage.in_eval_split([place, n], 0.25)}
+    found = prompts.held_out(asking(tmp_path, template="{place} {n}: {place}"), [f"{p} {n}: {p}" for p, n in asked])
+    assert out and found >= out and len(found) < len(asked)
+    # A column that comes twice is the same text twice: this is no such prompt.
+    assert not any("n" in one for one in prompts._readings("{place} {n}: {place}", "York 3: Cork"))
+    ways = [list(one.values()) for one in prompts._readings("{place} {n}", "New York 3")]
+    assert ways == [["New", "York 3"], ["New York", "3"]]
+    assert [list(one.values()) for one in prompts._readings("{a}{b}", "xy")] == [["", "xy"], ["x", "y"], ["xy", ""]]
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        (None, "system: Be {{kind}}.\nuser:  {} ?\nassistant:"),
+        (
+            "<s>{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}",
+            "<s>[system]Be {{kind}}.[user]{} ?",
+        ),
+    ],
+)
+def test_a_held_out_conversation_is_known_as_it_is_rendered_and_by_its_message(tmp_path, template, rendered):
+    messages = [{"role": "system", "content": "Be {{kind}}."}, {"role": "user", "content": " {prompt} ?"}]
+    worded, tokenizer = asking(tmp_path, messages=messages), characters()
+    tokenizer.chat_template = template
+    questions = [f"{letter}=" for letter in string.ascii_lowercase]
+    out = held_out_of(questions)
+    for wording in ("{}", " {} ?", rendered):
+        found = prompts.held_out(worded, [wording.format(q) for q in questions], tokenizer)
+        assert found >= {wording.format(q) for q in out} and len(found) < len(questions)
+
+
+def test_a_chat_recipe_is_warmed_up_on_the_tokens_that_its_policy_reads(tmp_path):
+    worded, tokenizer = asking(tmp_path, messages=[{"role": "user", "content": "{prompt}"}]), characters()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    rows = [{"prompt": "<s>ab", "completion": "c"}, {"prompt": "", "completion": "c"}]
+    read = [sample.prompt_ids for sample in bootstrap._samples(worded, tiny(), tokenizer, rows)]
+    assert read == [encode(tokenizer, "<s>ab", chat=True), [tokenizer.bos_token_id]]
 
 
 def test_a_warmed_up_model_knows_its_corpus(tmp_path):

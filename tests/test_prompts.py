@@ -388,11 +388,22 @@ def test_a_function_is_found_in_the_folder_first_and_leaves_no_trace_on_the_path
 def test_an_edited_function_is_read_afresh_and_has_another_digest(tmp_path):
     (tmp_path / "mine.py").write_text("def f():\n    return 1\n")
     first = functions.load("mine:f", tmp_path)
-    before = functions.source_digest(first)
+    before = functions.version("mine:f", tmp_path)
     (tmp_path / "mine.py").write_text("def f():\n    return 2\n")
     second = functions.load("mine:f", tmp_path)
     assert (first(), second()) == (1, 2)
-    assert functions.source_digest(second) != before
+    assert functions.version("mine:f", tmp_path) != before
+
+
+def test_a_function_that_another_file_wraps_has_the_version_of_its_own_file_too(tmp_path, monkeypatch):
+    (tmp_path / "wrapping.py").write_text("def wrap(function):\n    return lambda: function()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for value in (1, 2):
+        (tmp_path / "mine.py").write_text(f"from wrapping import wrap\n\n@wrap\ndef f():\n    return {value}\n")
+        assert functions.load("mine:f", tmp_path)() == value
+        versions.append(functions.version("mine:f", tmp_path))
+    assert versions[0] != versions[1]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,15 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold.threshold: this field is required"),
         ({"model": {"source": "bootstrap"}}, "go together"),
         ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
+        ({"promotion": {"require": "not_worse"}}, "`require: not_worse` needs a `margin:` above 0"),
+        (
+            {
+                "scoring": {"scorers": [{"kind": "likelihood", "source": "other"}]},
+                "acceptance": {"rule": "rejection", "target": "likelihood"},
+                "sampling": {"stop": ["\n"]},
+            },
+            "acceptance.target: 'likelihood' rates every completion that ended as one that the end of sequence ended",
+        ),
         ({"acceptance": {"rule": "rejection", "target": "teacher"}}, "expected one of policy, answer"),
         ({"scoring": {"scorers": [{"kind": "regex", "pattern": "("}]}}, "is not a regular expression"),
         ({"training": {"clip": float("inf")}}, "training.clip: Input should be a finite number"),

@@ -16,6 +16,7 @@ from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import of_round
 from rsft_pipeline.store import Store
 
@@ -373,6 +374,16 @@ def test_a_prompt_keeps_its_side_when_the_fraction_or_the_template_changes(home,
             sides.setdefault(row["fields"], set()).add(row["split"])
         assert len(asked) == 2 * len(before)
         assert all(len(split) == 1 for split in sides.values())
+
+
+def test_before_a_round_is_finished_the_sides_go_by_the_fraction_of_now_as_the_warm_up_does(home, recipe):
+    with Store.at(home) as store:
+        for fraction in (0.3, 0.7, 0.3):
+            now = load(recipe.file, {"prompts.eval_fraction": str(fraction), "model.bootstrap.steps": "1"})
+            ingest(store, now, Home.here(), "run", lambda *_: None)
+            rows = store.query("SELECT fields, split FROM prompts")
+            held_out = [lineage.in_eval_split([json.loads(row["fields"])["question"]], fraction) for row in rows]
+            assert [row["split"] == "eval" for row in rows] == held_out and 0 < sum(held_out) < len(held_out)
 
 
 def test_weights_that_were_changed_on_disk_are_not_drawn_from(home, instance, recipe):

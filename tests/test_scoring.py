@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 from fractions import Fraction
 
 import pytest
@@ -34,11 +35,11 @@ def sample(completion: str, reference: str | None = None, prompt: str = "") -> S
 def make(tmp_path):
     """A recipe in tmp_path with the given scorers."""
 
-    def make(*scorers: dict, combine: str = "weighted") -> Recipe:
+    def make(*scorers: dict, combine: str = "weighted", messages: list[dict] | None = None) -> Recipe:
         tree = {
             "description": "a trial",
             "model": {"source": "model"},
-            "prompts": {"source": "rows.jsonl", "template": "{q}"},
+            "prompts": {"source": "rows.jsonl", **({"messages": messages} if messages else {"template": "{q}"})},
             "scoring": {"scorers": list(scorers), "combine": combine},
             "acceptance": {"rule": "threshold", "threshold": 0},
         }
@@ -74,6 +75,13 @@ def make(tmp_path):
         ("50%", 50),
         ("1,2,3", 3),
         ("1,2345", 2345),
+        (r"10{,}000 or 10\,000", 10_000),
+        (r"\$1,\!234,\!567.50", Fraction(246913500, 200)),
+        ("1\u00a0000\u202f000", 10**6),
+        ("1\u2009234.5 km", Fraction(12345, 10)),
+        ("in 2020\u00a0100 came", 100),  # no group has four digits before it
+        (r"2\,3", 3),
+        ("3,14", 14),  # a comma is never a decimal point
         ("\u0661\u0668", None),  # digits of other scripts are left alone
         ("1e-05", Fraction(1, 100_000)),  # as Python writes what was 0.00001 in a file
         ("6.02e23 of them", 602 * 10**21),
@@ -114,6 +122,12 @@ def test_exact_answers_compare_but_for_case_and_white_space():
         ("first 1\n#### x^2\nthen 3", "x^2"),
         ("from $a$ we get $b + 1$, done", "b + 1"),
         (r"thus \[ x = 2 \]", "x = 2"),
+        ("She pays $5 + $5 = $10.", "She pays $5 + $5 = $10"),  # money
+        ("It costs $5, so the total is $10", "$10"),
+        ("$x$ dollars, $y=2$.", "y=2"),
+        (r"that is \$5 or $3\$", r"\$5 or $3\$"),
+        ("$$ a = 1 $$", "a = 1"),
+        (r"\( open \(x + 1\)", "x + 1"),
         ("1 + 1\n\nThe answer is 2.\n", "2"),
         ("x <= 3", "x <= 3"),
         (" \n", ""),
@@ -121,6 +135,12 @@ def test_exact_answers_compare_but_for_case_and_white_space():
 )
 def test_the_final_expression_of_a_text(text, expression):
     assert symbolic.final_expression(text) == expression
+
+
+def test_a_text_of_openings_alone_is_looked_through_once():
+    began = time.perf_counter()
+    assert symbolic.final_expression(r"\( \[" * 20_000) == (r"\( \[" * 20_000)
+    assert time.perf_counter() - began < 2
 
 
 def test_math_answers_are_compared_as_expressions_and_one_that_never_ends_harms_no_other(monkeypatch):
@@ -161,6 +181,14 @@ def test_listed_words_are_found_whole_and_in_every_spelling():
     assert listed.hits("Straße") == ["strasse"]
     assert listed.hits("あのバカです") == ["バカ"]  # no spaces between words in this script
     assert listed.hits("") == []
+
+
+def test_a_vowel_sign_is_part_of_its_word_and_an_accent_hides_none():
+    listed = blocklist.Blocklist(["गू", "क", "ass"])
+    assert listed.hits("गूगल क्या की") == []  # words that only begin so
+    assert listed.hits("यह गू है, क!") == ["गू", "क"]
+    assert listed.hits("ass\u0332 ass\ufe0f") == ["ass", "ass"]
+    assert blocklist.Blocklist(["❤\ufe0f"]).hits("I❤\ufe0fyou") == ["❤\ufe0f"]
 
 
 def test_entries_are_text_and_not_patterns():
@@ -229,14 +257,20 @@ def reward_model(tmp_path_factory):
     return folder
 
 
-def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_model):
+@pytest.fixture
+def alone(reward_model):
+    """What the reward model's second output says of one unpadded text: its head on the last token."""
     model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
 
-    def alone(text):  # the head on the last token of the unpadded text
+    def alone(text: str) -> float:
         with torch.inference_mode():
             hidden = model.model(torch.tensor([[ord(c) for c in text]])).last_hidden_state[0, -1]
             return model.score(hidden)[1].item()
 
+    return alone
+
+
+def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_model, alone):
     pairs = [("ab", "cdefgh"), ("a", "b"), ("x" * 20, "y" * 5), ("what?", "that is it"), ("q", "z")]
     made = make({"kind": "reward", "model": str(reward_model), "label_index": 1, "batch_size": 2})
     rewards = scoring.score(scoring.judges(made, CPU), [sample(c, prompt=p) for p, c in pairs])["reward"]
@@ -245,6 +279,29 @@ def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_mo
     expected = [alone(p + c) for i, (p, c) in enumerate(pairs) if i != 2]
     assert [r for r in rewards if r is not None] == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
+
+
+def test_a_chat_prompt_and_its_completion_are_one_conversation_by_the_reward_models_own_template(
+    make, reward_model, alone, tmp_path
+):
+    said = [{"role": "user", "content": "what?"}]
+    rows = [Sample("by the policy", reply, None, {}, None, said) for reply in ("yes", "not at all")]
+
+    def rewards(folder):
+        config = {"kind": "reward", "model": str(folder), "label_index": 1, "batch_size": 2}
+        judges = scoring.judges(make(config, messages=[{"role": "user", "content": "{q}"}]), CPU)
+        return scoring.score(judges, rows)["reward"]
+
+    assert rewards(reward_model) == pytest.approx([alone(f"by the policy{row.completion}") for row in rows], abs=1e-5)
+    for file in reward_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    expected = [alone("uwhat?|ayes|"), alone("uwhat?|anot at all|")]
+    assert rewards(tmp_path) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_tokenizer_that_pads_left_makes_no_reward_depend_on_the_batch(make, reward_model, tmp_path):

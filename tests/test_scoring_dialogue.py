@@ -182,6 +182,8 @@ def test_without_sentence_transformers_the_remedy_is_named(make, monkeypatch):
         ("Yes.", "yes!", 3, 1.0),
         ("no no no no", "no no no", 3, 1.0),  # different runs: there is one
         ("one two three", "two", 3, 0.0),
+        ("गूगल अच्छा है", "गीगल अच्छी है", 1, 1 / 3),  # words of vowel signs too
+        ("I ❤\ufe0f tea_time!", "I tea time", 3, 1.0),
         ("one two", "two three", 1, 1 / 2),
     ],
 )

@@ -123,11 +123,14 @@ def test_a_store_from_before_revocations_gets_the_columns_that_it_lacks(tmp_path
         store.commit(lambda connection: connection.execute("DROP TABLE revocations"))
         store.commit(lambda connection: connection.execute("ALTER TABLE candidates DROP COLUMN origin"))
         store.append("candidates", [{"recipe": "one", "candidate_id": "a"}])
+        store.commit(lambda connection: connection.execute("ALTER TABLE evaluations DROP COLUMN eligible"))
+        store.append("evaluations", [{"recipe": "one", "round": "r000"}])
     with Store.at(tmp_path) as store:
         store.append("candidates", [{"recipe": "one", "candidate_id": "b", "origin": "policy"}])
         rows = store.query("SELECT candidate_id, origin FROM candidates ORDER BY candidate_id")
         assert rows == [{"candidate_id": "a", "origin": None}, {"candidate_id": "b", "origin": "policy"}]
         assert store.query("SELECT * FROM revocations") == []
+        assert store.query("SELECT recipe, eligible FROM evaluations") == [{"recipe": "one", "eligible": None}]
 
 
 def test_what_does_not_fit_into_memory_is_spilt_into_a_folder_of_its_own_that_goes(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ results. Not: candidates to train on (replay.py).
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import duckdb
 
@@ -91,6 +91,8 @@ def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
     """Whether two results are the same; means are, whatever the order that their terms were added in."""
     if was is None or now is None:
         return was is now
+    if was.eligible is None:  # a result from before that was written down
+        now = replace(now, eligible=None)
     return all(
         math.isclose(one, other, rel_tol=1e-12) if isinstance(one, float) and isinstance(other, float) else one == other
         for one, other in zip(asdict(was).values(), asdict(now).values(), strict=True)

@@ -20,10 +20,15 @@ TABLES = ("rounds", "candidates", "prompts", "scores", "decisions", "round_promp
 DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 
 
-def versions(connection: duckdb.DuckDBPyConnection, round_: Round) -> dict[str, str]:
-    """The version of each scorer that the round's decisions rest on, `combined` among them; none before them."""
+def versions(connection: duckdb.DuckDBPyConnection, round_: Round, *, held_out: bool = False) -> dict[str, str]:
+    """The version of each scorer that the round's decisions rest on, `combined` among them; none before them.
+
+    Args:
+        held_out: of those that its verdict rests on instead, which are later: a scorer may have changed between.
+    """
+    named = "coalesce(evaluation_scorers, scorers)" if held_out else "scorers"
     rows = connection.execute(
-        "SELECT scorers FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key]
+        f"SELECT {named} FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key]
     ).fetchall()
     return json.loads(rows[0][0] or "{}") if rows else {}
 
@@ -38,7 +43,8 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
         The ids that are in the store more than once, which they ought not to be.
     """
     rule = round_.recipe.acceptance
-    hashed = same_text("c.text") if rule.distinct else "NULL"
+    # What an erased text was the same as is not known: it counts as one of its own.
+    hashed = f"coalesce({same_text('c.text')}, md5_number(c.candidate_id))" if rule.distinct else "NULL"
     target, joined = "c.log_p", ""
     if isinstance(rule, RejectionRule) and rule.target != "policy":
         target = "t.value"

@@ -83,12 +83,15 @@ def replay(
             return _stored(connection, round_, judged, note)
 
     stored = read(store, recorded.TABLES, note, work) or Stored(
-        {"decisions": 0, "replayed": 0, "parameters": {}}, [], [], {}
+        {"decisions": 0, "replayed": 0, "parameters": {}}, [], [], {}, {}
     )
-    for rows, of in ((stored.rows, ""), (stored.held_out, held_out.OF)):
+    for rows, judged_by, of in (
+        (stored.rows, stored.version_of, ""),
+        (stored.held_out, stored.evaluated_by, held_out.OF),
+    ):
         if rows:
             closer.prompts(rows, note, of)
-            closer.scorers(store, round_, rows, stored.version_of, device, forced, note, of)
+            closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
     _weights(store, round_, home, device, stored, forced, tolerance, note)
     return Replay(
         recipe.name,
@@ -112,7 +115,8 @@ class Stored:
     facts: dict[str, Any]
     rows: list[dict]  # to look at closer: to train on
     held_out: list[dict]  # the same: to evaluate
-    version_of: dict[str, str]  # of the scorers
+    version_of: dict[str, str]  # of the scorers that the decisions rest on
+    evaluated_by: dict[str, str]  # of those that the verdict rests on
 
 
 def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Notes) -> Stored:
@@ -131,8 +135,9 @@ def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, n
     sql = closer.rows_sql("looked_at", ROUND_CANDIDATES, of_this)
     asked = {**of_round(round_), "scorers": of_scorers(version_of)}
     rows = connection.execute(sql, asked).to_arrow_table().to_pylist()
-    held_out_rows = held_out.check(connection, round_, version_of, judged, note)
-    return Stored(facts, rows, held_out_rows, version_of)
+    evaluated_by = recorded.versions(connection, round_, held_out=True)
+    held_out_rows = held_out.check(connection, round_, evaluated_by, judged, note)
+    return Stored(facts, rows, held_out_rows, version_of, evaluated_by)
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
@@ -159,6 +164,7 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
     _parameters(connection, round_, there[0], note)
 
     again = acceptance.decisions_sql("recorded", there[0], round_.recipe.seed)
+    unsure = _unsure(connection, there[0])
     different = connection.execute(
         f"""SELECT coalesce(d.candidate_id, r.candidate_id) AS candidate_id, {_DIFFERENCE} AS difference
             FROM ({again}) r FULL JOIN ({recorded.DECISIONS}) d ON d.candidate_id = r.candidate_id
@@ -170,21 +176,40 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
         kind = "rule" if difference == _BY_RULE else "data"
         found.append(named(kind, difference, (candidate for candidate, why in different if why == difference)))
     facts["replayed"] = decided - sum(why != _UNDECIDED for _, why in different)
-    said = f"{revoked} had been revoked: the rule saw nothing of them" if revoked else ""
-    note(Check("decisions replayed, to the bit", decided, len(different), said), *found)
+    said = []
+    if revoked:
+        said.append(f"{revoked} had been revoked: the rule saw nothing of them")
+    if unsure:
+        said.append(f"of {unsure} only scores and chances: erased texts are among theirs, or were their duplicates")
+    note(Check("decisions replayed, to the bit", decided, len(different), "; ".join(said)), *found)
     return facts
+
+
+def _unsure(connection: duckdb.DuckDBPyConnection, rule: dict[str, Any]) -> int:
+    """Make the temporary table `unsure` of the candidates whose place hangs on texts that were erased, which may have
+    been duplicates. Returns how many: all of such a prompt's, and of the round where the whole round is ranked."""
+    erased = "SELECT prompt_id FROM recorded WHERE text IS NULL" if rule.get("distinct") else "SELECT NULL WHERE false"
+    touched = f"EXISTS ({erased})" if rule["rule"] == "quantile" else f"prompt_id IN ({erased})"
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE unsure AS SELECT candidate_id FROM recorded WHERE {touched}")
+    return connection.execute("SELECT count(*) FROM unsure").fetchone()[0]
+
+
+def _differ(names: tuple[str, ...]) -> str:
+    return " OR ".join(f"d.{name} IS DISTINCT FROM r.{name}" for name in names)
 
 
 _UNDECIDED = "candidates without a decision"
 _BY_RULE = "decisions that do not follow from scores, rule and u (or only from a score that was changed)"
-_COLUMNS = ("prompt_id", "accepted", "reason", "score", "log_a", "u", "weight")
+_COLUMNS = ("prompt_id", "score", "log_a", "u", "weight")
+_PLACE = ("accepted", "reason")
 _DIFFERENCE = f"""CASE
     WHEN r.candidate_id IS NULL AND d.reason = '{REASON}' AND NOT d.accepted THEN NULL
     WHEN d.candidate_id IS NULL THEN '{_UNDECIDED}'
     WHEN r.candidate_id IS NULL THEN 'decisions without a candidate of the round'
     WHEN d.score IS DISTINCT FROM r.score THEN 'scores that are not those decided by: `scores` and `decisions` differ'
     WHEN d.u IS DISTINCT FROM r.u THEN 'a stored u that does not follow from the candidate''s id'
-    WHEN {" OR ".join(f"d.{name} IS DISTINCT FROM r.{name}" for name in _COLUMNS)} THEN '{_BY_RULE}'
+    WHEN {_differ(_COLUMNS)} THEN '{_BY_RULE}'
+    WHEN ({_differ(_PLACE)}) AND r.candidate_id NOT IN (FROM unsure) THEN '{_BY_RULE}'
     END"""
 
 

@@ -44,7 +44,15 @@ class Promotion(Section):
         "better",
         description="`better`: the whole interval of the difference is above `margin`. `not_worse`: above −`margin`.",
     )
-    margin: float = Field(0.0, ge=0, description="Smallest gain asked for, or largest loss allowed.")
+    margin: float = Field(
+        0.0, ge=0, description="Smallest gain asked for; with `not_worse` the largest loss allowed, above 0."
+    )
+
+    @model_validator(mode="after")
+    def _some_loss_is_allowed(self):
+        if self.require == "not_worse" and self.margin == 0:
+            raise ValueError("`require: not_worse` needs a `margin:` above 0: with none it asks for what `better` does")
+        return self
 
 
 MOST_ROUNDS = 1000  # their keys, r000 to r999, sort as rounds do

@@ -15,7 +15,7 @@ class WarmUp(Section):
 
     corpus: str = Field(
         description="Warm-up text: `module:function` that yields {prompt, completion} rows, or a JSONL file of them. "
-        "Rows whose prompt falls in the evaluation split are left out."
+        "Rows whose prompt is held out are left out."
     )
     steps: int = Field(500, ge=0, description="Optimiser steps of the warm-up.")
     batch_size: int = Field(128, ge=1, description="Rows per step.")

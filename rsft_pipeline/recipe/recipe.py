@@ -60,6 +60,7 @@ class Recipe(Section):
             known = ["policy", *(scorer.label for scorer in self.scoring.scorers)]
             if self.acceptance.target not in known:
                 raise ValueError(f"acceptance.target is {self.acceptance.target!r}; expected one of {', '.join(known)}")
+            self._check_target(self.acceptance.target)
         if (self.task == "classification") != bool(self.model.labels):
             raise ValueError("`task: classification` and a list of `model.labels` go together")
         if self.sampling.source == "reference" and self.prompts.reference is None:
@@ -71,6 +72,14 @@ class Recipe(Section):
         if self.sampling.until:
             self._check_until(self.sampling.until)
         return self
+
+    def _check_target(self, target: str) -> None:
+        kinds = {scorer.label: scorer.kind for scorer in self.scoring.scorers}
+        if kinds.get(target) == "likelihood" and self.sampling.stop:
+            raise ValueError(
+                f"acceptance.target: {target!r} rates every completion that ended as one that the end of sequence "
+                "ended, and `sampling.stop` ends some otherwise: p and q would be of different texts"
+            )
 
     def _check_teacher(self) -> None:
         """What goes by the policy's probability of a draw, which of a teacher's draws nobody knows."""

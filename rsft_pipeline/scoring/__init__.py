@@ -136,8 +136,9 @@ def scorer(config: AnyScorer, recipe: Recipe, device: Device, accepted_before: S
             case "sentiment":
                 return lambda samples: simple.sentiment([s.completion for s in samples])
             case "reward":
-                model = reward.Reward(_model(config.model, recipe), config.revision, config.label_index, device)
-                return lambda samples: model([(s.prompt, s.completion) for s in samples], config.batch_size)
+                chat = recipe.prompts.messages is not None
+                model = reward.Reward(_model(config.model, recipe), config.revision, config.label_index, chat, device)
+                return lambda samples: model([(s.prompt, s.messages, s.completion) for s in samples], config.batch_size)
             case "squad":
                 metric = {"exact": squad.exact, "f1": squad.f1}[config.metric]
                 return lambda samples: [metric(s.completion, _answers(config, recipe, s)) for s in samples]
@@ -184,7 +185,7 @@ def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = 
             case "answer":
                 parts = [_source(answer)]
             case "blocklist":
-                parts = [_source(blocklist), _blocked(config, recipe)]
+                parts = [_source(blocklist), _blocked(config, recipe), importlib.metadata.version("regex")]
             case "regex":
                 parts = [_source(simple), importlib.metadata.version("regex")]
             case "length":
@@ -203,13 +204,13 @@ def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = 
                 parts = [_source(dialogue), *_embedding_parts(config, recipe)]
             case "consistency":
                 _check_turns(config, recipe)
-                parts = [_source(dialogue)]
+                parts = [_source(dialogue), importlib.metadata.version("regex")]
                 if config.nli is not None:
                     parts += [_source(nli), _source(classifier), _model_digest(_model(config.nli, recipe))]
             case "novelty":
                 parts = [_source(dialogue), *_embedding_parts(config, recipe), set_digest(set(accepted_before))]
             case "function":
-                parts = [functions.source_digest(functions.load(config.function, recipe.folder))]
+                parts = [functions.version(config.function, recipe.folder)]
     except (OSError, ValueError, ImportError, models.ModelError) as error:
         raise ScoringError(f"scorer {config.label!r}: {error}") from error
     return digest(["scorer", settings, parts])

@@ -21,6 +21,8 @@ _NUMBER = re.compile(
 )
 _MARKER = re.compile(r"####([^\n]*)")
 _CURRENCY = re.compile(r"\\?[$€£]")
+# What stands for a thousands comma: LaTeX's {,} and ,\! and thin space, and spaces that no line is broken at.
+_COMMA = re.compile(r"(?<=[0-9]) (?: \{,\} | ,\\! | \\, | [\u00a0\u2009\u202f] ) (?=[0-9]{3}(?![0-9]))", re.VERBOSE)
 
 
 def exact(completion: str, reference: str | None) -> float | None:
@@ -42,10 +44,10 @@ def number(text: str) -> Fraction | None:
     """The number that a text arrives at: the one after its last `#### `, else its last one; None without any.
 
     As in GSM8K (Cobbe et al. 2021, arXiv:2110.14168). Thousands commas, currency and per-cent signs are not
-    part of a number: $1,000 is 1000 and 50% is 50. Exact: 18.0 is 18, .5 is 1/2, and 1e-05 is
-    1/100000.
+    part of a number: $1,000 is 1000, as is 1{,}000, and 50% is 50. A comma is never a decimal point. Exact: 18.0 is
+    18, .5 is 1/2, and 1e-05 is 1/100000.
     """
-    text = _CURRENCY.sub("", text)
+    text = _COMMA.sub(",", _CURRENCY.sub("", text))
     marked = [found for line in _MARKER.findall(text) if (found := _NUMBER.search(line))]
     found = marked or list(_NUMBER.finditer(text))
     return _value(found[-1]) if found else None

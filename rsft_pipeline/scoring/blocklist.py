@@ -4,14 +4,17 @@ Whole words only (`ass` is not in `class`), whatever their case, Unicode form, a
 phrases. Does not belong here: lists of words; recipes bring their own.
 """
 
-import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+import regex
+
 # Scripts that put no space between words (Thai to Khmer, kana, Chinese characters): a word has no edges there.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_EDGE = re.compile(rf"[^\W{_UNSPACED}]")
+# A vowel sign is part of its word. An accent or a selector of emoji is not: put behind a listed word it hides nothing.
+_IN_WORD = r"[\p{L}\p{N}_[\p{M}--\p{Script=Inherited}]]"
+_EDGE = regex.compile(rf"[{_IN_WORD}--[{_UNSPACED}]]", regex.V1)
 
 
 class Blocklist:
@@ -30,7 +33,8 @@ class Blocklist:
         words = [_upto_edge(entry) for entry in ordered if _EDGE.match(entry[0])]
         others = [_upto_edge(entry) for entry in ordered if not _EDGE.match(entry[0])]
         # One look behind for all words, so that the inside of a word is passed over at once.
-        self._pattern = re.compile("|".join([rf"(?<!\w)(?:{'|'.join(words)})"] * bool(words) + others))
+        behind = [rf"(?<!{_IN_WORD})(?:{'|'.join(words)})"] * bool(words)
+        self._pattern = regex.compile("|".join(behind + others), regex.V1)
 
     def hits(self, text: str) -> list[str]:
         """The entries that occur, folded, in the order of the text and once for each time."""
@@ -53,10 +57,10 @@ def read(path: Path) -> list[str]:
 def _fold(text: str) -> str:
     """Compatibility form, case-folded, white space as single spaces (case folding can undo the form: twice)."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return re.sub(r"\s+", " ", folded).strip()
+    return regex.sub(r"\s+", " ", folded).strip()
 
 
 def _upto_edge(entry: str) -> str:
     # An entry that ends (or begins) with something other than a letter or digit has no word's edge there:
     # an emoji is found right behind a word.
-    return re.escape(entry) + (r"(?!\w)" if _EDGE.match(entry[-1]) else "")
+    return regex.escape(entry) + (f"(?!{_IN_WORD})" if _EDGE.match(entry[-1]) else "")

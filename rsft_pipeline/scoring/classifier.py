@@ -1,9 +1,9 @@
-"""Classifier: the outputs of a sequence-classification model on pairs of texts.
+"""Classifier: the outputs of a sequence-classification model on pairs of texts, or on conversations.
 
 Weights are read as safetensors only, and no code that comes with a model is run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import context_of
@@ -39,13 +39,20 @@ class Classifier:
 
     def __call__(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[list[float] | None]:
         """The logits of each pair of texts; None where they are longer than the model's context."""
+        encoded = self.tokenizer([first for first, _ in pairs], [second for _, second in pairs], verbose=False)
+        return self._logits(encoded, batch_size)
+
+    def conversations(self, texts: Sequence[str], batch_size: int) -> list[list[float] | None]:
+        """The same of texts from the chat template, which hold their special tokens already."""
+        return self._logits(self.tokenizer(list(texts), add_special_tokens=False, verbose=False), batch_size)
+
+    def _logits(self, encoded: Mapping[str, list[list[int]]], batch_size: int) -> list[list[float] | None]:
         import torch
 
-        encoded = self.tokenizer([first for first, _ in pairs], [second for _, second in pairs], verbose=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         # By length, so that little is padded; each row goes back to its place.
         order = sorted((i for i, n in enumerate(lengths) if n <= self.longest), key=lengths.__getitem__)
-        logits: list[list[float] | None] = [None] * len(pairs)
+        logits: list[list[float] | None] = [None] * len(lengths)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = self.tokenizer.pad(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from rsft_pipeline.lineage import normalise
 from rsft_pipeline.scoring import embedding
 from rsft_pipeline.scoring.embedding import Embed
@@ -117,9 +119,11 @@ def _placed(places: Sequence[int], values: Sequence[float], count: int) -> list[
     return [found.get(i) for i in range(count)]
 
 
+_WORD = regex.compile(r"(?:[\p{L}\p{N}]\p{M}*)+")  # a mark, such as a vowel sign, belongs to what it stands on
+
+
 def _words(text: str) -> list[str]:
-    kept = "".join(c if c.isalnum() or c.isspace() else " " for c in normalise(text).casefold() if c not in "'’")
-    return kept.split()
+    return _WORD.findall("".join(c for c in normalise(text).casefold() if c not in "'’"))
 
 
 def _runs(words: list[str], n: int) -> set[tuple[str, ...]]:

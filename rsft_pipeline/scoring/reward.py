@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rsft_pipeline import prompts
 from rsft_pipeline.devices import Device
 from rsft_pipeline.scoring.classifier import Classifier
 
@@ -13,17 +14,29 @@ class Reward:
         model: local folder, or hub id.
         revision: commit or tag on the hub.
         label_index: which of the model's outputs is the reward.
+        chat: whether prompts have messages. They are read with the completion as one conversation, by the model's own
+            chat template; where it has none, as other prompts: prompt and completion as a pair of texts.
 
     Raises:
         OSError: no such model, or none with safetensors. ValueError: it has no such output.
     """
 
-    def __init__(self, model: str, revision: str | None, label_index: int, device: Device):
+    def __init__(self, model: str, revision: str | None, label_index: int, chat: bool, device: Device):
         self.classifier, self.label_index = Classifier(model, revision, device), label_index
+        self.chat = chat and bool(self.classifier.tokenizer.chat_template)
         outputs = self.classifier.model.config.num_labels
         if label_index >= outputs:
             raise ValueError(f"label_index is {label_index}, but {model} has {outputs} outputs")
 
-    def __call__(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[float | None]:
-        """One reward for each (prompt, completion); None where they are longer than the model's context."""
-        return [None if row is None else row[self.label_index] for row in self.classifier(pairs, batch_size)]
+    def __call__(self, rows: Sequence[tuple[str, list[dict] | None, str]], batch_size: int) -> list[float | None]:
+        """One reward for each (prompt, its messages, completion); None where they exceed the model's context."""
+        if self.chat:
+            texts = [self._conversation(messages, completion) for _, messages, completion in rows]
+            outputs = self.classifier.conversations(texts, batch_size)
+        else:
+            outputs = self.classifier([(prompt, completion) for prompt, _, completion in rows], batch_size)
+        return [None if row is None else row[self.label_index] for row in outputs]
+
+    def _conversation(self, messages: list[dict], completion: str) -> str:
+        reply = {"role": "assistant", "content": completion}
+        return prompts.render(self.classifier.tokenizer, [*messages, reply], finished=True)

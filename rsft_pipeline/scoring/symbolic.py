@@ -51,6 +51,19 @@ def equal(pairs: Sequence[tuple[str, str | None]]) -> list[float | None]:
     return scores
 
 
+# A single dollar opens and closes mathematics as in Pandoc, so that $5 and $10 are money. No \( or \[ stands inside
+# another of its kind, or a text of openings alone would be searched to its end from each of them.
+_INLINE = re.compile(
+    r"""
+    \$\$ (.+?) \$\$
+    | (?<![\\$]) \$ (?!\s) ([^$\n]*? [^$\s\\]) \$ (?!\d)
+    | \\\( ( (?: (?!\\\() . )+? ) \\\)
+    | \\\[ ( (?: (?!\\\[) . )+? ) \\\]
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
 def final_expression(text: str) -> str:
     r"""The expression that a text gives as its answer, or "".
 
@@ -61,7 +74,7 @@ def final_expression(text: str) -> str:
         return boxed
     if marked := re.findall(r"####([^\n]*)", text):
         return marked[-1].strip()
-    if inline := re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text, re.DOTALL):
+    if inline := _INLINE.findall(text):
         return "".join(inline[-1]).strip()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return re.sub(r"^.*(?:\bis|:)\s", "", lines[-1]).strip().removesuffix(".") if lines else ""

@@ -41,12 +41,22 @@ def scored(store: Store, round_: Round) -> str:
 
 
 def decide(store: Store, round_: Round, run_id: str) -> dict:
-    """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters."""
+    """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters.
+
+    Raises:
+        RoundError: weights or a scorer were revoked, or candidates were not scored by what decides now.
+    """
     check_not_revoked(store, round_)
     recipe, version_of = round_.recipe, versions(store, round_)
 
     def work(connection):
         parameters, decisions = _decisions(connection, round_)
+        (unscored,) = connection.execute("SELECT count(*) FROM scored WHERE passed IS NULL").fetchone()
+        if unscored:
+            raise RoundError(
+                f"{recipe.name} {round_.key}: {unscored} candidates have no score by the scorers and references of "
+                "now, which have changed since: materialise `scores` again"
+            )
         connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
         connection.execute(
             f"""INSERT INTO decisions BY NAME
@@ -76,11 +86,16 @@ def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
 def _read(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: str, draws: int) -> None:
     """Make the temporary table `scored` of a round's first draws."""
     connection.execute(f"CREATE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
-    (twice,) = connection.execute("SELECT count(*) - count(DISTINCT candidate_id) FROM scored").fetchone()
-    if twice:
+    if twice := _repeated(connection, "hash(candidate_id)") and _repeated(connection, "candidate_id"):
         raise RoundError(
             f"{round_.recipe.name} {round_.key}: {twice} candidates are in the store twice; nothing was decided"
         )
+
+
+def _repeated(connection: duckdb.DuckDBPyConnection, id_: str) -> int:
+    """How many rows of `scored` repeat an id. Where no hash is repeated no id is: that takes less memory."""
+    (number,) = connection.execute(f"SELECT count(*) - count(DISTINCT {id_}) FROM scored").fetchone()
+    return number
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[dict, str]:

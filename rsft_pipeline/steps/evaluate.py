@@ -46,6 +46,7 @@ class Outcome:
     controls: dict[str, Comparison]  # of the checkpoint with each control
     promoted: bool
     verdict: str
+    scorers: dict[str, str]  # the versions that it went by
 
 
 def contest(store: Store, round_: Round, home: Home) -> Contest:
@@ -58,19 +59,29 @@ def contest(store: Store, round_: Round, home: Home) -> Contest:
         raise RoundError(
             f"{round_.recipe.name} {round_.key} has no {missing.pop()} control: materialise `controls` first"
         )
-    if why := revocations.of_checkpoint(store, round_.recipe.name, made):
-        raise RoundError(
-            f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its "
-            "beginning; where that gives the same weights, change the recipe, or revoke what they learned"
-        )
+    _check_not_revoked(store, round_, made)
     champion = starting_weights(store, round_.recipe, home, round_.key, "champion")
     return Contest(round_.policy, made, champion.digest, {name: controls[name] for name in round_.recipe.controls})
 
 
+def _check_not_revoked(store: Store, round_: Round, checkpoint: str) -> None:
+    if why := revocations.of_checkpoint(store, round_.recipe.name, checkpoint):
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key}: {why}. Run the round again from its "
+            "beginning; where that gives the same weights, change the recipe, or revoke what they learned"
+        )
+
+
 def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome:
-    """Compare the weights on the held-out prompts. Writes `evaluations`."""
+    """Compare the weights on the held-out prompts. Writes `evaluations`.
+
+    Raises:
+        RoundError: the checkpoint was revoked while the prompts were answered.
+    """
+    _check_not_revoked(store, round_, between.checkpoint)
     recipe, how = round_.recipe, round_.recipe.evaluation
-    version = versions(store, round_)[COMBINED]
+    scorers = versions(store, round_)
+    version = scorers[COMBINED]
     found = {role: results(store.query, round_, digest, version) for role, digest in between.roles.items()}
     rows = [
         {
@@ -84,6 +95,7 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
             "score": result.score,
             "distinct_texts": result.distinct,
             "tokens": result.tokens,
+            "eligible": result.eligible,
             "dagster_run_id": run_id,
         }
         for role, each in found.items()
@@ -97,7 +109,7 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
     }
     comparison = compared.pop("champion")
     won, verdict = promoted(comparison, recipe.promotion)
-    return Outcome(summaries, comparison, compared, won, verdict)
+    return Outcome(summaries, comparison, compared, won, verdict, scorers)
 
 
 def results(query: Query, round_: Round, policy: str, version: str) -> list[PromptResult]:
@@ -106,7 +118,8 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
     rows = query(
         f"""SELECT c.prompt_id, count(*) AS draws,
                 count(*) FILTER (s.value > $above AND s.passed) AS passes, avg(s.value) AS score,
-                count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
+                count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens,
+                count(*) FILTER (s.value IS NOT NULL AND s.passed) AS eligible
             FROM ({EVALUATION_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
                 AND s.scorer = '{COMBINED}' AND s.version = $version
@@ -123,15 +136,20 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
 def recorded_results(query: Query, round_: Round, role: str) -> list[PromptResult]:
     """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
     rows = query(
-        """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens FROM evaluations
-           WHERE recipe = $recipe AND round = $round AND role = $role ORDER BY prompt_id""",
+        """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens, eligible
+           FROM evaluations WHERE recipe = $recipe AND round = $round AND role = $role ORDER BY prompt_id""",
         {"recipe": round_.recipe.name, "round": round_.key, "role": role},
     )
     return [PromptResult(**row) for row in rows]
 
 
 def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) -> None:
-    """Finish the round's record: the point from which the round counts as done."""
+    """Finish the round's record: the point from which the round counts as done.
+
+    Raises:
+        RoundError: the checkpoint was revoked while it was evaluated.
+    """
+    _check_not_revoked(store, round_, between.checkpoint)
     counts = store.query(
         f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
                 count(*) FILTER (d.accepted) AS accepted,
@@ -152,6 +170,7 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
         policy_eval=as_json["policy"],
         checkpoint_eval=as_json["checkpoint"],
         champion_eval=as_json["checkpoint" if outcome.promoted else "champion"],
+        evaluation_scorers=json.dumps(outcome.scorers),
         **counts,
     )
 

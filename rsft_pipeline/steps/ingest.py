@@ -20,19 +20,21 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     """Read the recipe's prompts into `prompts` and `quarantine`.
 
     A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. One
-    that is known keeps its split for ever, whatever `eval_fraction` has become.
+    that is known keeps its split for ever, whatever `eval_fraction` has become: from the first finished round on.
+    Before, nothing hangs on it, and a warm-up that is made anew goes by the fraction of now.
     """
     prompts.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
     contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
+    revoked = store.query(_REVOKED, [recipe.name])
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
-    sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, [recipe.name])}
+    sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, {"recipe": recipe.name})}
     read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
-        revoked = sum(row.reason == revocations.REASON for row in read.refused)
-        besides = f" ({revoked} more were revoked)" if revoked else ""
+        left_out = sum(row.reason == revocations.REASON for row in read.refused)
+        besides = f" ({left_out} more were revoked)" if left_out else ""
         raise prompts.PromptError(
             f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
             "prompts, or change prompts.eval_fraction"
@@ -64,7 +66,10 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     ]
     refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
 
-    def work(connection):
+    def work(connection) -> bool:
+        now = connection.execute(_REVOKED, [recipe.name]).to_arrow_table().to_pylist()
+        if now != revoked:
+            return False
         ids = [row["prompt_id"] for row in usable]
         connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe.name])
         connection.execute(
@@ -72,12 +77,16 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
         )
         insert(connection, "prompts", usable)
         store_replace(connection, "quarantine", refused, recipe=recipe.name)
+        return True
 
-    store.commit(work)
+    if not store.commit(work):  # something was revoked meanwhile, perhaps erased: what was read may have it
+        return ingest(store, recipe, home, run_id, show)
     return read
 
 
-_SIDES = "SELECT prompt_id, split FROM prompts WHERE recipe = ?"
+_REVOKED = "SELECT kind, what FROM revocations WHERE recipe = ? ORDER BY ALL"
+_SIDES = """SELECT prompt_id, split FROM prompts WHERE recipe = $recipe
+    AND EXISTS (FROM rounds WHERE recipe = $recipe AND state <> 'started')"""
 
 
 def _values(row: dict) -> tuple:

@@ -5,6 +5,7 @@ candidate is judged (scoring/), nor which are accepted (decide.py).
 """
 
 import json
+from dataclasses import dataclass
 
 from rsft_pipeline import lineage, revocations, scoring
 from rsft_pipeline.devices import Device
@@ -46,6 +47,31 @@ def accepted_before(store: Store, round_: Round) -> list[str]:
     return rows["text"].to_pylist()
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A round's scorers, loaded, and the versions that they have."""
+
+    judges: dict[str, scoring.Judge]
+    version_of: dict[str, str]
+
+
+def bench(store: Store, round_: Round, device: Device) -> Bench:
+    """Load the scorers of a round. Raises RoundError when one of them changes meanwhile."""
+    version_of = versions(store, round_)
+    loaded = Bench(scoring.judges(round_.recipe, device, accepted_before(store, round_)), version_of)
+    _check_unchanged(store, round_, loaded)
+    return loaded
+
+
+def _check_unchanged(store: Store, round_: Round, loaded: Bench) -> None:
+    now = versions(store, round_)
+    if changed := [name for name, version in loaded.version_of.items() if now[name] != version and name != COMBINED]:
+        raise RoundError(
+            f"{round_.recipe.name} {round_.key}: the scorer `{changed[0]}` has changed since it was loaded, so what it "
+            "says is not what its file says by now. Nothing is lost: run the round again, and it goes on from here"
+        )
+
+
 def score(
     store: Store,
     round_: Round,
@@ -55,27 +81,32 @@ def score(
     device: Device,
     run_id: str,
     show: Show,
-    judges: dict[str, scoring.Judge] | None = None,
+    loaded: Bench | None = None,
 ) -> int:
     """Score those candidates that have no combined score of the present version. Returns how many.
 
     Args:
         candidates: ROUND_CANDIDATES or EVALUATION_CANDIDATES.
         parameters: what it takes.
-        judges: the recipe's scorers, where they are loaded already.
+        loaded: the round's scorers, where they are loaded already.
+
+    Raises:
+        RoundError: a scorer has changed since it was loaded.
     """
     recipe = round_.recipe
-    version_of = versions(store, round_)
+    if loaded:
+        _check_unchanged(store, round_, loaded)
+    version_of = loaded.version_of if loaded else versions(store, round_)
     to_judge = {**parameters, "version": version_of[COMBINED], "scorers": of_scorers(version_of)}
     with store.connection() as connection:
         connection.execute(f"CREATE TEMP TABLE unscored AS {_UNSCORED.format(candidates=candidates)}", to_judge)
         (number,) = connection.execute("SELECT count(*) FROM unscored").fetchone()
         if not number:
             return 0
-        judges, done = judges or scoring.judges(recipe, device, accepted_before(store, round_)), 0
+        loaded, done = loaded or bench(store, round_, device), 0
         for batch in connection.execute("FROM unscored").to_arrow_reader(SCORING_BATCH):
             rows = batch.to_pylist()
-            judged = _judge(recipe, judges, rows)
+            judged = _judge(recipe, loaded.judges, rows)
             store.append(
                 "scores",
                 columns(
@@ -84,7 +115,7 @@ def score(
                     round=[row["round"] for row, *_ in judged],
                     candidate_id=[row["candidate_id"] for row, *_ in judged],
                     scorer=[scorer for _, scorer, *_ in judged],
-                    version=[version_of[scorer] for _, scorer, *_ in judged],
+                    version=[loaded.version_of[scorer] for _, scorer, *_ in judged],
                     content=[row["content"] for row, *_ in judged],
                     value=[value for *_, value, _ in judged],
                     passed=[passed for *_, passed in judged],

@@ -57,6 +57,11 @@ def _scorers(store: Store, round_: Round) -> list[str]:
     return sorted({version for row in rows for version in json.loads(row["scorers"] or "{}").values()})
 
 
+# A control that came out as the round's own checkpoint was trained on the same rows: the checkpoint's stay.
+_ACCEPTED_ALIKE = """SELECT 1 FROM checkpoints WHERE recipe = ? AND round = ? AND checkpoint = ?
+    AND coalesce(trained_on, 'accepted') = 'accepted'"""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A checkpoint and how it came to be."""
@@ -110,6 +115,7 @@ def train(
         "round": round_.key,
         "parent": start.digest,
         "policy": round_.policy,
+        "drawn_from": round_.drawn_from,
         "trained_on": trained_on,
         "accepted_digest": accepted,
         "merkle_root": merkle.root(leaves),
@@ -125,12 +131,15 @@ def train(
         "parameters": total,
     }
     checkpoint = models.save(model, tokenizer, home.checkpoints, meta, card(meta))
+    if trained_on == "accepted":  # the same weights may have come of rows with other scores before, or of a control
+        models.describe(checkpoint, meta, card(meta))
     row = {
         "recipe": recipe.name,
         "round": round_.key,
         "checkpoint": checkpoint.digest,
         "parent": start.digest,
         "policy": round_.policy,
+        "drawn_from": round_.drawn_from,
         "trained_on": trained_on,
         "path": str(checkpoint.path),
         "accepted_digest": accepted,
@@ -155,8 +164,9 @@ def train(
 
     def work(connection):
         made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
-        replace(connection, "checkpoints", [row], **made)
-        replace(connection, "training_samples", members, **made)
+        if trained_on == "accepted" or not connection.execute(_ACCEPTED_ALIKE, list(made.values())).fetchone():
+            replace(connection, "checkpoints", [row], **made)
+            replace(connection, "training_samples", members, **made)
         revocations.lift(connection, checkpoint.digest)
         told = "checkpoint = ?", checkpoint.digest
         if trained_on != "accepted":
