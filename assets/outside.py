@@ -53,15 +53,16 @@ def _events(instance: dg.DagsterInstance, run: dg.DagsterRun) -> list[dict[str, 
 def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: Revoked) -> None:
     """Mark what a revocation reached: tags in MLflow, where the alias `champion` goes back to the last champion
     that may be used, and in Dagster the check `nothing_revoked` of the checkpoints' assets, failed.
+
+    A text is named by its hash: it may have to be erased, and neither of them forgets.
     """
     by_recipe: dict[str, list[Touched]] = {}
     for touched in done.impact.checkpoints:
         by_recipe.setdefault(touched.recipe, []).append(touched)
-    reason = f"{done.impact.thing.words} was revoked by {done.who}: {done.why}"
+    reason = f"{done.impact.thing.name} was revoked by {done.who}: {done.why}"
     for recipe, reached in by_recipe.items():
         if _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason):
-            finished = rounds.history(store, recipe)
-            tracking.crown(recipe, finished[-1]["champion"] if finished else "")
+            tracking.crown(recipe, rounds.champion(store, recipe))
         named = {f"{one.round}, {one.role}": one.checkpoint for one in reached}
         instance.report_runless_asset_event(
             dg.AssetCheckEvaluation(

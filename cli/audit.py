@@ -7,6 +7,7 @@ Every command reads the store of `$RSFT_HOME` and is safe while rounds run; only
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,9 +60,10 @@ def recipe_named(name: str) -> Recipe:
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
-    """Print an answer (a dataclass, or what json.dumps takes): as JSON, or as `render` draws it."""
+    """Print an answer (a dataclass, or what JSON is made of): as JSON, or as `render` draws it."""
     if as_json:
-        print(json.dumps(asdict(answer) if hasattr(answer, "__dataclass_fields__") else answer, default=_plain))
+        told = asdict(answer) if hasattr(answer, "__dataclass_fields__") else answer
+        print(json.dumps(_plain(told), allow_nan=False))
     else:
         drawn = render(answer)
         # A tree would be cut at the terminal's width where it may not wrap.
@@ -69,8 +71,21 @@ def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) ->
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: paths and times as text, bytes as UTF-8 with what is none of it replaced."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """The same with what JSON has no form for as text: paths, times, bytes (UTF-8, what is none of it replaced), and
+    numbers that are not finite."""
+    match value:
+        case dict():
+            return {key: _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+        case bytes():
+            return value.decode("utf-8", "replace")
+        case str() | int() | None:
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case _:
+            return str(value)
 
 
 # --- replay, verify, whatif, diff ---------------------------------------------------------------

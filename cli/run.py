@@ -296,7 +296,8 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
     console.print(state, highlight=False, markup=False, soft_wrap=True)
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
-    console.print(f"  Dagster  {pages.DAGSTER}\n  MLflow   {pages.MLFLOW}\n  audit    {pages.AUDIT}", highlight=False)
+    for server in pages.SERVERS:
+        console.print(f"  {server:<8} {pages.at(server)}", highlight=False, markup=False)
 
 
 def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:

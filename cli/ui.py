@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cli.run import _instance
+from resources import pages
 from rsft_pipeline.home import ROOT, Home
 
 HOST = "127.0.0.1"
@@ -31,9 +32,10 @@ def ui(
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    processes = [subprocess.Popen([sys.executable, "-m", *command], start_new_session=True) for command in commands]
-    pages = {"Dagster": port, "MLflow": mlflow_port, "Audit": audit_port}
-    print(*(f"{name:<8} http://{HOST}:{number}" for name, number in pages.items()), sep="\n")
+    ports = {"Dagster": port, "MLflow": mlflow_port, "audit": audit_port}
+    how = {"start_new_session": True, "env": environment(ports)}
+    processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
+    print(*(f"{name:<8} http://{HOST}:{number}" for name, number in ports.items()), sep="\n")
     print("Ctrl-C stops them all.", flush=True)
     try:
         while all(process.poll() is None for process in processes):
@@ -44,6 +46,11 @@ def ui(
     finally:
         for process in processes:
             _end(process)
+
+
+def environment(ports: dict[str, int]) -> dict[str, str]:
+    """What the servers link to each other by: where they are, unless somebody has said where they are seen."""
+    return {pages.SERVERS[server][0]: f"http://{HOST}:{port}" for server, port in ports.items()} | os.environ
 
 
 def _end(process: subprocess.Popen) -> None:

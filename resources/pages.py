@@ -6,9 +6,11 @@ Belongs here: addresses alone, so that the servers and the links between them ag
 import os
 from urllib.parse import quote
 
-AUDIT = "http://127.0.0.1:5001"
-DAGSTER = "http://127.0.0.1:3000"
-MLFLOW = "http://127.0.0.1:5000"
+SERVERS = {  # the variable that says where each is, and where it is otherwise
+    "Dagster": ("RSFT_DAGSTER_UI", "http://127.0.0.1:3000"),
+    "MLflow": ("RSFT_MLFLOW_UI", "http://127.0.0.1:5000"),
+    "audit": ("RSFT_AUDIT_UI", "http://127.0.0.1:5001"),
+}
 
 
 def path(*segments: object) -> str:
@@ -32,15 +34,21 @@ def checkpoint(recipe: str, digest: str) -> str:
     return path("recipes", recipe, "checkpoints", digest)
 
 
+def at(server: str) -> str:
+    """The address of one of SERVERS."""
+    variable, usual = SERVERS[server]
+    return os.environ.get(variable, usual).rstrip("/")
+
+
 def audit(page: str) -> str:
     """The address of an audit page, for links from elsewhere."""
-    return os.environ.get("RSFT_AUDIT_UI", AUDIT).rstrip("/") + page
+    return at("audit") + page
 
 
 def dagster_run(run_id: str) -> str:
-    return os.environ.get("RSFT_DAGSTER_UI", DAGSTER).rstrip("/") + path("runs", run_id)
+    return at("Dagster") + path("runs", run_id)
 
 
 def mlflow_run(run_id: str) -> str:
     """A run's page, which MLflow finds without its experiment."""
-    return os.environ.get("RSFT_MLFLOW_UI", MLFLOW).rstrip("/") + "/#" + path("runs", run_id)
+    return at("MLflow") + "/#" + path("runs", run_id)

@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import dagster as dg
 from pydantic import Field
 
+from resources import pages
 from rsft_pipeline.home import Home
 
 
@@ -22,7 +22,6 @@ class Tracking(dg.ConfigurableResource):
     """Writes rounds to MLflow and moves the `champion` alias of its model registry."""
 
     uri: str = Field("", description="MLflow tracking URI; default: a SQLite database in $RSFT_HOME.")
-    ui: str = Field("http://127.0.0.1:5000", description="Where people open MLflow; links point there.")
 
     def client(self):
         """An MlflowClient; MLflow takes seconds to import, so only steps that write to it do."""
@@ -132,7 +131,7 @@ class Tracking(dg.ConfigurableResource):
     def url(self, recipe: str, run_id: str) -> str:
         """The page of a run in MLflow's UI."""
         experiment = self.client().get_run(run_id).info.experiment_id
-        return f"{self.ui}/#/experiments/{quote(experiment)}/runs/{quote(run_id)}"
+        return f"{pages.at('MLflow')}/#{pages.path('experiments', experiment, 'runs', run_id)}"
 
 
 @functools.lru_cache(maxsize=4)

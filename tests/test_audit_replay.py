@@ -5,16 +5,17 @@ import json
 import sqlite3
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import RECIPE, run_rounds
+from conftest import RECIPE, run_round, run_rounds
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from cli.main import app
-from rsft_pipeline import lineage, merkle, rounds
+from rsft_pipeline import lineage, merkle, models, rounds
 from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import AuditError, thing
 from rsft_pipeline.audit.replay import replay
@@ -27,6 +28,7 @@ from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import training_rows
+from rsft_pipeline.steps.train import train
 from rsft_pipeline.store import Store
 from web.app import create
 
@@ -266,6 +268,9 @@ def test_diff_is_what_the_rows_say(mine, recipe):
     assert held_out["share of successes"].before == pytest.approx(recorded[0]["pass_at_1"]["value"])
     assert held_out["share of successes"].after == pytest.approx(recorded[1]["pass_at_1"]["value"])
     assert held_out["score"].after == pytest.approx(recorded[1]["mean_score"]["value"])
+    stricter = json.dumps({"evaluation": {"pass_above": 0.9}})
+    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", stricter)
+    assert diff(mine, recipe, "r000", "r001").notes == ("the rounds had different `evaluation` settings",)
 
 
 # --- rows that somebody changed ---------------------------------------------------------------
@@ -416,6 +421,75 @@ def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine)
     mine.forget()
     answer = verify(mine, made, Home.here())
     assert answer.ok and "the snapshot was forgotten" in answer.checks[-1].note
+
+
+def test_a_checkpoint_whose_round_was_run_again_after_a_text_was_erased_still_has_its_root(mine, recipe):
+    made = find(mine, NAME, "r001")
+    candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001'")
+    revoke(mine, thing(mine, candidate), who="me", why="the law", erase=True)
+    mine.forget()
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run_round(instance, recipe, "r001").success
+    assert find(mine, NAME, "r001")["checkpoint"] != made["checkpoint"]
+    answer = verify(mine, made, Home.here())
+    assert answer.ok and checks(answer)["recorded leaves, by the root"] == (made["samples"], 0)
+    change(mine, "UPDATE training_samples SET leaf = sha256('x') WHERE checkpoint = ? AND candidate_id = ?",
+           made["checkpoint"], candidate)  # fmt: skip
+    assert not verify(mine, made, Home.here()).ok
+
+
+def test_after_a_duplicate_was_erased_the_round_still_replays(mine, recipe):
+    duplicate = some(mine, "d.reason = 'duplicate'")
+    revoke(mine, thing(mine, duplicate["candidate_id"]), who="me", why="the law", erase=True)
+    answer = replayed(mine, recipe)
+    assert answer.findings == []
+    (check,) = (check for check in answer.checks if check.name == "decisions replayed, to the bit")
+    assert check.note == "of 6 only scores and chances: erased texts are among theirs, or were their duplicates"
+    change(mine, "UPDATE decisions SET u = 0.5 WHERE candidate_id = ?", duplicate["candidate_id"])
+    assert not replayed(mine, recipe).ok
+
+
+def trained_again(store, recipe, trained_on="accepted"):
+    round_, home = rounds.record(store, recipe, "r001"), Home.here()
+    start = rounds.starting_weights(store, recipe, home, "r001", recipe.training.start)
+    return train(store, round_, start, home, CPU, "again", lambda *_: None, trained_on)
+
+
+def test_the_same_weights_trained_on_other_scores_are_described_anew(mine, recipe):
+    before = find(mine, NAME, "r001")["checkpoint"]
+    change(mine, "UPDATE decisions SET score = 0.9 WHERE accepted")
+    made = trained_again(mine, recipe)
+    assert made.checkpoint.digest == before
+    assert models.read_meta(made.checkpoint.path)["merkle_root"] == made.merkle_root
+    answer = verified(mine, "r001")
+    assert answer.ok and answer.root == made.merkle_root
+
+
+def test_a_control_that_comes_out_as_the_checkpoint_does_not_take_its_place(mine, recipe):
+    sql, given = training_rows(NAME, "r001", recipe, "everything")
+    ids = mine.arrow(f"SELECT candidate_id FROM ({sql})", given)["candidate_id"].to_pylist()
+    change(mine, "UPDATE decisions SET accepted = list_contains(?, candidate_id) WHERE round = 'r001'", ids)
+    made, control = trained_again(mine, recipe), trained_again(mine, recipe, "everything")
+    assert control.checkpoint == made.checkpoint
+    row = find(mine, made.checkpoint.digest)
+    assert (row["trained_on"], models.read_meta(made.checkpoint.path)["trained_on"]) == ("accepted", "accepted")
+    assert json.loads(rounds.raw(mine, NAME, "r001")["controls"])["everything"] == made.checkpoint.digest
+    assert verified(mine, "r001").ok
+
+
+def test_a_candidate_without_a_score_of_now_is_not_decided_on(mine, recipe):
+    change(mine, "DELETE FROM scores WHERE candidate_id = ?", some(mine)["candidate_id"])
+    with pytest.raises(RoundError, match=r"1 candidates have no score .* materialise `scores` again"):
+        decide(mine, rounds.record(mine, recipe, "r000"), "again")
+
+
+def test_settings_that_are_refused_by_now_are_no_reason_not_to_verify(mine):
+    refused = json.dumps({"sampling": {"draws": 0}, "renamed_since": True})
+    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?)", refused)
+    mine.forget()  # what the snapshots have is not refused
+    assert verified(mine).ok
+    control = json.loads(rounds.raw(mine, NAME, "r000")["controls"])["random"]
+    assert verify(mine, find(mine, control), Home.here()).ok
 
 
 # --- files that somebody changed ---------------------------------------------------------------

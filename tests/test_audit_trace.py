@@ -1,6 +1,9 @@
 """Trace, impact, revocation and export, on two rounds that really ran and on chains of rounds made by hand."""
 
+import hashlib
 import json
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import dagster as dg
@@ -11,8 +14,8 @@ from typer.testing import CliRunner
 import definitions
 from assets import outside
 from cli.main import app
-from rsft_pipeline import efficiency, gates, lineage, merkle, rounds
-from rsft_pipeline.audit import ids
+from rsft_pipeline import efficiency, gates, lineage, merkle, revocations, rounds
+from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import impact
@@ -21,6 +24,7 @@ from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
+from rsft_pipeline.steps import evaluate
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training
@@ -105,6 +109,55 @@ def test_a_missing_link_is_named(mine):
     assert gaps == ["its prompt is not in the store", "it has no combined score"]
 
 
+def test_a_prompt_that_has_changed_is_shown_as_the_candidate_was_judged_by_it(mine):
+    candidate = accepted(mine, "r000")[0]
+    was = trace(mine, candidate)
+    changed = "UPDATE prompts SET reference = 'z', content = 'another' WHERE prompt_id = ?"
+    mine.commit(lambda connection: connection.execute(changed, [was.prompt.prompt_id]))
+    (again,) = mine.query("SELECT * FROM scores WHERE candidate_id = ? AND scorer = 'answer'", [candidate])
+    mine.append("scores", [{**again, "content": "another", "value": 0.0}])  # and judged by it, too
+    found = trace(mine, candidate)
+    then = mine.value("SELECT snapshot FROM checkpoints WHERE round = 'r000'")
+    assert found.complete and found.prompt == replace(was.prompt, snapshot=then)
+    assert {(one.scorer, one.value): one.decided_by for one in found.scores} == {
+        ("answer", 1.0): True,
+        ("answer", 0.0): False,
+        ("combined", 1.0): True,
+    }
+    done = CliRunner().invoke(app, ["audit", "trace", candidate, "--quick"], catch_exceptions=False)
+    assert f"as it was judged by, in snapshot {then}; it has changed since" in done.stdout
+
+    mine.forget()
+    found = trace(mine, candidate)
+    assert found.prompt.reference == "z" and found.prompt.snapshot is None
+    assert found.gaps == ["its prompt has changed since it was judged, and is shown as it is now"]
+    revoke(mine, ids.thing(mine, found.prompt.prompt_id), who="me", why="the law", erase=True)
+    found = trace(mine, candidate)
+    assert found.prompt.reference is None and found.complete
+
+
+def test_what_a_control_learned_of_the_rejected_rests_on_no_decision(mine):
+    candidate = everything(mine)["candidate_id"]
+    found = trace(mine, candidate)
+    assert found.complete and not found.decision.accepted and found.decision_then is None
+    assert [one.role for one in found.learned] == ["control everything"]
+
+
+def everything(store):
+    """Write a control of r000 that learned from a candidate that the rule gave no chance. Returns its decision."""
+    rejected = "SELECT * FROM decisions WHERE reason = 'below threshold' AND round = 'r000' ORDER BY candidate_id"
+    one = store.query(rejected)[0]
+    chance = "UPDATE decisions SET log_a = '-infinity' WHERE candidate_id = ?"
+    store.commit(lambda connection: connection.execute(chance, [one["candidate_id"]]))
+    made = {"recipe": NAME, "round": "r000", "checkpoint": "a11a"}
+    base = rounds.raw(store, NAME, "r000")["policy"]
+    more = {"parent": base, "policy": base, "trained_on": "everything", "samples": 1, "snapshot": store.snapshot()}
+    meta = json.dumps({"training": {"data": "round"}, "scorers": []})
+    store.append("checkpoints", [{**made, **more, "accepted_digest": "of a control", "meta": meta}])
+    store.append("training_samples", [{**made, "candidate_id": one["candidate_id"], "weight": 1.0, "leaf": ""}])
+    return one
+
+
 def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there):
     assert ids.accepted(there, NAME, "r001", 2) == accepted(there, "r001")[1]
     for place in (0, 10_000, 10**20):
@@ -128,7 +181,35 @@ def test_the_command_line_gives_the_chain_as_json(mine):
     assert "registered as version 2" in done.stdout.replace("\n", "")
 
 
+def test_json_has_no_number_that_is_none_of_its(mine):
+    candidate = everything(mine)["candidate_id"]
+    done = CliRunner().invoke(app, ["audit", "trace", candidate, "--quick", "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["decision"]["log_a"] == "-inf"
+
+
+def test_links_to_mlflow_lead_where_it_is_seen(mine, monkeypatch):
+    monkeypatch.setenv("RSFT_MLFLOW_UI", "https://mlflow.example/")
+    run = rounds.raw(mine, NAME, "r000")["mlflow_run_id"]
+    link = definitions.usual_resources()["tracking"].url(NAME, run)
+    assert link.startswith("https://mlflow.example/#/experiments/") and link.endswith(f"/runs/{run}")
+
+
 # --- impact, on rounds made by hand -----------------------------------------------------------
+
+
+def test_the_verdicts_are_those_that_counted_it(mine):
+    first, second = (row["checkpoint"] for row in rounds.history(mine, NAME))
+    of_policy = "SELECT min(candidate_id) FROM candidates WHERE split = 'eval' AND policy = ?"
+    held_out = mine.value(of_policy, [second])
+    assert impact(mine, ids.thing(mine, held_out)).evaluated == trace(mine, held_out).evaluated == [(NAME, "r001")]
+    both = [(NAME, "r000"), (NAME, "r001")]
+    assert impact(mine, ids.thing(mine, second)).evaluated == [(NAME, "r001")]
+    assert impact(mine, ids.thing(mine, first)).evaluated == both
+    assert impact(mine, ids.thing(mine, trace(mine, held_out).prompt.prompt_id)).evaluated == both
+    assert impact(mine, ids.thing(mine, "answer")).evaluated == both
+    other = "UPDATE rounds SET evaluation_scorers = '{}' WHERE round = 'r001'"
+    mine.commit(lambda connection: connection.execute(other))
+    assert impact(mine, ids.thing(mine, "answer")).evaluated == both[:1]
 
 
 def chain(store, *made):
@@ -201,6 +282,22 @@ def test_weights_that_came_by_data_alone_are_touched_and_a_champion_left_in_use_
         assert of_prompt(store, "p1")[:2] == (["k1", "k2"], ["r001", "r002"])  # k2 learned from draws of k1
 
 
+@pytest.mark.parametrize("written", ["k0", None])  # None: from before it was written down with the checkpoint
+def test_what_learned_from_a_teacher_is_touched_with_it(tmp_path, written):
+    with Store.at(tmp_path) as store:
+        chain(store, ("k0", "b", "b", "k0"))
+        of = {"recipe": "z", "round": "r000", "policy": "other", "checkpoint": "z0"}
+        store.append("rounds", [{**of, "state": "finished", "drawn_from": "k0", "champion": "z0"}])
+        meta = json.dumps({"training": {"data": "round"}, "scorers": []})
+        made = {**of, "parent": "other", "drawn_from": written, "trained_on": "accepted", "snapshot": 1, "meta": meta}
+        store.append("checkpoints", [made])
+        checkpoints, _, found = of_prompt(store, "p0")
+        assert checkpoints == ["k0", "z0"] and found.checkpoints[1].how == "learned from draws of k0"
+        assert [(one.recipe, one.round) for one in found.again] == [("a", "r000"), ("z", "r000")]
+        revoke(store, ids.Thing("prompt", "p0", ("a",)), who="me", why="because")
+        assert revocations.of_weights(store, "z0") == "checkpoint z0 was revoked with prompt p0 by me: because"
+
+
 def test_a_control_is_named_but_no_round_is_run_again_for_it(tmp_path):
     with Store.at(tmp_path) as store:
         chain(store, ("k0", "b", "b", "k0"))
@@ -218,6 +315,21 @@ def test_a_control_is_named_but_no_round_is_run_again_for_it(tmp_path):
 
 
 # --- revoke ------------------------------------------------------------------------------------
+
+
+def test_a_revocation_is_said_of_what_it_reaches_and_of_nothing_else(mine):
+    found = trace(mine, accepted(mine, "r000")[0])
+    prompt, version = found.prompt.prompt_id, found.scores[0].version
+
+    def listed():
+        return {row["revoked"] for row in browse.candidates(mine, NAME, "r000", browse.Asked(prompt=prompt)).rows}
+
+    elsewhere = {"recipe": "another", "kind": "prompt", "what": prompt, "who": "me", "why": "because"}
+    mine.append("revocations", [elsewhere])  # the same text, of another recipe
+    assert trace(mine, found.candidate_id).revoked == [] and listed() == {False}
+    revoke(mine, ids.thing(mine, version), who="me", why="it was wrong")
+    told = f"scorer {version} was revoked by me: it was wrong"
+    assert trace(mine, found.candidate_id).revoked == [told] and listed() == {True}
 
 
 def test_what_is_revoked_is_made_again_without_it(mine, recipe):
@@ -256,6 +368,39 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
     assert found.decision.reason == "revoked" and found.decision_then.reason == "accepted"
     assert {one.role for one in found.learned} == {"superseded"}
     assert impact(mine, ids.thing(mine, candidate)).again == []
+
+
+@pytest.mark.parametrize("moment", ["judge", "conclude"])
+def test_what_is_revoked_while_it_is_evaluated_is_not_promoted(mine, recipe, monkeypatch, moment):
+    champion, then = rounds.champion(mine, NAME), getattr(evaluate, moment)
+
+    def revoked_meanwhile(store, round_, *rest):
+        revoke(store, ids.thing(store, accepted(store, "r002")[0]), who="me", why="just now")
+        return then(store, round_, *rest)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, moment, revoked_meanwhile)
+            assert not run_round(instance, recipe, "r002").success
+        assert [row["round"] for row in rounds.history(mine, NAME)] == ["r000", "r001"]
+        assert aliases(champion) == ["champion"]
+        assert run_round(instance, recipe, "r002").success
+    assert rounds.following(mine, NAME) == "r003"
+
+
+def test_rounds_do_not_go_back_to_another_base_model(mine, recipe):
+    base = rounds.history(mine, NAME)[0]["policy"]
+    assert rounds.starting_weights(mine, recipe, Home.here(), "r002", "base").digest == base
+    other = load(recipe.file, {"model.bootstrap.steps": "20"})
+    with pytest.raises(RoundError, match=f"started from the base model {base}, .* put it back"):
+        rounds.starting_weights(mine, other, Home.here(), "r002", "base")
+
+
+def test_while_a_round_is_revoked_no_stop_rule_holds(mine, recipe):
+    enough = recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"target": 0.0})})
+    assert "target" in rounds.why_stop(mine, enough)
+    mine.commit(lambda c: c.execute("UPDATE rounds SET state = 'revoked' WHERE round = 'r001'"))
+    assert rounds.why_stop(mine, enough) is None and rounds.following(mine, NAME) == "r001"
 
 
 def evaluated(instance, check):
@@ -345,6 +490,38 @@ def test_words_are_found_where_they_are_written_as_json_and_among_bytes_that_are
         assert store.query("SELECT raw FROM quarantine WHERE octet_length(raw) > 0") == [{"raw": b"caf\xe9"}]
 
 
+def test_a_text_that_is_revoked_first_and_erased_later_is_nowhere_afterwards(tmp_path):
+    words = "what somebody said"
+    with Store.at(tmp_path) as store:
+        chain(store, ("k0", "b", "b", "k0"))
+        prompt = {"recipe": "a", "prompt_id": "p0", "text": f"{words}?", "fields": "{}", "active": True}
+        store.append("prompts", [prompt])
+        revoke(store, ids.text(store, words), who="me", why="asked to")
+        reached = "SELECT kind, cause, erased FROM revocations WHERE kind <> 'text' ORDER BY kind"
+        assert {row["cause"] for row in store.query(reached)} == {f"text {words}"}
+        name = ids.text(store, words).name
+        revoke(store, ids.text(store, words), who="me", why="the law", erase=True)
+        kinds = ("candidate", "checkpoint", "prompt")
+        assert store.query(reached) == [{"kind": kind, "cause": name, "erased": True} for kind in kinds]
+        assert store.query("SELECT what FROM revocations WHERE kind = 'text'") == [{"what": name.split(" ", 1)[1]}]
+        store.forget()
+    assert files_with(tmp_path, words) == []
+
+
+def test_outside_the_store_a_revoked_text_is_named_by_its_hash(mine):
+    said = ids.text(mine, "ab")
+    done = revoke(mine, said, who="me", why="because")
+    tracking, check = definitions.usual_resources()["tracking"], dg.AssetKey([NAME, "checkpoint"])
+    with dg.DagsterInstance.ephemeral() as instance:
+        outside.tell(instance, tracking, mine, done)
+        key = dg.AssetCheckKey(check, "nothing_revoked")
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+    told = f"text sha256 {hashlib.sha256(b'ab').hexdigest()} was revoked by me: because"
+    assert record.event.dagster_event.asset_check_evaluation_data.description == told
+    versions = tracking.client().search_model_versions(f"name = '{NAME}'")
+    assert told in {version.tags.get("rsft.revoked") for version in versions}
+
+
 def files_with(home, secret):
     import duckdb
 
@@ -377,6 +554,23 @@ def test_an_erased_prompt_does_not_come_back_with_its_source(mine, recipe):
     assert found.prompt.text is None and found.draw.text is None and found.draw.tokens
 
 
+def test_a_prompt_that_is_erased_while_its_source_is_read_does_not_come_back(mine, recipe, monkeypatch):
+    prompt, without = trace(mine, accepted(mine, "r000")[0]).prompt.prompt_id, revocations.without
+    mine.commit(lambda connection: connection.execute("UPDATE prompts SET source_digest = 'of before'"))
+
+    def erased_meanwhile(*given):
+        read = without(*given)
+        if not mine.query(revocations.ANY):
+            revoke(mine, ids.thing(mine, prompt), who="me", why="the law", erase=True)
+        return read
+
+    monkeypatch.setattr(revocations, "without", erased_meanwhile)
+    ingest(mine, recipe, Home.here(), "again", lambda *_: None)
+    rows = mine.query("SELECT text, active, source_digest FROM prompts WHERE prompt_id = ?", [prompt])
+    assert rows == [{"text": None, "active": False, "source_digest": "of before"}]
+    assert mine.value("SELECT count(*) FROM prompts WHERE active AND source_digest <> 'of before'") == 99
+
+
 def test_a_revocation_needs_a_name_and_a_reason(mine):
     with pytest.raises(AuditError, match="somebody who answers for it"):
         revoke(mine, ids.thing(mine, "answer"), who=" ", why="because")
@@ -404,6 +598,7 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
 
     described = mlc.Dataset(jsonld=tmp_path / "out" / "croissant.json")
     assert not described.metadata.ctx.issues.errors
+    assert described.metadata.ctx.is_v1_1()  # the first with arrays
     records = list(described.records("samples"))
     assert [one["samples/candidate_id"].decode() for one in records] == [row["candidate_id"] for row in rows]
     assert list(records[0]["samples/token_ids"]) == rows[0]["token_ids"]
@@ -415,3 +610,59 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     assert {one["name"] for one in trained["inputs"]} == {f"{NAME}/r001/accepted", f"weights/{made['parent']}"}
     with pytest.raises(AuditError, match="is not empty"):
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
+
+
+def events(store, checkpoint, folder):
+    """The events of an export, but for its own, by what is written: table or weights."""
+    pytest.importorskip("openlineage.client")
+    export(store, checkpoint, folder)
+    found = {}
+    for line in (folder / "openlineage.jsonl").read_text().splitlines()[:-1]:
+        event = json.loads(line)
+        found.setdefault(event["outputs"][0]["name"].removeprefix(f"{NAME}/"), []).append(event)
+    return found
+
+
+def read_by(event):
+    return {one["name"].removeprefix(f"{NAME}/") for one in event["inputs"]}
+
+
+def test_the_events_of_an_attempt_that_was_begun_again_are_that_attempts(mine, recipe, tmp_path):
+    then = rounds.history(mine, NAME)[1]
+    rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), policy="other", drawn_from="other"), "again")
+    found = events(mine, then["checkpoint"], tmp_path / "superseded")
+    (start,) = found["r001/candidates"]  # when it ended is not known any more
+    began = then["started_at"].replace(microsecond=then["started_at"].microsecond // 1000 * 1000)
+    assert (start["eventType"], datetime.fromisoformat(start["eventTime"])) == ("START", began)
+    assert f"weights/{then['policy']}" in read_by(start) and "weights/other" not in read_by(start)
+    assert [event["eventType"] for event in found["r000/candidates"]] == ["START", "COMPLETE"]
+    mine.forget()
+    found = events(mine, then["checkpoint"], tmp_path / "forgotten")
+    assert [event["eventType"] for event in found["r001/candidates"]] == ["OTHER"]
+
+
+def test_the_events_of_a_checkpoint_that_learned_from_all_rounds_are_those_of_all_rounds(mine, tmp_path):
+    first, second = rounds.history(mine, NAME)
+    base, made = first["policy"], second["checkpoint"]
+    alone = "UPDATE checkpoints SET parent = ?, policy = ?, drawn_from = ? WHERE checkpoint = ?"
+    mine.commit(lambda connection: connection.execute(alone, [base, base, base, made]))
+    assert "r000/accepted" not in events(mine, made, tmp_path / "round")
+    every = "UPDATE checkpoints SET meta = json_merge_patch(meta, ?) WHERE checkpoint = ?"
+    mine.commit(lambda connection: connection.execute(every, [json.dumps({"training": {"data": "all_rounds"}}), made]))
+    found = events(mine, made, tmp_path / "all_rounds")
+    assert {"r000/candidates", "r000/scores", "r000/accepted"} < found.keys()
+    assert read_by(found[f"weights/{made}"][0]) == {"r000/accepted", "r001/accepted", f"weights/{base}"}
+
+
+def test_the_export_of_a_control_calls_nothing_accepted(mine, tmp_path):
+    pytest.importorskip("mlcroissant")
+    everything(mine)
+    found = events(mine, "a11a", tmp_path / "parquet")
+    assert "r000/candidates" in read_by(found["weights/a11a"][0])
+    assert "of a control" not in json.dumps(found["r000/accepted"])
+    export(mine, "a11a", tmp_path / "jsonl", "jsonl")
+    (line,) = (tmp_path / "jsonl" / "training_set.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row["log_a"] is None and row["reason"] == "below threshold"
+    description = json.loads((tmp_path / "jsonl" / "croissant.json").read_text())["description"]
+    assert "1 candidates (a control: everything)" in description

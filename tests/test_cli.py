@@ -9,6 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
+from cli import ui
+from resources import pages
 from rsft_pipeline.recipe.reading import RECIPES
 from rsft_pipeline.store import Store
 
@@ -135,6 +137,18 @@ def test_check_and_schema(home, path):
         jsonschema.validate(yaml.safe_load(file.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**yaml.safe_load(path.read_text()), "promts": {}}, schema)
+
+
+def test_the_servers_of_the_ui_link_to_each_other_where_they_are(monkeypatch):
+    for variable, _ in pages.SERVERS.values():
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RSFT_AUDIT_UI", "https://audit.example/")  # where it is seen
+    told = ui.environment({"Dagster": 3001, "MLflow": 5002, "audit": 5003})
+    for variable, _ in pages.SERVERS.values():
+        monkeypatch.setenv(variable, told[variable])
+    assert pages.dagster_run("x") == "http://127.0.0.1:3001/runs/x"
+    assert pages.mlflow_run("x") == "http://127.0.0.1:5002/#/runs/x"
+    assert pages.audit("/revocations") == "https://audit.example/revocations"
 
 
 def test_two_recipes_of_one_name_are_refused(home, write_recipe):

@@ -104,11 +104,7 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
 
         def tick():
             nonlocal cursor
-            loaded = definitions.build([recipe]).get_repository_def()
-            with dg.build_sensor_context(
-                instance=instance, repository_def=loaded, resources=definitions.usual_resources(), cursor=cursor
-            ) as context:
-                found = sensor(context)
+            found = ticked(sensor, recipe, instance, cursor)
             if isinstance(found, dg.SkipReason):
                 return found.skip_message
             cursor = found.cursor
@@ -129,6 +125,15 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
         assert "nothing new" in tick()
 
 
+def ticked(sensor, recipe, instance, cursor=None):
+    """What a tick of a sensor comes to."""
+    loaded = definitions.build([recipe]).get_repository_def()
+    with dg.build_sensor_context(
+        instance=instance, repository_def=loaded, resources=definitions.usual_resources(), cursor=cursor
+    ) as context:
+        return sensor(context)
+
+
 def ended(instance, recipe, round_key, status, **tags):
     """A run of a round that has come to this; its id."""
     tags = {LOOP: recipe.name, "dagster/partition": round_key, **tags}
@@ -141,11 +146,7 @@ def test_what_failed_before_a_round_succeeded_counts_no_more_once_it_is_revoked(
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
 
         def tick():
-            loaded = definitions.build([recipe]).get_repository_def()
-            with dg.build_sensor_context(
-                instance=instance, repository_def=loaded, resources=definitions.usual_resources()
-            ) as context:
-                found = sensor(context)
+            found = ticked(sensor, recipe, instance)
             return found.skip_message if isinstance(found, dg.SkipReason) else found.run_requests[0].run_key
 
         assert tick() == "r000"

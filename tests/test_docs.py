@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
+from cli.main import app
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -18,3 +22,31 @@ def test_every_link_to_a_file_leads_to_one():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_every_command_that_is_shown_is_one():
+    """Its name and flags, and where it is shown to be typed, all that has to be given."""
+    rsft, shown = typer.main.get_command(app), 0
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            for words in re.findall(r"(?<![\w./-])rsft ([^`#>]+)", line):
+                commands, rest = named(rsft, words.split())
+                flags = set(re.findall(r"--[a-z][a-z-]*", " ".join(rest)))
+                for command in commands:
+                    known = {flag: option for option in command.params for flag in option.opts}
+                    wrong = flags - known.keys() - {"--help"}
+                    if line.startswith(("    ", "$ ")) and rest:
+                        options = [option for option in command.params if option.param_type_name == "option"]
+                        wrong |= {one.opts[0] for one in options if one.required and not flags & set(one.opts)}
+                    assert not wrong, f"{page.relative_to(ROOT)}: rsft {words}: {wrong}"
+                    shown += 1
+    assert shown > 100
+
+
+def named(command, words):
+    """The commands that words begin with, several where they are `a|b`, and the words behind."""
+    commands = [command]
+    while words and hasattr(commands[0], "commands") and re.fullmatch(r"[a-z|]+", words[0]):
+        name, *words = words
+        commands = [commands[0].commands[one] for one in name.split("|")]
+    return commands, words

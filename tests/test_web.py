@@ -10,6 +10,7 @@ import letters_store as letters
 import pytest
 from fastapi.testclient import TestClient
 
+from rsft_pipeline import lineage
 from rsft_pipeline.audit import browse, words
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
@@ -120,6 +121,31 @@ def test_a_round_in_numbers(ask, store):
     assert 'href="http://127.0.0.1:5000/#/runs/mlflow-r000"' in page
 
 
+def test_a_round_whose_candidates_are_not_decided_on_lists_them(tmp_path):
+    with letters.write(tmp_path) as store, TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        row = {"recipe": letters.RECIPE, "round": "r002", "state": "started", "policy": letters.BASE}
+        store.append("rounds", [{**row, "drawn_from": letters.BASE, "policy_source": "base"}])
+        renamed = "* REPLACE ('r002' AS round, md5(candidate_id) AS candidate_id)"
+        of = "FROM candidates WHERE round = 'r001' AND split = 'train'"
+        store.commit(lambda c: c.execute(f"INSERT INTO candidates SELECT {renamed} {of}"))
+        path = f"/recipes/{letters.RECIPE}/rounds/r002"
+        assert "0 candidates" not in client.get(path).text
+        for asked in ("", "?order=u", "?order=best", "?decision=undecided&order=u", "?order=u&text=answer"):
+            assert len(set(every_row(client.get, path + asked))) == 80, asked
+        store.commit(lambda c: c.execute("DELETE FROM decisions WHERE round = 'r001' AND reason <> 'accepted'"))
+        found = every_row(client.get, f"/recipes/{letters.RECIPE}/rounds/r001?order=u&text=answer")
+        assert set(found) == ids(range(4), key="r001") and set(found[:20]) == ids([0], key="r001")
+
+
+def test_a_last_score_that_cannot_judge_is_the_last_score(tmp_path):
+    one = letters.candidate_id("r000", 1, 0, "eval")
+    with letters.write(tmp_path) as store:
+        again = "SELECT * REPLACE ('another' AS version, NULL AS value) FROM scores"
+        store.commit(lambda c: c.execute(f"INSERT INTO scores {again} WHERE candidate_id = ?", [one]))
+        shown = browse.candidates(store, letters.RECIPE, "r000", browse.Asked(split="eval")).rows
+        assert {row["candidate_id"]: row["score"] for row in shown}[one] is None
+
+
 def test_a_held_out_candidate_has_its_score_and_no_decision(ask):
     page = ask(f"/recipes/letters/candidates/{letters.candidate_id('r000', 1, 2, 'eval')}").text
     assert "never decided on" in page and "0.25" in page
@@ -131,6 +157,7 @@ def test_a_held_out_candidate_has_its_score_and_no_decision(ask):
 def test_a_candidate_and_where_it_led(ask):
     page = ask(f"/recipes/letters/candidates/{letters.candidate_id('r000', 9, 0)}").text
     assert "score 1 is above the threshold 0.5" in page
+    assert 'role="group" aria-label="lineage"' in page  # an image's links would be hidden
     for address in (
         f"/recipes/letters/prompts/{letters.prompt_id(9)}",
         f"/recipes/letters/checkpoints/{letters.BASE}",
@@ -158,6 +185,25 @@ def test_what_was_drawn_for_a_prompt_over_the_rounds(ask):
     assert drawn == [letters.candidate_id(key, 4, draw) for key in ("r000", "r001") for draw in range(4)]
 
 
+def test_weights_of_another_recipe_lead_to_it(tmp_path):
+    made, one = letters.CHECKPOINTS["r000"], lineage.digest("of mine")
+    with letters.write(tmp_path) as store, TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        settings = json.dumps({"model": {"source": f"/home/checkpoints/{made}"}})
+        of = {"recipe": "mine", "round": "r000", "policy": made}
+        store.append("rounds", [{**of, "state": "started", "policy_source": "base", "drawn_from": made,
+                                 "settings": settings}])  # fmt: skip
+        copied = f"SELECT * REPLACE ('mine' AS recipe, '{one}' AS candidate_id, '{made}' AS policy) FROM candidates"
+        store.commit(lambda c: c.execute(f"INSERT INTO candidates {copied} WHERE split = 'train' LIMIT 1"))
+        page = client.get(f"/recipes/mine/checkpoints/{made}")
+        assert "Made by letters r000; r000 sampled from it." in page.text
+        assert set(rows(page)) <= ids([0]) and "/recipes/letters/candidates/" in page.text
+        for path in (f"/recipes/mine/checkpoints/{made}", f"/recipes/mine/candidates/{one}"):
+            links = set(re.findall(r'href="(/recipes/[^"]*/checkpoints/[^"]*)"', client.get(path).text))
+            assert f"/recipes/letters/checkpoints/{letters.BASE}" in links
+            assert {client.get(link).status_code for link in links} == {200}
+        assert client.get(f"/recipes/mine/checkpoints/{letters.CHECKPOINTS['r001']}").status_code == 404
+
+
 def test_find(ask):
     one = letters.candidate_id("r001", 2, 1)
     assert ask(f"/find?q={one}", 307).headers["location"] == f"/recipes/letters/candidates/{one}"
@@ -177,7 +223,8 @@ def test_quarantine(ask):
 
 def test_what_is_not_there(ask):
     for path in ("/nowhere", "/recipes/x/rounds/r000", "/recipes/letters/rounds/r999", "/recipes/letters/prompts/x",
-                 "/recipes/letters/candidates/x", "/recipes/letters/checkpoints/x", "/static/../app.py"):  # fmt: skip
+                 "/recipes/letters/candidates/x", "/recipes/letters/checkpoints/x",
+                 "/static/%2e%2e/app.py"):  # fmt: skip
         ask(path, status=404)
 
 

@@ -81,8 +81,10 @@ def round_(
     row = next((row for row in rows if row["round"] == key), None)
     if row is None:
         raise AuditError(f"{recipe} has no round {key}.")
-    asked = browse.Asked(decision, reason, split, prompt.strip(), text, order)
     decided = browse.decisions(store, recipe, key)
+    if not (decided.reasons or decision or reason) and split == "train":
+        decision = "undecided"  # as all of its candidates are until its decisions are made
+    asked = browse.Asked(decision, reason, split, prompt.strip(), text, order)
     page = browse.candidates(store, recipe, key, asked, after)
     return _page(
         request,
@@ -134,11 +136,11 @@ def _chain(found: tracing.Trace) -> drawing.Chain:
     columns, edges = [[source], [prompt_], [this]], [(source, prompt_), (prompt_, this)]
     for weight, title, column in zip((weights[:1], weights[1:][-1:]), ("policy", "base model"), (1, 0), strict=True):
         for one in weight:
-            node = Node(title, one.digest[:8], to.checkpoint(recipe, one.digest), more=one.source)
+            node = Node(title, one.digest[:8], to.checkpoint(one.recipe, one.digest), more=one.source)
             edges.append((node, columns[column + 1][-1]))
             columns[column].append(node)
     if found.scores:
-        last = found.scores[-1]
+        last = ([one for one in found.scores if one.decided_by] or found.scores)[-1]
         value = "cannot judge" if last.value is None else f"{last.value:.4g}"
         scorers = ", ".join(dict.fromkeys(score.scorer for score in found.scores[:-1]))
         columns.append([Node("score", value, "#scores", more=scorers)])
@@ -176,7 +178,7 @@ def whole_tokens(request: Request, recipe: str, candidate_id: str) -> str:
 def checkpoint(request: Request, recipe: str, digest: str, verify: bool = False, after: After = None) -> str:
     state = request.app.state
     weights = browse.weights(state.store, recipe, digest)
-    page = browse.trained_on(state.store, recipe, digest, after) if weights.row else None
+    page = browse.trained_on(state.store, weights.row["recipe"], digest, after) if weights.row else None
     verification = None
     if verify and weights.row:
         verification = verifying.verify(state.store, weights.row, state.home, state.witnesses(weights.row))

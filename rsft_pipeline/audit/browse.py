@@ -18,6 +18,7 @@ from typing import Any
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import MADE, descend
 from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.audit.trace import REVOKED
 from rsft_pipeline.revocations import said
 from rsft_pipeline.store import Query, Store
 
@@ -97,7 +98,7 @@ _LOWEST = "CASE WHEN isfinite(score) THEN score ELSE '-infinity'::DOUBLE END"  #
 _HIGHEST = "CASE WHEN isfinite(score) THEN score ELSE 'infinity'::DOUBLE END"
 ORDERS = {  # what it is called → key, direction; the candidate's id decides between equals
     "prompt": ("prompt_id", "ASC"),
-    "u": ("u", "ASC"),
+    "u": ("coalesce(u, 1)", "ASC"),  # every u is below 1: what is not decided comes last
     "best": (_LOWEST, "DESC"),
     "worst": (_HIGHEST, "ASC"),
     "longest": ("tokens", "DESC"),
@@ -150,8 +151,8 @@ def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: s
     """A page of a round's candidates.
 
     Rows: candidate_id, prompt_id, round, accepted, reason, score, log_a, u (NULL: not decided), text, prompt (both cut
-    to SNIPPET; NULL: erased), characters, tokens, draw, finish_reason, split, policy, revoked (itself, its prompt or
-    its policy).
+    to SNIPPET; NULL: erased), characters, tokens, draw, finish_reason, split, policy, revoked (itself, its prompt, its
+    policy, or a scorer that it was decided by).
 
     Raises:
         AuditError: `after` is not what an earlier page gave as `following`.
@@ -248,8 +249,15 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
         of |= {"ids": undecided, "contents": [row["content"] for row in asked.values()]}
         found = store.query(_JUDGED, _used(_JUDGED, of))
         judged = {row["candidate_id"]: row for row in found}
-    named = [*ids, *prompts, *{row["policy"] for row in drawn.values()}]
-    revoked = {row["what"] for row in store.query(_REVOKED, {"named": named})}
+    judges = store.query(_SCORERS, _used(_SCORERS, of))
+    versions = {row["round"]: json.loads(row["scorers"] or "{}").values() for row in judges}
+
+    def came_of(row: dict) -> set[str | None]:
+        by = versions.get(row["round"], ()) if row["candidate_id"] in decided else ()
+        return {row["candidate_id"], row["prompt_id"], drawn.get(row["candidate_id"], {}).get("policy"), *by}
+
+    named = list(set().union(*map(came_of, rows)))
+    revoked = {row["what"] for row in store.query(REVOKED, {"recipe": recipe, "ids": named})}
     return [
         {
             **_UNKNOWN,
@@ -258,9 +266,7 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
             **asked.get(row["prompt_id"], {}),
             **judged.get(row["candidate_id"], {}),
             **decided.get(row["candidate_id"], {}),
-            "revoked": not revoked.isdisjoint(
-                (row["candidate_id"], row["prompt_id"], drawn.get(row["candidate_id"], {}).get("policy"))
-            ),
+            "revoked": not revoked.isdisjoint(came_of(row)),
         }
         for row in rows
     ]
@@ -273,9 +279,9 @@ _UNKNOWN = {
     **dict.fromkeys(("text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
     **dict.fromkeys(("accepted", "reason", "score", "log_a", "u")),
 }
-_REVOKED = "SELECT what FROM revocations WHERE list_contains($named, what)"
+_SCORERS = "SELECT round, scorers FROM rounds WHERE recipe = $recipe AND round BETWEEN $first AND $last"
 _JUDGED = """
-    SELECT candidate_id, max_by(value, rowid) AS score FROM scores
+    SELECT candidate_id, arg_max_null(value, rowid) AS score FROM scores  -- a last NULL counts: it cannot judge
     WHERE recipe = $recipe AND round BETWEEN $first AND $last AND scorer = 'combined'
         AND list_contains($contents, content) AND list_contains($ids, candidate_id)
     GROUP BY candidate_id"""
@@ -298,7 +304,7 @@ def revoked(store: Store, recipe: str, prompt_id: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a recipe, whether a round made them or not, and their relations."""
+    """Weights of a recipe, whether a round of it, of another recipe's or none made them, and their relations."""
 
     digest: str
     row: dict | None  # of `checkpoints`; None: no round made them
@@ -319,17 +325,19 @@ def _weights(query: Query, recipe: str, digest: str) -> Weights:
     of = {"recipe": recipe, "digest": digest}
     rounds = query("SELECT * FROM rounds WHERE recipe = $recipe ORDER BY round", of)
     made = query(MADE)
-    known = {row["checkpoint"]: row for row in made if row["recipe"] == recipe}
+    own = [row for row in made if row["recipe"] == recipe]
+    known = {row["checkpoint"]: row for row in [*made, *own]}
     line: list[dict | str] = []
     one = digest
     while one in known and known[one] not in line:
         line.insert(0, known[one])
         one = known[one]["parent"]
-    if digest not in known and not any(digest in (row["policy"], row["drawn_from"]) for row in rounds):
+    used = [row[name] for row in own for name in ("checkpoint", "parent", "policy", "drawn_from")]
+    if digest not in used and not any(digest in (row["policy"], row["drawn_from"]) for row in rounds):
         raise AuditError(f"{recipe} has no checkpoint {digest}.")
     through = descend(made, {digest: ""})
-    rows = query("SELECT * FROM checkpoints WHERE recipe = $recipe AND checkpoint = $digest ORDER BY round", of)
-    revoked = query("SELECT * FROM revocations WHERE kind = 'checkpoint' AND what = $digest", of)
+    rows = query("SELECT * FROM checkpoints WHERE checkpoint = $digest ORDER BY recipe = $recipe, round", of)
+    revoked = query(REVOKED, {"recipe": recipe, "ids": [digest]})
     return Weights(
         digest,
         rows[-1] if rows else None,

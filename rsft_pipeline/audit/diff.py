@@ -88,7 +88,7 @@ def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
     for label in sorted(versions[0].keys() | versions[1].keys()):
         if versions[0].get(label) != versions[1].get(label):
             notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")
-    for section in ("sampling", "acceptance", "prompts"):
+    for section in ("sampling", "acceptance", "prompts", "evaluation"):
         if getattr(before.recipe, section) != getattr(after.recipe, section):
             notes.append(f"the rounds had different `{section}` settings")
     return tuple(notes)

@@ -1,6 +1,6 @@
 """Export: a checkpoint's training set, row by row with where each came from, in forms that others read.
 
-Belongs here: the rows (Parquet or JSON lines), how Croissant describes them (https://mlcommons.org/croissant, 1.0),
+Belongs here: the rows (Parquet or JSON lines), how Croissant describes them (https://mlcommons.org/croissant, 1.1),
 and the runs that led to them as OpenLineage events (https://openlineage.io). Not: publishing any of it; events are
 written to a file, not sent.
 
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rsft_pipeline import lineage
 from rsft_pipeline.audit.ids import AuditError, Thing, thing
+from rsft_pipeline.audit.impact import MADE
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.revocations import of_checkpoint
 from rsft_pipeline.store import Query, Store
@@ -42,7 +43,7 @@ COLUMNS = {
     "u": "The decision's uniform draw; it follows from the candidate's id and the recipe's seed.",
     "log_a": "The logarithm of the acceptance probability, where the rule has one.",
     "parameters": "JSON: the acceptance rule, its settings, and what it estimated.",
-    "round": "The round that drew and accepted it.",
+    "round": "The round that drew it and decided on it.",
     "draw": "The index of the draw for its prompt.",
     "origin": "What drew it: the policy, a teacher, or nothing (a reference).",
     "policy": "Digest of the weights that it was drawn from.",
@@ -57,6 +58,7 @@ COLUMNS = {
     "candidate_id": "Hash of recipe, round, policy, prompt, draw and settings.",
     "leaf": "The row's hash, of which the checkpoint's Merkle root is made.",
 }
+NUMBERS = ("weight", "score", "log_a", "u", "log_q", "log_p")  # those that may have a fraction
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,22 @@ def export(
         raise AuditError(f"{to} is not empty: give a new folder")
     rows = to / f"training_set.{form}"
 
-    def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
         made = _made(query, named)
-        sql, notes = _rows(query, made)
+        sql, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
         parameters = {key: made[key] for key in ("recipe", "round", "checkpoint", "scorers")}
         connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
-        return made, query(_CHECKPOINTS), _history(query), notes
+        return made, _history(query, made["checkpoint"]), notes
 
-    made, checkpoints, history, notes = store.commit(work)
+    made, history, notes = store.commit(work)
     if why := of_checkpoint(store, made["recipe"], made["checkpoint"]):
         notes.append(why)
     files = [str(rows)]
     for name, write in (
         ("croissant.json", lambda path: _croissant(path, rows, form, made)),
-        ("openlineage.jsonl", lambda path: _openlineage(path, rows, made, checkpoints, history)),
+        ("openlineage.jsonl", lambda path: _openlineage(path, rows, history)),
     ):
         try:
             write(to / name)
@@ -135,7 +137,7 @@ def _made(query: Query, named: Thing) -> dict[str, Any]:
 # --- rows -------------------------------------------------------------------------------------
 
 
-def _rows(query: Query, made: dict[str, Any]) -> tuple[str, list[str]]:
+def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, list[str]]:
     """SQL of the rows in the order of their ids, and what to note."""
     there = query("SELECT 1 FROM lake.snapshots() WHERE snapshot_id = $snapshot", {"snapshot": made["snapshot"]})
     at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
@@ -148,7 +150,8 @@ def _rows(query: Query, made: dict[str, Any]) -> tuple[str, list[str]]:
     )
     if erased["n"]:
         notes.append(f"the texts of {erased['n']} samples were erased")
-    return _ROWS.format(at=at, columns=", ".join(COLUMNS)), notes
+    finite = {name: f"CASE WHEN isfinite({name}) THEN {name} END AS {name}" for name in NUMBERS if form == "jsonl"}
+    return _ROWS.format(at=at, columns=", ".join(finite.get(name, name) for name in COLUMNS)), notes
 
 
 _ROWS = """
@@ -192,13 +195,13 @@ def _croissant(path: Path, rows: Path, form: str, made: dict[str, Any]) -> None:
     import mlcroissant as mlc
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a licence and a citation, which are not ours to give
-    context = mlc.Context()
+    context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")  # the first with arrays
     kinds = {
         "line": mlc.DataType.INT64,
         "draw": mlc.DataType.INT32,
         "seed": mlc.DataType.INT64,
         "token_ids": mlc.DataType.INT32,
-        **dict.fromkeys(("weight", "score", "u", "log_a", "log_q", "log_p"), mlc.DataType.FLOAT64),
+        **dict.fromkeys(NUMBERS, mlc.DataType.FLOAT64),
     }
 
     fields = [
@@ -213,6 +216,8 @@ def _croissant(path: Path, rows: Path, form: str, made: dict[str, Any]) -> None:
         )
         for column, description in COLUMNS.items()
     ]
+    control = made["trained_on"] not in (None, "accepted")
+    kind = f"candidates (a control: {made['trained_on']})" if control else "accepted candidates"
     file = mlc.FileObject(
         ctx=context,
         id="rows",
@@ -226,7 +231,7 @@ def _croissant(path: Path, rows: Path, form: str, made: dict[str, Any]) -> None:
         ctx=context,
         name=f"{made['recipe']}_{made['round']}_training_set",
         description=f"What the checkpoint {made['checkpoint']} of {made['recipe']} {made['round']} was trained on: "
-        f"{made['samples']} accepted candidates with their provenance.",
+        f"{made['samples']} {kind} with their provenance.",
         version=f"1.0.0+{made['checkpoint']}",
         date_published=datetime.now(UTC).replace(tzinfo=None),
         distribution=[file],
@@ -244,46 +249,79 @@ def _croissant(path: Path, rows: Path, form: str, made: dict[str, Any]) -> None:
 # --- OpenLineage --------------------------------------------------------------------------------
 
 
-_CHECKPOINTS = """SELECT recipe, round, checkpoint, parent, policy, accepted_digest, samples, dagster_run_id
-    FROM checkpoints ORDER BY snapshot, round, checkpoint"""
+def _history(query: Query, checkpoint: str) -> list[dict[str, Any]]:
+    """A checkpoint and all that it started or learned from, oldest first: rows of MADE with the rounds that its samples
+    are of in `learned`, the sources of the recipe's prompts, and when and how much was drawn, as far as is known."""
+    snapshots = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
+    sources = {row["recipe"]: row["sources"] for row in query(_SOURCES)}
+    return [
+        {
+            "sources": sources.get(made["recipe"], []),
+            **dict.fromkeys(("candidates", "started", "finished")),
+            **_attempt(query, made, made["snapshot"] in snapshots),
+            **made,
+            "learned": [*earlier, made["round"]],
+        }
+        for made, earlier in _ancestors(checkpoint, query(MADE))
+    ]
 
 
-def _history(query: Query) -> list[dict[str, Any]]:
-    """When rounds ran, and on what prompts."""
-    return query(
-        """SELECT r.recipe, r.round, r.checkpoint, r.candidates, r.drawn_from, s.sources,
-                epoch_ms(r.started_at) AS started, epoch_ms(r.finished_at) AS finished
-           FROM rounds r LEFT JOIN (SELECT recipe, list(DISTINCT source ORDER BY source) AS sources
-                                    FROM prompts GROUP BY recipe) s ON s.recipe = r.recipe"""
-    )
+_SOURCES = "SELECT recipe, list(DISTINCT source ORDER BY source) AS sources FROM prompts GROUP BY recipe"
+_ROUND = """SELECT checkpoint, controls, candidates, epoch_ms(started_at) AS started, epoch_ms(finished_at) AS finished
+    FROM rounds {at} WHERE recipe = $recipe AND round = $round"""
 
 
-def _openlineage(path: Path, rows: Path, made: dict[str, Any], checkpoints: list[dict], history: list[dict]) -> None:
-    """Events of every round that the checkpoint came of, oldest first, and of this export."""
+def _attempt(query: Query, made: dict[str, Any], there: bool) -> dict[str, Any]:
+    """The round's record of the attempt that made a checkpoint: that of now, or where the round was begun again since,
+    that of when training read it, before it ended. Empty where neither is there."""
+    for now in query(_ROUND.format(at=""), made):
+        if made["checkpoint"] in (now["checkpoint"], *json.loads(now["controls"] or "{}").values()):
+            return now
+    then = query(_ROUND.format(at=f"AT (VERSION => {int(made['snapshot'])})"), made) if there else []
+    return then[0] if then else {}
+
+
+def _ancestors(checkpoint: str, made: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
+    """The rows of a checkpoint and of all that it started or learned from, each with those of the earlier rounds whose
+    samples it has too."""
+    by_digest = {row["checkpoint"]: row for row in reversed(made)}
+    found, open_ = {}, [by_digest[checkpoint]]
+    while open_:
+        row = open_.pop()
+        if row["checkpoint"] not in found:
+            earlier = _earlier(row, made)
+            found[row["checkpoint"]] = row, earlier
+            weights = [by_digest[digest] for digest in (row["parent"], row["drawn_from"]) if digest in by_digest]
+            open_ += [*weights, *earlier.values()]
+    return sorted(found.values(), key=lambda one: made.index(one[0]))
+
+
+def _earlier(row: dict, made: list[dict]) -> dict[str, dict]:
+    """By round, the last attempt there was then at each earlier one, where a checkpoint learned from all rounds."""
+    return {
+        other["round"]: other
+        for other in made
+        if row["data"] == "all_rounds"
+        and other["recipe"] == row["recipe"]
+        and other["trained_on"] in (None, "accepted")
+        and other["round"] < row["round"]
+        and other["snapshot"] <= row["snapshot"]
+    }
+
+
+def _openlineage(path: Path, rows: Path, history: list[dict[str, Any]]) -> None:
+    """Events of every round that the checkpoint came of, oldest first, and of this export of the last one's samples."""
     from openlineage.client.serde import Serde
 
-    known = {(row["recipe"], row["round"]): row for row in history}
     with open(path, "w", encoding="utf-8") as file:
-        for one in _ancestors(made["checkpoint"], checkpoints):
-            for event in _events(one, known.get((one["recipe"], one["round"]), {})):
+        for one in history:
+            for event in _events(one):
                 file.write(Serde.to_json(event) + "\n")
-        file.write(Serde.to_json(_exported(rows, made)) + "\n")
+        file.write(Serde.to_json(_exported(rows, history[-1])) + "\n")
 
 
-def _ancestors(checkpoint: str, checkpoints: list[dict]) -> list[dict]:
-    """The rows of a checkpoint and of all that it started or learned from, oldest first."""
-    by_digest = {row["checkpoint"]: row for row in reversed(checkpoints)}
-    found, open_ = {}, [checkpoint]
-    while open_:
-        digest = open_.pop()
-        if digest in by_digest and digest not in found:
-            found[digest] = by_digest[digest]
-            open_ += [by_digest[digest]["parent"], by_digest[digest]["policy"]]
-    return [row for row in checkpoints if found.get(row["checkpoint"]) is row]
-
-
-def _events(made: dict[str, Any], round_: dict[str, Any]) -> Iterator[Any]:
-    """A start and an end for each step of a round."""
+def _events(made: dict[str, Any]) -> Iterator[Any]:
+    """A start and an end for each step of a round, where it is known when; else one event that is neither."""
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import dataset_version_dataset, output_statistics_output_dataset, parent_run
 
@@ -293,16 +331,17 @@ def _events(made: dict[str, Any], round_: dict[str, Any]) -> Iterator[Any]:
     weights = lambda digest: InputDataset(NAMESPACE, f"weights/{digest}", facets={"version": version(digest)})  # noqa: E731
     table = lambda name: f"{recipe}/{round_key}/{name}"  # noqa: E731
     read = lambda name: InputDataset(NAMESPACE, table(name))  # noqa: E731
-    sources = [InputDataset(NAMESPACE, f"sources/{source}") for source in round_.get("sources") or []]
-    drawn_from = round_.get("drawn_from") or made["policy"]
-    accepted = {"version": version(made["accepted_digest"])}
+    sources = [InputDataset(NAMESPACE, f"sources/{source}") for source in made["sources"]]
+    learned = [InputDataset(NAMESPACE, name) for name in _learned(made)]
+    only = [table("accepted")] == _learned(made)  # then the digest and number of its samples are that table's
+    accepted = {"version": version(made["accepted_digest"])} if only else {}
     steps = [
-        ("candidates", [*sources, weights(drawn_from)], table("candidates"), {}, round_.get("candidates")),
+        ("candidates", [*sources, weights(made["drawn_from"])], table("candidates"), {}, made["candidates"]),
         ("scores", [read("candidates")], table("scores"), {}, None),
-        ("accepted", [read("scores")], table("accepted"), accepted, made["samples"]),
+        ("accepted", [read("scores")], table("accepted"), accepted, made["samples"] if only else None),
         (
             "checkpoint",
-            [read("accepted"), weights(made["parent"])],
+            [*learned, weights(made["parent"])],
             f"weights/{made['checkpoint']}",
             {"version": version(made["checkpoint"])},
             None,
@@ -312,14 +351,14 @@ def _events(made: dict[str, Any], round_: dict[str, Any]) -> Iterator[Any]:
     parent = parent_run.ParentRunFacet(
         run=parent_run.Run(runId=whole), job=parent_run.Job(namespace=NAMESPACE, name=f"{recipe}_round")
     )
-    current = round_.get("checkpoint") == made["checkpoint"]
-    times = {RunState.START: round_.get("started"), RunState.COMPLETE: round_.get("finished")}
+    times = {RunState.START: made["started"], RunState.COMPLETE: made["finished"]}
+    known = {state: when for state, when in times.items() if when is not None} or {RunState.OTHER: None}
     for step, inputs, output, facets, count in steps:
         run = Run(runId=_uuid(None, whole, step), facets={"parent": parent})
-        for state, when in times.items():
+        for state, when in known.items():
             yield RunEvent(
                 eventType=state,
-                eventTime=_time(when if current else None),
+                eventTime=_time(when),
                 run=run,
                 job=Job(namespace=NAMESPACE, name=f"{recipe}.{step}"),
                 producer=PRODUCER,
@@ -335,6 +374,12 @@ def _events(made: dict[str, Any], round_: dict[str, Any]) -> Iterator[Any]:
             )
 
 
+def _learned(made: dict[str, Any]) -> list[str]:
+    """The tables that a checkpoint was trained on: of its rounds, what was accepted, or of a control what was drawn."""
+    table = "accepted" if made["trained_on"] in (None, "accepted") else "candidates"
+    return [f"{made['recipe']}/{key}/{table}" for key in made["learned"]]
+
+
 def _exported(rows: Path, made: dict[str, Any]) -> Any:
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import schema_dataset
@@ -346,7 +391,7 @@ def _exported(rows: Path, made: dict[str, Any]) -> Any:
         run=Run(runId=str(uuid.uuid4())),
         job=Job(namespace=NAMESPACE, name=f"{made['recipe']}.export"),
         producer=PRODUCER,
-        inputs=[InputDataset(NAMESPACE, f"{made['recipe']}/{made['round']}/accepted")],
+        inputs=[InputDataset(NAMESPACE, name) for name in _learned(made)],
         outputs=[OutputDataset("file", str(rows), facets={"schema": schema_dataset.SchemaDatasetFacet(fields=fields)})],
     )
 

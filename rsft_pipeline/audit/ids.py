@@ -4,6 +4,7 @@ Belongs here: finding the one candidate, prompt, round … that an id, the begin
 means. Not: what is then asked about it.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +33,13 @@ class Thing:
     @property
     def words(self) -> str:
         return f"{self.kind} {self.what!r}" if self.kind in ("source", "text") else f"{self.kind} {self.what}"
+
+    @property
+    def name(self) -> str:
+        """Its kind and what it is called where a text must not stand: by its hash then."""
+        if self.kind == "text":
+            return f"text sha256 {hashlib.sha256(self.what.encode()).hexdigest()}"
+        return f"{self.kind} {self.what}"
 
 
 def recipes(store: Store) -> list[str]:

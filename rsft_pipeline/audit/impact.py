@@ -137,7 +137,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
     query("CREATE OR REPLACE TEMP TABLE touched_prompts (recipe VARCHAR, prompt_id VARCHAR)")
     query(
         """CREATE OR REPLACE TEMP TABLE touched
-           (recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR, split VARCHAR)"""
+           (recipe VARCHAR, round VARCHAR, candidate_id VARCHAR, prompt_id VARCHAR, split VARCHAR, policy VARCHAR)"""
     )
     counts = {"prompts": 0, "candidates": 0, "held_out": 0, "accepted": 0, "evaluated": []}
     samples = {}
@@ -147,7 +147,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
             prompts = f"SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND ({_PROMPTS[thing.kind]})"
             query(f"INSERT INTO touched_prompts {prompts}", of)
         query(
-            f"""INSERT INTO touched SELECT recipe, round, candidate_id, prompt_id, split FROM candidates
+            f"""INSERT INTO touched SELECT recipe, round, candidate_id, prompt_id, split, policy FROM candidates
                 WHERE recipe = $recipe AND ({_CANDIDATES[thing.kind]})""",
             of,
         )
@@ -157,7 +157,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
         )
         one |= query(f"{decided} AND {_ROUND_BY_ROUND}", of)[0]
         counts = {**counts, **{name: counts[name] + number for name, number in one.items()}}
-        counts["evaluated"] += [(recipe, row["round"]) for row in query(_EVALUATED, of)]
+        counts["evaluated"] += [(recipe, row["round"]) for row in query(_EVALUATED[thing.kind], of)]
         samples |= {(recipe, row["checkpoint"]): row["samples"] for row in query(_TRAINED, of)}
     return counts, samples
 
@@ -179,10 +179,20 @@ _DECIDED = {
 _ROUND_BY_ROUND = "round IN (SELECT DISTINCT round FROM touched WHERE recipe = $recipe)"
 _TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
     WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
-_EVALUATED = """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND prompt_id IN (
-        SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe
-        UNION SELECT prompt_id FROM touched WHERE recipe = $recipe AND split = 'eval')
-    ORDER BY round"""
+# The rounds whose verdict counted it: the prompt, whichever weights answered, or the answer, by the weights that gave
+# it. Of a scorer, those that went by this version.
+_VERDICTS = """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
+        prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)
+        OR (checkpoint, prompt_id) IN (
+            SELECT (policy, prompt_id) FROM touched WHERE recipe = $recipe AND split = 'eval')
+    ) {} ORDER BY round"""
+_EVALUATED = {
+    **dict.fromkeys(_CANDIDATES, _VERDICTS.format("")),
+    "scorer": _VERDICTS.format(
+        """AND round IN (SELECT round FROM rounds
+            WHERE recipe = $recipe AND contains(coalesce(evaluation_scorers, scorers), $what))"""
+    ),
+}
 
 
 def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping]) -> dict[str, str]:
@@ -201,10 +211,14 @@ def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping
 
 # --- and what of it came further ----------------------------------------------------------------
 
+# A checkpoint from before `drawn_from` was written down came of what its round was drawn from, as that is known.
 MADE = """SELECT k.recipe, k.round, k.checkpoint, k.parent, k.policy, k.trained_on, k.samples, k.snapshot, k.path,
+        k.accepted_digest,
+        coalesce(k.drawn_from, r.drawn_from, k.policy) AS drawn_from,
         k.mlflow_run_id, k.dagster_run_id, k.meta::JSON ->> '$.training.data' AS data,
         json_extract_string(k.meta, '$.scorers[*]') AS scorers
-    FROM checkpoints k ORDER BY k.snapshot, k.round, k.checkpoint"""
+    FROM checkpoints k LEFT JOIN rounds r ON r.recipe = k.recipe AND r.round = k.round AND r.policy = k.policy
+    ORDER BY k.snapshot, k.round, k.checkpoint"""
 _ROUNDS = """SELECT recipe, round, state, policy, drawn_from, checkpoint, champion, controls FROM rounds
     ORDER BY recipe, round"""
 
@@ -226,21 +240,21 @@ def descend(made: list[dict], reached: Mapping[str, str]) -> dict[str, str]:
 
 def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
     """The weights that a checkpoint came of, and how."""
-    if row["parent"] == row["policy"]:
+    if row["parent"] == row["drawn_from"]:
         edges = [(row["parent"], f"starts from {row['parent']} and learned from its draws")]
     else:
         edges = [(row["parent"], f"starts from {row['parent']}")]
-        edges += [(row["policy"], f"learned from draws of {row['policy']}")]
+        edges += [(row["drawn_from"], f"learned from draws of {row['drawn_from']}")]
     if row["data"] == "all_rounds":
         # Of each earlier round the last attempt there was then: `made` is in the order of snapshots.
         before = {
-            other["round"]: other["policy"]
+            other["round"]: other["drawn_from"]
             for other in made
             if other["recipe"] == row["recipe"]
             and other["round"] < row["round"]
             and other["snapshot"] <= row["snapshot"]
         }
-        edges += [(policy, f"learned from draws of {policy} in {key}") for key, policy in before.items()]
+        edges += [(weights, f"learned from draws of {weights} in {key}") for key, weights in before.items()]
     return edges
 
 

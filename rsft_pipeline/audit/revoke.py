@@ -7,7 +7,6 @@ Nothing is deleted but, with `erase`, texts: ids, hashes, scores and decisions s
 that are run again, in older snapshots of the store.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,10 +70,9 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
 def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why: str, erased: bool) -> None:
     """Write the rows that are not there yet: for the thing, and for all that has to be known by its id."""
     thing = found.thing
-    what = (
-        f"sha256 {hashlib.sha256(thing.what.encode()).hexdigest()}" if erased and thing.kind == "text" else thing.what
-    )
-    name = f"{thing.kind} {what}"
+    plain = f"{thing.kind} {thing.what}"
+    name = thing.name if erased else plain
+    what = name.removeprefix(f"{thing.kind} ")
     rows = [(recipe, thing.kind, what, None) for recipe in thing.recipes]
     rows += [(one.recipe, "checkpoint", one.checkpoint, name) for one in found.checkpoints if one.checkpoint != what]
     if thing.kind in ("source", "text"):
@@ -93,7 +91,9 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
         connection.execute(
             "UPDATE revocations SET erased = true WHERE kind = ? AND what = ? AND NOT erased", [thing.kind, what]
         )
+    if name != plain:  # it may have been revoked before, and not erased
         connection.execute("DELETE FROM revocations WHERE kind = 'text' AND what = ?", [thing.what])
+        connection.execute("UPDATE revocations SET cause = ?, erased = true WHERE cause = ?", [name, plain])
 
 
 # --- texts -------------------------------------------------------------------------------------

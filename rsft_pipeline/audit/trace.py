@@ -32,8 +32,10 @@ class Prompt:
     text: str | None  # None: erased
     reference: str | None
     fields: dict[str, Any] | None
+    content: str | None  # digest of what scorers see of it
     active: bool  # still in the sources
     dagster_run_id: str | None
+    snapshot: int | None  # of the store, in which it is as the candidate was judged by; None: it is as it is now
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Weights:
     """Weights that a candidate came of."""
 
     digest: str
+    recipe: str  # whose round made them, or whose rounds know them
     source: str  # the recipe and round that made them, or the model that the recipe names
     samples: int | None  # that they were trained on; None: no round made them
     parent: str | None
@@ -75,9 +78,10 @@ class Score:
 
     scorer: str
     version: str
+    content: str | None  # of the prompt as it was judged by
     value: float | None
     passed: bool | None  # of `combined`: every gate was reached
-    decided_by: bool  # the decision rests on this version; another may have judged before or since
+    decided_by: bool  # the decision rests on it, and not on another version's, or by another content
     dagster_run_id: str | None
 
 
@@ -162,20 +166,24 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     trained = query(_TRAINED, {**of, "last": rounds[-1]["round"] if later and rounds else drawn["round"]})
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
+    prompt, scores = _first(query(_PROMPT.format(at=""), of)), query(_SCORES, of)
+    named = "evaluation_scorers" if drawn["split"] == "eval" else "scorers"
+    versions = set(json.loads((round_ and round_[named]) or "{}").values())
+    content = _content(scores, versions, prompt)
     return Trace(
         recipe,
         drawn["round"],
         candidate_id,
         query(NEWEST_SNAPSHOT)[0]["id"],
-        _prompt(_first(query(_PROMPT, of)), gaps),
+        _prompt(query, of, prompt, content, made, gaps),
         _ancestry(drawn, made, rounds, gaps),
         _draw(drawn, settings, gaps),
-        _scores(query(_SCORES, of), round_, decision, gaps),
+        _scores(scores, versions, content, decision, gaps),
         decision,
         _then(query, of, trained, made, decision, gaps),
         [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
         _learned(trained, made, rounds, gaps),
-        _revoked(query, drawn),
+        _revoked(query, recipe, [candidate_id, drawn["prompt_id"], drawn["policy"], *(versions if decision else ())]),
         gaps,
     )
 
@@ -186,34 +194,57 @@ def _first(rows: list[dict]) -> dict | None:
 
 # --- backward ---------------------------------------------------------------------------------
 
-_PROMPT = """SELECT prompt_id, split, source, line, text, reference, fields, active, dagster_run_id
-    FROM prompts WHERE recipe = $recipe AND prompt_id = $prompt"""
-_ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, checkpoint, champion, scorers, settings,
+_PROMPT = """SELECT prompt_id, split, source, line, text, reference, fields, content, active, dagster_run_id
+    FROM prompts {at} WHERE recipe = $recipe AND prompt_id = $prompt"""
+_ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, checkpoint, champion, scorers,
+        coalesce(evaluation_scorers, scorers) AS evaluation_scorers, settings,
         settings::JSON ->> '$.model.source' AS base, settings::JSON ->> '$.sampling.teacher.source' AS teacher
     FROM rounds ORDER BY recipe, round"""
 
 
-def _prompt(row: dict | None, gaps: list[str]) -> Prompt | None:
-    if row is None:
+def _prompt(
+    query: Query, of: dict[str, Any], now: dict | None, content: str | None, made: list[dict], gaps: list[str]
+) -> Prompt | None:
+    """The prompt as it was judged by: as it is now, or as it was when a checkpoint of the round was trained."""
+    if now is None:
         gaps.append("its prompt is not in the store")
         return None
+    row = {**now, "snapshot": None}
+    if content not in (None, now["content"]) and now["text"] is not None:  # what was erased is not brought back
+        trained = {one["snapshot"] for one in made if (one["recipe"], one["round"]) == (of["recipe"], of["round"])}
+        judged_by = (
+            {**then, "active": now["active"], "snapshot": snapshot}
+            for snapshot in sorted(trained & _snapshots(query))
+            if (then := _first(query(_PROMPT.format(at=f"AT (VERSION => {int(snapshot)})"), of)))
+            and then["content"] == content
+        )
+        row = next(judged_by, row)
+        if row["snapshot"] is None:
+            gaps.append("its prompt has changed since it was judged, and is shown as it is now")
     return Prompt(**{**row, "fields": row["fields"] and json.loads(row["fields"])})
+
+
+def _snapshots(query: Query) -> set[int]:
+    """Those that are still there."""
+    return {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
 
 
 def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Weights]:
     """The weights that were drawn from, and what each was trained from, back to those that no round made."""
     by_digest = {row["checkpoint"]: row for row in reversed(made)}  # the first that made them
-    outside = {row["drawn_from"]: row["teacher"] for row in rounds if row["drawn_from"] != row["policy"]}
-    outside |= {row["policy"]: row["base"] for row in rounds if row["policy_source"] == "base"}
-    outside |= {row["parent"]: _base(row, rounds) for row in made if row["parent"] not in outside | by_digest}
-    chain, digest = [], drawn["policy"]
+    chain, digest, recipe = [], drawn["policy"], drawn["recipe"]
     while (row := by_digest.get(digest)) and digest not in {weights.digest for weights in chain}:
-        source = f"{row['recipe']} {row['round']}"
+        recipe = row["recipe"]
         more = (row[name] for name in ("samples", "parent", "policy", "path", "mlflow_run_id", "dagster_run_id"))
-        chain.append(Weights(digest, source, *more))
+        chain.append(Weights(digest, recipe, f"{recipe} {row['round']}", *more))
         digest = row["parent"]
+    own = [row for row in rounds if row["recipe"] == recipe]  # of what came of these weights
+    outside = {row["drawn_from"]: row["teacher"] for row in own if row["drawn_from"] != row["policy"]}
+    outside |= {row["policy"]: row["base"] for row in own if row["policy_source"] == "base"}
+    started = (row for row in made if row["recipe"] == recipe and row["parent"] not in outside | by_digest)
+    outside |= {row["parent"]: _base(row, own) for row in started}
     if outside.get(digest):
-        chain.append(Weights(digest, outside[digest], None, None, None, None, None, None))
+        chain.append(Weights(digest, recipe, outside[digest], None, None, None, None, None, None))
     else:
         gaps.append(f"where the weights {digest} come from is not recorded")
     return chain
@@ -261,7 +292,7 @@ def _draw(drawn: Mapping, settings: Recipe | None, gaps: list[str]) -> Draw:
 
 # --- judged and decided -------------------------------------------------------------------------
 
-_SCORES = """SELECT scorer, version, value, passed, dagster_run_id FROM scores
+_SCORES = """SELECT scorer, version, content, value, passed, dagster_run_id FROM scores
     WHERE recipe = $recipe AND round = $round AND candidate_id = $candidate
     ORDER BY scorer = 'combined', scorer, rowid"""
 _DECIDED = """SELECT accepted, reason, score, log_a, u, weight, parameters, dagster_run_id FROM decisions {at}
@@ -270,13 +301,23 @@ _EVALUATED = """SELECT DISTINCT round FROM evaluations
     WHERE recipe = $recipe AND checkpoint = $policy AND prompt_id = $prompt ORDER BY round"""
 
 
-def _scores(rows: list[dict], round_: Mapping | None, decision: Decision | None, gaps: list[str]) -> list[Score]:
-    resting = set(json.loads((round_ and round_["scorers"]) or "{}").values())
+def _content(rows: list[dict], versions: set[str], prompt: Mapping | None) -> str | None:
+    """The content that the prompt had as it was judged for the decision; None: that is not recorded.
+
+    Judged twice, before and after its reference was changed, the later one decided.
+    """
+    by = [row["content"] for row in rows if row["scorer"] == COMBINED and row["version"] in versions]
+    return prompt["content"] if prompt and prompt["content"] in by else by[-1] if by else None
+
+
+def _scores(
+    rows: list[dict], versions: set[str], content: str | None, decision: Decision | None, gaps: list[str]
+) -> list[Score]:
     if not any(row["scorer"] == COMBINED for row in rows):
         gaps.append("it has no combined score")
-    elif decision and not any(row["version"] in resting for row in rows):
+    elif decision and not any(row["version"] in versions for row in rows):
         gaps.append("no score is of the versions that the round was decided by")
-    return [Score(**row, decided_by=row["version"] in resting) for row in rows]
+    return [Score(**row, decided_by=row["version"] in versions and row["content"] == content) for row in rows]
 
 
 def _decision(row: Mapping | None) -> Decision | None:
@@ -293,13 +334,17 @@ def _then(
     decision: Decision | None,
     gaps: list[str],
 ) -> Decision | None:
-    """The decision by which it was first trained on, where the present one rejects it or is missing."""
-    if not trained or (decision and decision.accepted):
-        return None
-    there = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
+    """The decision by which it was first trained on, where the present one rejects it or is missing.
+
+    A control learns what was rejected, too: that rests on no decision.
+    """
     samples = {row["checkpoint"] for row in trained}
-    for row in made:
-        if row["checkpoint"] in samples and row["snapshot"] in there:
+    by_decision = [row for row in made if row["checkpoint"] in samples and row["trained_on"] in (None, "accepted")]
+    if not by_decision or (decision and decision.accepted):
+        return None
+    there = _snapshots(query)
+    for row in by_decision:
+        if row["snapshot"] in there:
             at = f"AT (VERSION => {int(row['snapshot'])})"
             return _decision(_first(query(_DECIDED.format(at=at), of)))
     gaps.append("the decision by which it was trained on is in no snapshot any more")
@@ -337,9 +382,11 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
     return sorted(found, key=lambda one: one.weight is None)
 
 
-def _revoked(query: Query, drawn: Mapping) -> list[str]:
-    if not query(ANY):
-        return []
-    of = {"ids": [drawn["candidate_id"], drawn["prompt_id"], drawn["policy"]]}
-    sql = "SELECT kind, what, cause, who, why FROM revocations WHERE list_contains($ids, what)"
-    return [said(row) for row in query(sql, of)]
+# Revocations of things with these ids. The hash of a prompt's text is the same in every recipe that asks it, and the
+# prompt is revoked in one of them.
+REVOKED = """SELECT DISTINCT kind, what, cause, who, why FROM revocations
+    WHERE list_contains($ids, what) AND (kind <> 'prompt' OR recipe = $recipe) ORDER BY ALL"""
+
+
+def _revoked(query: Query, recipe: str, ids: list[str]) -> list[str]:
+    return [said(row) for row in query(REVOKED, {"recipe": recipe, "ids": ids})] if query(ANY) else []

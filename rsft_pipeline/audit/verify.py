@@ -19,7 +19,9 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.home import Home
+from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.revocations import ALLOWED, ANY, NAMED
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import Store
@@ -173,17 +175,51 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
     there = connection.execute(kept, [made["snapshot"]]).fetchone() != (0,)
     with as_of(connection, TABLES, made["snapshot"] if there else None):
         then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
-        settings = Recipe.model_validate_json(connection.execute(then, of).fetchone()[0])
+        settings = _recorded(connection.execute(then, of).fetchone()[0])
         rows, given = training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
     with as_of(connection, TABLES):
         revoked = _revoked(connection, made)
+        others = _others(connection, made, revoked)
+        if not there and others:
+            return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
         root = _then(connection, meta, set() if there else revoked, note)
-        if there:
-            _now(connection, made, rows, given, revoked, note)
-        else:
+        if not there:
             note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
+        elif others:
+            note(Check(_NOW, 0, None, others))
+        else:
+            _now(connection, rows, given, revoked, note)
+    return root
+
+
+def _recorded(settings: str) -> Recipe:
+    """What a training set goes by of the recorded recipe; the rest may be refused by now."""
+    was = json.loads(settings)
+    sections = {"training": Training, "acceptance": Rule}
+    read = {name: section.model_construct(**was.get(name, {})) for name, section in sections.items()}
+    return Recipe.model_construct(**{**was, **read})
+
+
+def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revoked: set[str]) -> str:
+    """Why the round's rows of now are others than this checkpoint's, in words; empty where they are not."""
+    of = {"recipe": made["recipe"], "round": made["round"]}
+    if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
+        return f"{made['round']} was begun again since: its rows of now are not this checkpoint's"
+    if revoked and made["trained_on"] == "random":
+        return f"{len(revoked)} were revoked since, and chance chooses others in their place"
+    return ""
+
+
+def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why: str, note: Notes) -> str:
+    """The recorded leaves alone, where there are no rows to compare them with, against the root. Returns theirs."""
+    (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
+    root = _root(connection, "recorded")
+    wrong = root != meta.get("merkle_root", root)
+    what = f"the root of the recorded leaves is {root}, not {meta.get('merkle_root')}"
+    note(Check("recorded leaves, by the root", rows, int(wrong)), *([Finding("data", what, rows)] if wrong else []))
+    note(Check(_NOW, 0, None, why))
     return root
 
 
@@ -237,20 +273,12 @@ _NOW = "rows of now, against those at the snapshot"
 
 def _now(
     connection: duckdb.DuckDBPyConnection,
-    made: Mapping[str, Any],
     rows: str,
     given: Mapping[str, Any],
     revoked: set[str],
     note: Notes,
 ) -> None:
     """The rows of now against those at the snapshot. What was revoked since is not there now, and ought not to be."""
-    of = {"recipe": made["recipe"], "round": made["round"]}
-    if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
-        note(Check(_NOW, 0, None, f"{made['round']} was begun again since: its rows of now are not this checkpoint's"))
-        return
-    if revoked and made["trained_on"] == "random":
-        note(Check(_NOW, 0, None, f"{len(revoked)} were revoked since, and chance chooses others in their place"))
-        return
     connection.execute(f"CREATE OR REPLACE TEMP TABLE now AS SELECT candidate_id, {_ROW} AS row FROM ({rows})", given)
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'are gone'
