@@ -59,7 +59,8 @@ def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: R
     by_recipe: dict[str, list[Touched]] = {}
     for touched in done.impact.checkpoints:
         by_recipe.setdefault(touched.recipe, []).append(touched)
-    reason = f"{done.impact.thing.name} was revoked by {done.who}: {done.why}"
+    thing = done.impact.thing
+    reason = f"{thing.kind} {thing.unspoken} was revoked by {done.who}: {done.why}"
     for recipe, reached in by_recipe.items():
         if _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason):
             tracking.crown(recipe, rounds.champion(store, recipe))

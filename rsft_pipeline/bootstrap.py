@@ -81,11 +81,11 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
     corpus = _corpus(recipe, settings) if settings else []
     told = settings.model_dump(mode="json") if settings else None
     trained = recipe.model.model_dump(mode="json", include={"train", "last_layers", "freeze", "lora"})
-    tokenizer = models.tokenizer(found.path)
-    rows = _rows(recipe, corpus, tokenizer)
+    rows = _rows(recipe, corpus, models.tokenizer(found.path)) if corpus else []
     key = lineage.digest([found.digest, labels, told, trained, corpus, rows, *_shape(recipe)])
     if made := _made(root, key):
         return made
+    tokenizer = models.tokenizer(found.path)
     if recipe.task == "classification":
         model = models.with_head(found.path, labels, recipe.seed)
     else:

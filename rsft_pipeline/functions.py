@@ -33,7 +33,7 @@ def load(reference: str, folder: Path) -> Callable:
     Raises:
         FunctionError: not of that form, no such module, a module that fails to import, no such function.
     """
-    return _found(reference, Path(folder), _from_file)[1]
+    return _found(reference, Path(folder))[1]
 
 
 def version(reference: str, folder: Path) -> str:
@@ -41,7 +41,15 @@ def version(reference: str, folder: Path) -> str:
 
     What these files import is not part of it. Raises FunctionError as `load` does, and where there is no such file.
     """
-    module, function = _found(reference, Path(folder), _from_same_file)
+    path = _path(reference, Path(folder))
+    digests = sorted(map(file_digest, _files(reference, Path(folder), path.read_bytes() if path.is_file() else b"")))
+    return digests[0] if len(digests) == 1 else digest(digests)
+
+
+@functools.lru_cache(maxsize=64)
+def _files(reference: str, folder: Path, source: bytes) -> set[Path]:
+    """Where a function is; of this source once, since it is asked for many times a round and may take long to run."""
+    module, function = _found(reference, folder)
     try:
         written = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
@@ -49,16 +57,20 @@ def version(reference: str, folder: Path) -> str:
     files = {Path(file).resolve() for file in (getattr(module, "__file__", None), written) if file}
     if written is None or not all(file.is_file() for file in files):
         raise FunctionError(f"{function!r} has no source file, so its version cannot be told: wrap it in a function")
-    digests = sorted(map(file_digest, files))
-    return digests[0] if len(digests) == 1 else digest(digests)
+    return files
 
 
-def _found(reference: str, folder: Path, from_file: Callable[[Path, bytes], ModuleType]) -> tuple[ModuleType, Callable]:
+def _path(reference: str, folder: Path) -> Path:
+    """The file in the folder that a reference means, if it is there."""
     if not REFERENCE.fullmatch(reference):
         raise FunctionError(f"{reference!r} is not of the form `module:function`")
-    module_name, name = reference.split(":")
-    path = folder.joinpath(*module_name.split(".")).with_suffix(".py")
-    module = from_file(path, path.read_bytes()) if path.is_file() else _installed(module_name, reference, path)
+    return folder.joinpath(*reference.partition(":")[0].split(".")).with_suffix(".py")
+
+
+def _found(reference: str, folder: Path) -> tuple[ModuleType, Callable]:
+    path = _path(reference, folder)
+    module_name, _, name = reference.partition(":")
+    module = _from_file(path) if path.is_file() else _installed(module_name, reference, path)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -68,7 +80,7 @@ def _found(reference: str, folder: Path, from_file: Callable[[Path, bytes], Modu
     return module, function
 
 
-def _from_file(path: Path, source: bytes) -> ModuleType:
+def _from_file(path: Path) -> ModuleType:
     # A private name, unique to the path: two recipes' `scorers.py` never meet, and neither hides a package.
     # It has to be in sys.modules, where dataclasses and pickle look their own module up.
     name = f"_rsft_{path.stem}_{digest(str(path.resolve()))}"
@@ -77,15 +89,11 @@ def _from_file(path: Path, source: bytes) -> ModuleType:
     sys.modules[name] = module
     try:
         # Compiled here: the import system would take a cached .pyc for an edit within the same second.
-        exec(compile(source, str(path), "exec"), vars(module))
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise FunctionError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
     return module
-
-
-# A version is asked for many times a round, and the file may take long to run.
-_from_same_file = functools.lru_cache(maxsize=64)(_from_file)
 
 
 def _installed(module_name: str, reference: str, path: Path) -> ModuleType:

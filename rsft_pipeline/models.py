@@ -200,7 +200,7 @@ def _check_order(path: Path, labels: Sequence[str]) -> None:
     from transformers import AutoConfig
 
     named = AutoConfig.from_pretrained(path, trust_remote_code=False).id2label
-    own = [named[output] for output in sorted(named)]
+    own = [str(named[output]) for output in sorted(named)]
     theirs, ours = ([label.casefold() for label in each] for each in (own, labels))
     if theirs != ours and sorted(theirs) == sorted(ours):
         raise ModelError(
@@ -473,7 +473,7 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         tokenizer.save_pretrained(temporary)
         files = _file_digests(temporary)
         saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
-        (temporary / META).write_text(_record({**meta, "digest": saved.digest, "files": files}), "utf-8")
+        (temporary / META).write_text(_as_json({**meta, "digest": saved.digest, "files": files}), "utf-8")
         (temporary / "README.md").write_text(card, "utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -490,7 +490,7 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
 
 def describe(saved: Checkpoint, meta: dict, card: str) -> None:
     """Write what is said of a checkpoint anew: `meta.json` and README.md."""
-    _replace(saved.path / META, _record({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
+    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": _file_digests(saved.path)}))
     write_card(saved.path, card)
 
 
@@ -506,7 +506,7 @@ def _replace(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _record(meta: dict) -> str:
+def _as_json(meta: dict) -> str:
     return json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False)
 
 

@@ -385,6 +385,13 @@ def _readings(template: str, text: str) -> Iterator[dict[str, str]]:
             columns.append(match[1])
             literals.append("")
     literals[-1] += template[end:]
+    if not columns or not text.startswith(literals[0]) or not text.endswith(literals[-1]):
+        return
+    latest = [len(text) - len(literals[-1])]  # where each column has to end, for what stands behind it to follow
+    for literal in reversed(literals[1:-1]):
+        latest.insert(0, text.rfind(literal, 0, latest[0]))
+        if latest[0] < 0:
+            return
     behind = [re.compile(f"(?={re.escape(literal)})") for literal in literals[1:-1]]
     behind += [re.compile(rf"(?={re.escape(literals[-1])}\Z)")]
 
@@ -393,12 +400,13 @@ def _readings(template: str, text: str) -> Iterator[dict[str, str]]:
             yield values
             return
         for found in behind[i].finditer(text, start):
+            if found.start() > latest[i]:
+                return
             value = text[start : found.start()]
             if values.get(columns[i], value) == value:
                 yield from read(i + 1, found.start() + len(literals[i + 1]), {**values, columns[i]: value})
 
-    if columns and text.startswith(literals[0]):
-        yield from read(0, len(literals[0]), {})
+    yield from read(0, len(literals[0]), {})
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:

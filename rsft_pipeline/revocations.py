@@ -137,7 +137,7 @@ def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
         made,
     )
     for row in came_of:
-        weights = [row["parent"], row["policy"], row["drawn_from"]]
+        weights = [row["parent"], row["drawn_from"] or row["policy"]]
         if why := of_round(store, weights, {version: version for version in row["scorers"]}):
             return why
     rows = store.query(

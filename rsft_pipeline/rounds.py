@@ -159,10 +159,10 @@ def following(store: Store, recipe: str) -> str:
     return next(key(n) for n in range(len(finished) + 1) if key(n) not in finished)
 
 
-def in_use(store: Store, recipe: str, round_key: str, champion: str) -> str:
-    """The champion in use once a round leaves this one: an earlier round that is run again has no say in it."""
+def in_use(store: Store, recipe: str, round_key: str, left: str) -> str:
+    """The champion in use once a round has left one: an earlier round that is run again has no say in it."""
     later = [row["champion"] for row in history(store, recipe) if row["round"] > round_key]
-    return later[-1] if later else champion
+    return later[-1] if later else left
 
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:

@@ -20,7 +20,7 @@ from rsft_pipeline.sampling import Asked, Session
 from rsft_pipeline.steps import draw as drawing
 from rsft_pipeline.steps.decide import accepted_so_far
 from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
-from rsft_pipeline.steps.score import bench, score
+from rsft_pipeline.steps.score import load, score
 from rsft_pipeline.store import Store
 
 
@@ -33,12 +33,12 @@ def draw(
         How many candidates were drawn by this call, and how many tokens.
     """
     candidates = tokens = 0
-    loaded = bench(store, round_, device)
+    scorers = load(store, round_, device)
 
     def score_drawn() -> None:
         of = of_round(round_)
-        with_bench = {"loaded": loaded, "device": device, "run_id": run_id}
-        score(store, round_, ROUND_CANDIDATES, of, **with_bench, show=lambda *_: None)
+        by = {"scorers": scorers, "device": device, "run_id": run_id}
+        score(store, round_, ROUND_CANDIDATES, of, **by, show=lambda *_: None)
 
     score_drawn()  # what a killed run had drawn last
     for draws in sampling.passes(round_.recipe.sampling):

@@ -20,6 +20,7 @@ from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import AuditError, thing
 from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.audit.verify import find, verify
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
@@ -206,6 +207,16 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
 
     again = replayed(mine, recipe, judged=0)
     assert (again.findings, again.replayed) == ([], len(then))
+
+    # A text that was erased leaves the places of its own prompt open, and of no other.
+    one, other = mine.query("SELECT min(candidate_id) AS id FROM decisions WHERE round = 'r000' GROUP BY prompt_id")[:2]
+    change(mine, "UPDATE candidates SET text = NULL, token_ids = NULL WHERE candidate_id = ?", one["id"])
+    assert replayed(mine, recipe, judged=0).findings == []
+    flip = "UPDATE decisions SET accepted = NOT accepted WHERE candidate_id = ?"
+    change(mine, flip, other["id"])
+    assert not replayed(mine, recipe, judged=0).ok
+    change(mine, flip, other["id"])
+
     number = {"rejection": "log_M", "quantile": "cut"}.get(rule["rule"])
     if number:
         wrong = {**again.parameters, number: again.parameters[number] + 1}
@@ -475,6 +486,13 @@ def test_a_control_that_comes_out_as_the_checkpoint_does_not_take_its_place(mine
     assert (row["trained_on"], models.read_meta(made.checkpoint.path)["trained_on"]) == ("accepted", "accepted")
     assert json.loads(rounds.raw(mine, NAME, "r001")["controls"])["everything"] == made.checkpoint.digest
     assert verified(mine, "r001").ok
+
+
+def test_a_round_that_ran_before_its_settings_were_refused_can_still_be_asked_about(mine, recipe):
+    refused = json.dumps({"promotion": {"require": "not_worse"}})
+    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?)", refused)
+    assert rounds.record(mine, recipe, "r000").recipe.promotion.require == "not_worse"
+    assert trace(mine, some(mine)["candidate_id"]).complete
 
 
 def test_a_candidate_without_a_score_of_now_is_not_decided_on(mine, recipe):

@@ -499,7 +499,7 @@ def test_a_text_that_is_revoked_first_and_erased_later_is_nowhere_afterwards(tmp
         revoke(store, ids.text(store, words), who="me", why="asked to")
         reached = "SELECT kind, cause, erased FROM revocations WHERE kind <> 'text' ORDER BY kind"
         assert {row["cause"] for row in store.query(reached)} == {f"text {words}"}
-        name = ids.text(store, words).name
+        name = f"text {ids.text(store, words).unspoken}"
         revoke(store, ids.text(store, words), who="me", why="the law", erase=True)
         kinds = ("candidate", "checkpoint", "prompt")
         assert store.query(reached) == [{"kind": kind, "cause": name, "erased": True} for kind in kinds]

@@ -159,6 +159,20 @@ def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by
         assert asked["scorer exact of held-out candidates"] > 0 == asked["scorer exact"]
 
 
+def test_a_scorer_that_is_edited_between_two_sides_of_a_comparison_gives_no_verdict(
+    home,
+    instance,  # noqa: F811
+    by_function,
+    monkeypatch,
+):
+    recipe, file = by_function()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "judge", edited(evaluate.judge, file))
+        failed = failure_of(run(instance, recipe, "r000"), f"{recipe.name}__evaluation")
+    assert "answers to held-out prompts have no score by the scorers and references of now" in failed
+    assert run(instance, recipe, "r000").success
+
+
 @pytest.mark.parametrize("wanted", [10, 40])
 def test_a_round_ends_with_the_wave_that_makes_its_accepted_enough(home, instance, write_recipe, wanted):  # noqa: F811
     until = {"accepted": wanted, "draws": 12}

@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from rsft_pipeline.audit.impact import MADE
 from rsft_pipeline.store import Store, StoreError, insert, replace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,12 +126,18 @@ def test_a_store_from_before_revocations_gets_the_columns_that_it_lacks(tmp_path
         store.append("candidates", [{"recipe": "one", "candidate_id": "a"}])
         store.commit(lambda connection: connection.execute("ALTER TABLE evaluations DROP COLUMN eligible"))
         store.append("evaluations", [{"recipe": "one", "round": "r000"}])
+        for table, column in (("rounds", "evaluation_scorers"), ("checkpoints", "drawn_from")):
+            store.commit(lambda c, of=(table, column): c.execute("ALTER TABLE {} DROP COLUMN {}".format(*of)))
+        store.append("rounds", [{"recipe": "one", "round": "r000", "policy": "p", "drawn_from": "teacher"}])
+        store.append("checkpoints", [{"recipe": "one", "round": "r000", "policy": "p", "meta": "{}"}])
     with Store.at(tmp_path) as store:
         store.append("candidates", [{"recipe": "one", "candidate_id": "b", "origin": "policy"}])
         rows = store.query("SELECT candidate_id, origin FROM candidates ORDER BY candidate_id")
         assert rows == [{"candidate_id": "a", "origin": None}, {"candidate_id": "b", "origin": "policy"}]
         assert store.query("SELECT * FROM revocations") == []
         assert store.query("SELECT recipe, eligible FROM evaluations") == [{"recipe": "one", "eligible": None}]
+        assert store.value("SELECT evaluation_scorers FROM rounds") is None
+        assert [row["drawn_from"] for row in store.query(MADE)] == ["teacher"]
 
 
 def test_what_does_not_fit_into_memory_is_spilt_into_a_folder_of_its_own_that_goes(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Belongs here: comparing the rounds prompt by prompt, on the prompts that both as
 checkpoint beats its champion, which each round's own evaluation has decided (evaluation.py).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,10 +84,12 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
 
 
 def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
-    versions = [store.commit(lambda connection, r=r: recorded.versions(connection, r)) for r in (before, after)]
-    notes = []
-    for label in sorted(versions[0].keys() | versions[1].keys()):
-        if versions[0].get(label) != versions[1].get(label):
+    def versions(round_: Round) -> list[dict[str, str]]:
+        return store.commit(lambda c: [recorded.versions(c, round_, held_out=held_out) for held_out in (False, True)])
+
+    pairs, notes = list(zip(versions(before), versions(after), strict=True)), []
+    for label in sorted(set().union(*itertools.chain(*pairs))):
+        if any(was.get(label) != now.get(label) for was, now in pairs):
             notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")
     for section in ("sampling", "acceptance", "prompts", "evaluation"):
         if getattr(before.recipe, section) != getattr(after.recipe, section):

@@ -267,17 +267,19 @@ def _history(query: Query, checkpoint: str) -> list[dict[str, Any]]:
 
 
 _SOURCES = "SELECT recipe, list(DISTINCT source ORDER BY source) AS sources FROM prompts GROUP BY recipe"
-_ROUND = """SELECT checkpoint, controls, candidates, epoch_ms(started_at) AS started, epoch_ms(finished_at) AS finished
+# Of an older snapshot no columns are asked that a store of then may lack.
+_ROUND = """SELECT {more} candidates, epoch_ms(started_at) AS started, epoch_ms(finished_at) AS finished
     FROM rounds {at} WHERE recipe = $recipe AND round = $round"""
 
 
 def _attempt(query: Query, made: dict[str, Any], there: bool) -> dict[str, Any]:
     """The round's record of the attempt that made a checkpoint: that of now, or where the round was begun again since,
     that of when training read it, before it ended. Empty where neither is there."""
-    for now in query(_ROUND.format(at=""), made):
+    for now in query(_ROUND.format(more="checkpoint, controls,", at=""), made):
         if made["checkpoint"] in (now["checkpoint"], *json.loads(now["controls"] or "{}").values()):
             return now
-    then = query(_ROUND.format(at=f"AT (VERSION => {int(made['snapshot'])})"), made) if there else []
+    at = f"AT (VERSION => {int(made['snapshot'])})"
+    then = query(_ROUND.format(more="", at=at), made) if there else []
     return then[0] if then else {}
 
 

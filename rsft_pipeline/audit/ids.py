@@ -35,11 +35,9 @@ class Thing:
         return f"{self.kind} {self.what!r}" if self.kind in ("source", "text") else f"{self.kind} {self.what}"
 
     @property
-    def name(self) -> str:
-        """Its kind and what it is called where a text must not stand: by its hash then."""
-        if self.kind == "text":
-            return f"text sha256 {hashlib.sha256(self.what.encode()).hexdigest()}"
-        return f"{self.kind} {self.what}"
+    def unspoken(self) -> str:
+        """What it is called where a text must not stand: that by its hash, anything else by `what`."""
+        return f"sha256 {hashlib.sha256(self.what.encode()).hexdigest()}" if self.kind == "text" else self.what
 
 
 def recipes(store: Store) -> list[str]:

@@ -187,10 +187,10 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
 
 def _unsure(connection: duckdb.DuckDBPyConnection, rule: dict[str, Any]) -> int:
     """Make the temporary table `unsure` of the candidates whose place hangs on texts that were erased, which may have
-    been duplicates. Returns how many: all of such a prompt's, and of the round where the whole round is ranked."""
+    been duplicates: all of such a prompt's. Returns how many."""
     erased = "SELECT prompt_id FROM recorded WHERE text IS NULL" if rule.get("distinct") else "SELECT NULL WHERE false"
-    touched = f"EXISTS ({erased})" if rule["rule"] == "quantile" else f"prompt_id IN ({erased})"
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE unsure AS SELECT candidate_id FROM recorded WHERE {touched}")
+    touched = f"SELECT candidate_id FROM recorded WHERE prompt_id IN ({erased})"
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE unsure AS {touched}")
     return connection.execute("SELECT count(*) FROM unsure").fetchone()[0]
 
 
@@ -200,7 +200,7 @@ def _differ(names: tuple[str, ...]) -> str:
 
 _UNDECIDED = "candidates without a decision"
 _BY_RULE = "decisions that do not follow from scores, rule and u (or only from a score that was changed)"
-_COLUMNS = ("prompt_id", "score", "log_a", "u", "weight")
+_COLUMNS = ("prompt_id", "log_a", "weight")
 _PLACE = ("accepted", "reason")
 _DIFFERENCE = f"""CASE
     WHEN r.candidate_id IS NULL AND d.reason = '{REASON}' AND NOT d.accepted THEN NULL

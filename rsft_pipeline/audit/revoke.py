@@ -70,9 +70,8 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
 def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why: str, erased: bool) -> None:
     """Write the rows that are not there yet: for the thing, and for all that has to be known by its id."""
     thing = found.thing
-    plain = f"{thing.kind} {thing.what}"
-    name = thing.name if erased else plain
-    what = name.removeprefix(f"{thing.kind} ")
+    what = thing.unspoken if erased else thing.what
+    name = f"{thing.kind} {what}"
     rows = [(recipe, thing.kind, what, None) for recipe in thing.recipes]
     rows += [(one.recipe, "checkpoint", one.checkpoint, name) for one in found.checkpoints if one.checkpoint != what]
     if thing.kind in ("source", "text"):
@@ -88,12 +87,18 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
         connection, "revocations", [{**row, "who": who, "why": why, "revoked_at": now, "erased": erased} for row in new]
     )
     if erased:
+        of = [list(thing.recipes)]
+        said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
+        connection.execute(said, [*of, thing.kind, what])
+    if what != thing.what:  # it may have been revoked before, and not erased
+        connection.execute(f"DELETE FROM revocations WHERE {_OF} AND kind = 'text' AND what = ?", [*of, thing.what])
+        plain = f"{thing.kind} {thing.what}"
         connection.execute(
-            "UPDATE revocations SET erased = true WHERE kind = ? AND what = ? AND NOT erased", [thing.kind, what]
+            f"UPDATE revocations SET cause = ?, erased = true WHERE {_OF} AND cause = ?", [name, *of, plain]
         )
-    if name != plain:  # it may have been revoked before, and not erased
-        connection.execute("DELETE FROM revocations WHERE kind = 'text' AND what = ?", [thing.what])
-        connection.execute("UPDATE revocations SET cause = ?, erased = true WHERE cause = ?", [name, plain])
+
+
+_OF = "list_contains(?, recipe)"
 
 
 # --- texts -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RECORDED
 from rsft_pipeline.revocations import ANY, said
 from rsft_pipeline.steps.rows import COMBINED
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
@@ -241,7 +242,7 @@ def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[s
     own = [row for row in rounds if row["recipe"] == recipe]  # of what came of these weights
     outside = {row["drawn_from"]: row["teacher"] for row in own if row["drawn_from"] != row["policy"]}
     outside |= {row["policy"]: row["base"] for row in own if row["policy_source"] == "base"}
-    started = (row for row in made if row["recipe"] == recipe and row["parent"] not in outside | by_digest)
+    started = (row for row in made if row["recipe"] == recipe and row["parent"] not in {*outside, *by_digest})
     outside |= {row["parent"]: _base(row, own) for row in started}
     if outside.get(digest):
         chain.append(Weights(digest, recipe, outside[digest], None, None, None, None, None, None))
@@ -272,7 +273,7 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
 def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
     """The recorded recipe, where the candidate's hash of settings is of its."""
     try:
-        recipe = Recipe.model_validate_json(recorded)
+        recipe = Recipe.model_validate_json(recorded, context=RECORDED)
     except ValidationError:  # of another version of this program
         return None
     how = recipe.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(recipe)

@@ -173,6 +173,11 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
     )
     kept = "SELECT count(*) FROM lake.snapshots() WHERE snapshot_id = ?"
     there = connection.execute(kept, [made["snapshot"]]).fetchone() != (0,)
+    with as_of(connection, TABLES):
+        revoked = _revoked(connection, made)
+        others = _others(connection, made, revoked)
+    if not there and others:
+        return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
     with as_of(connection, TABLES, made["snapshot"] if there else None):
         then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
         settings = _recorded(connection.execute(then, of).fetchone()[0])
@@ -180,10 +185,6 @@ def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: 
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
     with as_of(connection, TABLES):
-        revoked = _revoked(connection, made)
-        others = _others(connection, made, revoked)
-        if not there and others:
-            return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
         root = _then(connection, meta, set() if there else revoked, note)
         if not there:
             note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
@@ -207,8 +208,8 @@ def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revo
     of = {"recipe": made["recipe"], "round": made["round"]}
     if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
         return f"{made['round']} was begun again since: its rows of now are not this checkpoint's"
-    if revoked and made["trained_on"] == "random":
-        return f"{len(revoked)} were revoked since, and chance chooses others in their place"
+    if revoked and made["trained_on"] not in (None, "accepted"):
+        return f"{len(revoked)} were revoked since, and a control learns others in their place"
     return ""
 
 
@@ -216,9 +217,12 @@ def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why:
     """The recorded leaves alone, where there are no rows to compare them with, against the root. Returns theirs."""
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "recorded")
-    wrong = root != meta.get("merkle_root", root)
-    what = f"the root of the recorded leaves is {root}, not {meta.get('merkle_root')}"
-    note(Check("recorded leaves, by the root", rows, int(wrong)), *([Finding("data", what, rows)] if wrong else []))
+    name, wanted = "recorded leaves, by the root", meta.get("merkle_root")
+    what = f"the root of the recorded leaves is {root}, not {wanted}"
+    if wanted is None:
+        note(Check(name, 0, None, "no root was recorded when this checkpoint was trained"))
+    else:
+        note(Check(name, rows, int(root != wanted)), *([Finding("data", what, rows)] if root != wanted else []))
     note(Check(_NOW, 0, None, why))
     return root
 

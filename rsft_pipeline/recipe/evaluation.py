@@ -5,9 +5,9 @@ Not: comparing and judging by it (rsft_pipeline/evaluation.py).
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from rsft_pipeline.recipe.section import Section
+from rsft_pipeline.recipe.section import Section, is_recorded
 
 
 class Evaluation(Section):
@@ -49,8 +49,8 @@ class Promotion(Section):
     )
 
     @model_validator(mode="after")
-    def _some_loss_is_allowed(self):
-        if self.require == "not_worse" and self.margin == 0:
+    def _some_loss_is_allowed(self, info: ValidationInfo):
+        if self.require == "not_worse" and self.margin == 0 and not is_recorded(info):
             raise ValueError("`require: not_worse` needs a `margin:` above 0: with none it asks for what `better` does")
         return self
 

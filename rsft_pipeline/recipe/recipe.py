@@ -6,7 +6,7 @@ Not: finding, reading and explaining a file (reading.py).
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from rsft_pipeline.lineage import digest
 from rsft_pipeline.recipe.acceptance import AnyRule, LossRule, RejectionRule
@@ -15,7 +15,7 @@ from rsft_pipeline.recipe.model import Model
 from rsft_pipeline.recipe.prompts import Prompts
 from rsft_pipeline.recipe.sampling import Sampling, Until
 from rsft_pipeline.recipe.scoring import Scoring
-from rsft_pipeline.recipe.section import RecipeError, Section
+from rsft_pipeline.recipe.section import RECORDED, RecipeError, Section, is_recorded
 from rsft_pipeline.recipe.training import Training
 
 
@@ -55,12 +55,13 @@ class Recipe(Section):
     _path: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _sections_agree(self):
+    def _sections_agree(self, info: ValidationInfo):
         if isinstance(self.acceptance, RejectionRule):
             known = ["policy", *(scorer.label for scorer in self.scoring.scorers)]
             if self.acceptance.target not in known:
                 raise ValueError(f"acceptance.target is {self.acceptance.target!r}; expected one of {', '.join(known)}")
-            self._check_target(self.acceptance.target)
+            if not is_recorded(info):
+                self._check_target(self.acceptance.target)
         if (self.task == "classification") != bool(self.model.labels):
             raise ValueError("`task: classification` and a list of `model.labels` go together")
         if self.sampling.source == "reference" and self.prompts.reference is None:
@@ -132,15 +133,15 @@ class Recipe(Section):
         return digest(self.model_dump(mode="json"))
 
     @classmethod
-    def of_file(cls, path: Path, fields: dict[str, Any]) -> "Recipe":
+    def of_file(cls, path: Path, fields: dict[str, Any], context: dict[str, Any] | None = None) -> "Recipe":
         """The recipe that a file's fields make. Raises pydantic's ValidationError."""
-        made = cls.model_validate(fields)
+        made = cls.model_validate(fields, context=context)
         made._path = path
         return made
 
     def as_recorded(self, fields: dict[str, Any]) -> "Recipe":
         """The same recipe with the fields that a round recorded."""
-        return Recipe.of_file(self._path, fields)
+        return Recipe.of_file(self._path, fields, RECORDED)
 
     def path(self, name: str) -> Path:
         """A path of the recipe, absolute."""

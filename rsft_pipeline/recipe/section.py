@@ -1,6 +1,8 @@
 """Section: what every part of a recipe is, and the error of a recipe that cannot run."""
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+
+RECORDED = {"recorded": True}  # context in which the settings of a round that ran are read again
 
 
 class RecipeError(ValueError):
@@ -11,6 +13,11 @@ class Section(BaseModel):
     """A part of the recipe: immutable, and every key must be a known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def is_recorded(info: ValidationInfo) -> bool:
+    """Whether settings are those of a round that ran, perhaps before some of them were refused."""
+    return info.context == RECORDED
 
 
 def refusals(error: ValidationError) -> str:

@@ -51,12 +51,6 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
 
     def work(connection):
         parameters, decisions = _decisions(connection, round_)
-        (unscored,) = connection.execute("SELECT count(*) FROM scored WHERE passed IS NULL").fetchone()
-        if unscored:
-            raise RoundError(
-                f"{recipe.name} {round_.key}: {unscored} candidates have no score by the scorers and references of "
-                "now, which have changed since: materialise `scores` again"
-            )
         connection.execute("DELETE FROM decisions WHERE recipe = ? AND round = ?", [recipe.name, round_.key])
         connection.execute(
             f"""INSERT INTO decisions BY NAME
@@ -105,5 +99,11 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[di
     """
     recipe = round_.recipe
     revoked = revocations.set_aside(connection, "scored", recipe.name, recipe.seed)
+    (unscored,) = connection.execute("SELECT count(*) FROM scored WHERE passed IS NULL").fetchone()
+    if unscored:
+        raise RoundError(
+            f"{recipe.name} {round_.key}: {unscored} candidates have no score by the scorers and references of now, "
+            "which have changed since: materialise `scores` again"
+        )
     parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
     return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"

@@ -13,7 +13,7 @@ from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare,
 from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round, RoundError, starting_weights
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
-from rsft_pipeline.steps.score import versions
+from rsft_pipeline.steps.score import unscored, versions
 from rsft_pipeline.store import Query, Store
 
 
@@ -76,11 +76,17 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
     """Compare the weights on the held-out prompts. Writes `evaluations`.
 
     Raises:
-        RoundError: the checkpoint was revoked while the prompts were answered.
+        RoundError: the checkpoint was revoked while the prompts were answered, or what judges them has changed.
     """
     _check_not_revoked(store, round_, between.checkpoint)
     recipe, how = round_.recipe, round_.recipe.evaluation
     scorers = versions(store, round_)
+    for weights in between.weights:
+        if left := unscored(store, round_, EVALUATION_CANDIDATES, of_evaluation(round_, weights), scorers):
+            raise RoundError(
+                f"{recipe.name} {round_.key}: {left} answers to held-out prompts have no score by the scorers and "
+                "references of now, which have changed since: materialise `evaluation` again"
+            )
     version = scorers[COMBINED]
     found = {role: results(store.query, round_, digest, version) for role, digest in between.roles.items()}
     rows = [
@@ -149,7 +155,6 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
     Raises:
         RoundError: the checkpoint was revoked while it was evaluated.
     """
-    _check_not_revoked(store, round_, between.checkpoint)
     counts = store.query(
         f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
                 count(*) FILTER (d.accepted) AS accepted,
@@ -160,6 +165,7 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
         of_round(round_),
     )[0]
     as_json = {role: json.dumps(_finite(asdict(summary))) for role, summary in outcome.summaries.items()}
+    _check_not_revoked(store, round_, between.checkpoint)
     rounds.finish(
         store,
         round_,

@@ -24,9 +24,14 @@ def check_not_revoked(store: Store, round_: Round) -> None:
         raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Change that, and run the round again")
 
 
-def versions(store: Store, round_: Round) -> dict[str, str]:
-    """The version that each scorer has in a round, and that of the combined score."""
-    recipe, before = round_.recipe, accepted_before(store, round_)
+def versions(store: Store, round_: Round, before: list[str] | None = None) -> dict[str, str]:
+    """The version that each scorer has in a round, and that of the combined score.
+
+    Args:
+        before: what `accepted_before` gives, where it is known already.
+    """
+    recipe = round_.recipe
+    before = accepted_before(store, round_) if before is None else before
     found = {config.label: scoring.version(config, recipe, before) for config in recipe.scoring.scorers}
     how = recipe.scoring.model_dump(include={"combine"}) | {
         config.label: [config.weight, config.minimum] for config in recipe.scoring.scorers
@@ -48,28 +53,36 @@ def accepted_before(store: Store, round_: Round) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Scorers:
     """A round's scorers, loaded, and the versions that they have."""
 
     judges: dict[str, scoring.Judge]
     version_of: dict[str, str]
+    accepted_before: list[str]
 
 
-def bench(store: Store, round_: Round, device: Device) -> Bench:
+def load(store: Store, round_: Round, device: Device) -> Scorers:
     """Load the scorers of a round. Raises RoundError when one of them changes meanwhile."""
-    version_of = versions(store, round_)
-    loaded = Bench(scoring.judges(round_.recipe, device, accepted_before(store, round_)), version_of)
-    _check_unchanged(store, round_, loaded)
-    return loaded
+    before = accepted_before(store, round_)
+    version_of = versions(store, round_, before)
+    scorers = Scorers(scoring.judges(round_.recipe, device, before), version_of, before)
+    _check_unchanged(store, round_, scorers)
+    return scorers
 
 
-def _check_unchanged(store: Store, round_: Round, loaded: Bench) -> None:
-    now = versions(store, round_)
-    if changed := [name for name, version in loaded.version_of.items() if now[name] != version and name != COMBINED]:
+def _check_unchanged(store: Store, round_: Round, scorers: Scorers) -> None:
+    now = versions(store, round_, scorers.accepted_before)
+    if changed := [name for name, version in scorers.version_of.items() if now[name] != version and name != COMBINED]:
         raise RoundError(
             f"{round_.recipe.name} {round_.key}: the scorer `{changed[0]}` has changed since it was loaded, so what it "
             "says is not what its file says by now. Nothing is lost: run the round again, and it goes on from here"
         )
+
+
+def unscored(store: Store, round_: Round, candidates: str, parameters: dict, version_of: dict[str, str]) -> int:
+    """How many of the candidates have no combined score of these versions, but for erased ones. See `score`."""
+    to_judge = _to_judge(parameters, version_of)
+    return store.value(f"SELECT count(*) AS n FROM ({_UNSCORED.format(candidates=candidates)})", to_judge)
 
 
 def score(
@@ -81,32 +94,34 @@ def score(
     device: Device,
     run_id: str,
     show: Show,
-    loaded: Bench | None = None,
+    scorers: Scorers | None = None,
 ) -> int:
     """Score those candidates that have no combined score of the present version. Returns how many.
 
     Args:
         candidates: ROUND_CANDIDATES or EVALUATION_CANDIDATES.
         parameters: what it takes.
-        loaded: the round's scorers, where they are loaded already.
+        scorers: the round's, where they are loaded already.
 
     Raises:
         RoundError: a scorer has changed since it was loaded.
     """
     recipe = round_.recipe
-    if loaded:
-        _check_unchanged(store, round_, loaded)
-    version_of = loaded.version_of if loaded else versions(store, round_)
-    to_judge = {**parameters, "version": version_of[COMBINED], "scorers": of_scorers(version_of)}
+    if scorers:
+        _check_unchanged(store, round_, scorers)
+    version_of = scorers.version_of if scorers else versions(store, round_)
     with store.connection() as connection:
+        to_judge = _to_judge(parameters, version_of)
         connection.execute(f"CREATE TEMP TABLE unscored AS {_UNSCORED.format(candidates=candidates)}", to_judge)
         (number,) = connection.execute("SELECT count(*) FROM unscored").fetchone()
         if not number:
             return 0
-        loaded, done = loaded or bench(store, round_, device), 0
+        scorers, done = scorers or load(store, round_, device), 0
+        if scorers.version_of != version_of:  # what is known already is of the versions before
+            raise RoundError(f"{recipe.name} {round_.key}: a scorer changed just now: run the round again")
         for batch in connection.execute("FROM unscored").to_arrow_reader(SCORING_BATCH):
             rows = batch.to_pylist()
-            judged = _judge(recipe, loaded.judges, rows)
+            judged = _judge(recipe, scorers.judges, rows)
             store.append(
                 "scores",
                 columns(
@@ -115,7 +130,7 @@ def score(
                     round=[row["round"] for row, *_ in judged],
                     candidate_id=[row["candidate_id"] for row, *_ in judged],
                     scorer=[scorer for _, scorer, *_ in judged],
-                    version=[loaded.version_of[scorer] for _, scorer, *_ in judged],
+                    version=[version_of[scorer] for _, scorer, *_ in judged],
                     content=[row["content"] for row, *_ in judged],
                     value=[value for *_, value, _ in judged],
                     passed=[passed for *_, passed in judged],
@@ -125,6 +140,10 @@ def score(
             done += len(rows)
             show(done, "", number)
     return number
+
+
+def _to_judge(parameters: dict, version_of: dict[str, str]) -> dict:
+    return {**parameters, "version": version_of[COMBINED], "scorers": of_scorers(version_of)}
 
 
 # With only weights or minima changed, the scorers themselves have nothing to do: what they said is in `known`.
