@@ -56,6 +56,7 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
 
     from rsft_pipeline import models, tasks, training
     from rsft_pipeline.devices import Device
+    from rsft_pipeline.lineage import in_eval_split
     from rsft_pipeline.prompts import encode
     from rsft_pipeline.recipe.reading import find, load
     from rsft_pipeline.sampling import Asked, Request
@@ -68,7 +69,10 @@ def bare(home: Path, overrides: dict[str, str]) -> None:
     done("imports and model")
     rows = [json.loads(line) for line in Path(made.prompts.source).read_text("utf-8").splitlines()]
     random.Random(0).shuffle(rows)
-    held_out, train = rows[: made.evaluation.prompts], rows[made.evaluation.prompts :][: how.prompts]
+    sides: dict[bool, list[dict]] = {True: [], False: []}  # as a round splits them
+    for row in rows:
+        sides[in_eval_split([row["question"]], made.prompts.eval_fraction)].append(row)
+    held_out, train = sides[True][: made.evaluation.prompts], sides[False][: how.prompts]
 
     def draw(model, rows: list[dict], draws: int) -> list[tuple]:
         asked = [Asked(row["answer"], tuple(encode(tokenizer, row["question"], False)), row["answer"]) for row in rows]
