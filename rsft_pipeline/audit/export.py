@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rsft_pipeline import lineage
 from rsft_pipeline.audit.ids import AuditError, Thing, thing
-from rsft_pipeline.audit.impact import MADE
+from rsft_pipeline.audit.impact import MADE, earlier
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.revocations import of_checkpoint
 from rsft_pipeline.store import Query, Store
@@ -260,9 +260,9 @@ def _history(query: Query, checkpoint: str) -> list[dict[str, Any]]:
             **dict.fromkeys(("candidates", "started", "finished")),
             **_attempt(query, made, made["snapshot"] in snapshots),
             **made,
-            "learned": [*earlier, made["round"]],
+            "learned": [*before, made["round"]],
         }
-        for made, earlier in _ancestors(checkpoint, query(MADE))
+        for made, before in _ancestors(checkpoint, query(MADE))
     ]
 
 
@@ -291,24 +291,11 @@ def _ancestors(checkpoint: str, made: list[dict]) -> list[tuple[dict, dict[str, 
     while open_:
         row = open_.pop()
         if row["checkpoint"] not in found:
-            earlier = _earlier(row, made)
-            found[row["checkpoint"]] = row, earlier
+            before = earlier(row, made)
+            found[row["checkpoint"]] = row, before
             weights = [by_digest[digest] for digest in (row["parent"], row["drawn_from"]) if digest in by_digest]
-            open_ += [*weights, *earlier.values()]
+            open_ += [*weights, *before.values()]
     return sorted(found.values(), key=lambda one: made.index(one[0]))
-
-
-def _earlier(row: dict, made: list[dict]) -> dict[str, dict]:
-    """By round, the last attempt there was then at each earlier one, where a checkpoint learned from all rounds."""
-    return {
-        other["round"]: other
-        for other in made
-        if row["data"] == "all_rounds"
-        and other["recipe"] == row["recipe"]
-        and other["trained_on"] in (None, "accepted")
-        and other["round"] < row["round"]
-        and other["snapshot"] <= row["snapshot"]
-    }
 
 
 def _openlineage(path: Path, rows: Path, history: list[dict[str, Any]]) -> None:

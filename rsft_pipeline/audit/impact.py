@@ -245,17 +245,25 @@ def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
     else:
         edges = [(row["parent"], f"starts from {row['parent']}")]
         edges += [(row["drawn_from"], f"learned from draws of {row['drawn_from']}")]
-    if row["data"] == "all_rounds":
-        # Of each earlier round the last attempt there was then: `made` is in the order of snapshots.
-        before = {
-            other["round"]: other["drawn_from"]
-            for other in made
-            if other["recipe"] == row["recipe"]
-            and other["round"] < row["round"]
-            and other["snapshot"] <= row["snapshot"]
-        }
-        edges += [(weights, f"learned from draws of {weights} in {key}") for key, weights in before.items()]
-    return edges
+    before = ((key, other["drawn_from"]) for key, other in earlier(row, made).items())
+    return edges + [(weights, f"learned from draws of {weights} in {key}") for key, weights in before]
+
+
+def earlier(row: Mapping[str, Any], made: list[dict]) -> dict[str, dict]:
+    """By round, the last attempt there was then at each earlier one, where a checkpoint learned from all rounds.
+
+    Args:
+        made: rows of `MADE`, which are in the order of snapshots.
+    """
+    return {
+        other["round"]: other
+        for other in made
+        if row["data"] == "all_rounds"
+        and other["recipe"] == row["recipe"]
+        and other["trained_on"] in (None, "accepted")
+        and other["round"] < row["round"]
+        and other["snapshot"] <= row["snapshot"]
+    }
 
 
 def role(row: Mapping[str, Any], round_: Mapping[str, Any] | None) -> str:
