@@ -4,9 +4,10 @@ Belongs here: opening the lake, whole-or-nothing writes, reads, compaction. Not 
 table: that is said in schema.sql, and its queries stand beside the step that needs them.
 
 Readers and writers in other processes are welcome at any time: every commit is a snapshot, and a
-writer that meets another retries.
+writer that meets another retries. Only files are not merged while somebody reads.
 """
 
+import fcntl
 import importlib.util
 import random
 import re
@@ -45,16 +46,18 @@ class Store:
         if found := set("?*[\\") & set(data):
             raise StoreError(f"the store's data is {data}: DuckDB reads that as a pattern, because of {min(found)!r}")
         self.catalog, self.data = catalog, data
+        backend, _, file = catalog.partition(":")
+        self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
         # A folder of its own, which DuckDB makes when it needs it: by default every process would spill into the same
         # files of the current folder.
         spill = {"temp_directory": str(Path(tempfile.gettempdir()) / f"rsft-{uuid.uuid4().hex}")}
         self._connection = duckdb.connect(config=spill | ({"memory_limit": memory} if memory else {}))
-        backend = catalog.partition(":")[0]
         for extension in ("sqlite_scanner" if backend == "sqlite" else "postgres_scanner", "ducklake"):
             _load(self._connection, extension)
         options = [f"DATA_PATH {_quoted(data)}", "OVERRIDE_DATA_PATH true"]  # a home may have been moved
         if backend == "sqlite":
-            Path(catalog.partition(":")[2]).parent.mkdir(parents=True, exist_ok=True)
+            self._readers.parent.mkdir(parents=True, exist_ok=True)
+            self._readers.touch()
             options.append("META_JOURNAL_MODE 'WAL'")
         attach = f"ATTACH {_quoted('ducklake:' + catalog)} AS lake ({', '.join(options)})"
         try:
@@ -104,7 +107,7 @@ class Store:
 
     def arrow(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> pa.Table:
         """The rows of a query, as an Arrow table."""
-        with self._connection.cursor() as cursor:
+        with self._not_merging(), self._connection.cursor() as cursor:
             cursor.execute("BEGIN READ ONLY; USE lake")  # outside a transaction USE would be one more of its own
             return cursor.execute(sql, parameters or None).to_arrow_table()
 
@@ -128,9 +131,24 @@ class Store:
 
         All threads read such a table; one that the transaction under way has made is read by a single thread.
         """
-        with self._connection.cursor() as cursor:
+        with self._not_merging(), self._connection.cursor() as cursor:
             cursor.execute("USE lake")
             yield cursor
+
+    @contextmanager
+    def _not_merging(self, how: int = fcntl.LOCK_SH) -> Iterator[None]:
+        """Keep files from being merged; or with LOCK_EX, readers and writers from coming in. Raises BlockingIOError.
+
+        DuckLake reads a SQLite catalog by several connections. Of these one may see the files from before a merge, and
+        another their statistics from after it, of which there are none any more: a table then seems empty, and no
+        error says so. A Postgres catalog is read as of one moment.
+        """
+        if self._readers is None:
+            yield
+            return
+        with open(self._readers, "rb") as file:
+            fcntl.flock(file, how)
+            yield
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -144,7 +162,8 @@ class Store:
         """
 
         def attempt() -> T:
-            with nullcontext(connection) if connection else self._connection.cursor() as cursor:
+            own = nullcontext(connection) if connection else self._connection.cursor()
+            with self._not_merging(), own as cursor:
                 cursor.execute("BEGIN; USE lake")
                 try:
                     result = work(cursor)
@@ -164,15 +183,24 @@ class Store:
         """Insert rows in one transaction."""
         self.commit(lambda connection: insert(connection, table, rows))
 
-    def compact(self) -> None:
+    def compact(self, patience: float = 10.0) -> None:
         """Merge small files, and delete those that nothing has referred to for a day.
 
         Snapshots are never expired here: each checkpoint names the one that it was trained from.
+
+        Args:
+            patience: seconds to wait for readers; where they read for longer nothing is merged: there is a next time.
         """
-        self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError), self._not_merging(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
+                break
+            time.sleep(0.02)
         for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
             sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
-            self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
+            with suppress(duckdb.IOException):  # another process tidies up too, and was there first
+                self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
 
     def forget(self) -> list[str]:
         """Make the present all that can be read: what was replaced or deleted is gone from the files too.
@@ -180,14 +208,15 @@ class Store:
         Every older snapshot goes, those that checkpoints name too. No other process may be writing: its files, not
         yet committed, would be taken for a killed writer's. Returns local files that are there all the same.
         """
-        for sql in (
-            "ducklake_flush_inlined_data('lake')",
-            "ducklake_rewrite_data_files('lake', delete_threshold => 0)",
-            "ducklake_expire_snapshots('lake', older_than => now())",
-            "ducklake_cleanup_old_files('lake', cleanup_all => true)",
-            "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
-        ):
-            self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
+        with self._not_merging(fcntl.LOCK_EX):
+            for sql in (
+                "ducklake_flush_inlined_data('lake')",
+                "ducklake_rewrite_data_files('lake', delete_threshold => 0)",
+                "ducklake_expire_snapshots('lake', older_than => now())",
+                "ducklake_cleanup_old_files('lake', cleanup_all => true)",
+                "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
+            ):
+                self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
         backend, _, catalog = self.catalog.partition(":")
         if backend == "sqlite":  # what SQLite deletes stays in its file until that is written anew
             with closing(sqlite3.connect(catalog, timeout=60, isolation_level=None)) as connection:

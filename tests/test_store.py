@@ -1,5 +1,7 @@
 """The store: whole or nothing, many processes at once, nothing reported and lost."""
 
+import concurrent.futures
+import fcntl
 import os
 import signal
 import subprocess
@@ -138,6 +140,23 @@ def test_a_store_from_before_revocations_gets_the_columns_that_it_lacks(tmp_path
         assert store.query("SELECT recipe, eligible FROM evaluations") == [{"recipe": "one", "eligible": None}]
         assert store.value("SELECT evaluation_scorers FROM rounds") is None
         assert [row["drawn_from"] for row in store.query(MADE)] == ["teacher"]
+
+
+def test_no_files_are_merged_while_somebody_reads(tmp_path):
+    """DuckLake's reader may find the files of before a merge without their statistics, and then an empty table."""
+    listed = "SELECT count(*) AS n FROM ducklake_list_files('lake', 'candidates')"
+    with Store.at(tmp_path) as store, Store.at(tmp_path) as other:
+        for n in range(3):
+            store.append("candidates", [{"recipe": "a", "candidate_id": f"{n} {i}"} for i in range(50)])
+        files = store.value(listed)
+        for reading in (store.connection, store._not_merging):
+            with reading():
+                other.compact(patience=0.1)
+                assert store.value(listed) == files  # others read, and are not held up
+        other.compact()
+        assert store.value(listed) == 1 < files
+        with store._not_merging(fcntl.LOCK_EX), pytest.raises(TimeoutError):
+            concurrent.futures.ThreadPoolExecutor().submit(other.value, listed).result(timeout=0.3)
 
 
 def test_what_does_not_fit_into_memory_is_spilt_into_a_folder_of_its_own_that_goes(tmp_path, monkeypatch):
