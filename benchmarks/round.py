@@ -41,11 +41,13 @@ PARTS = {  # of the plot, and what they are called where they are measured
 }
 
 
-def bare(home: Path, overrides: dict[str, str]) -> None:
-    """The same round with nothing around it. Prints the seconds of each part as the last line, in JSON."""
-    import psutil
+def bare(home: Path, overrides: dict[str, str], began: float) -> None:
+    """The same round with nothing around it. Prints the seconds of each part as the last line, in JSON.
 
-    parts, at = {}, psutil.Process().create_time()
+    Args:
+        began: when the process was started, as time.time() gives it.
+    """
+    parts, at = {}, began
 
     def done(part: str) -> None:
         nonlocal at
@@ -192,13 +194,13 @@ def main() -> None:
     options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark")
     options.add_argument("--set", metavar="a.b=value", nargs="+", default=[], help="of the recipe, for both sides")
     options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
-    options.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--bare", type=float, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     arguments.home.mkdir(parents=True, exist_ok=True)
     overrides = questions(arguments.prompts, arguments.home / "sums.jsonl")
     overrides |= dict(each.split("=", 1) for each in arguments.set)
     if arguments.bare:
-        bare(arguments.home, overrides)
+        bare(arguments.home, overrides, arguments.bare)
         return
     from rsft_pipeline import models
     from rsft_pipeline.recipe.reading import find, load
@@ -206,13 +208,13 @@ def main() -> None:
     models.base(load(find("arithmetic"), overrides), arguments.home)  # made, or there already
     turns = []
     for _ in range(arguments.turns):
-        began = time.perf_counter()
-        same = ["--bare", "--prompts", str(arguments.prompts), "--home", str(arguments.home)]
+        began = time.time()
+        same = ["--bare", str(began), "--prompts", str(arguments.prompts), "--home", str(arguments.home)]
         same += ["--set", *arguments.set] if arguments.set else []
         told = subprocess.run(
             [sys.executable, "-m", "benchmarks.round", *same], cwd=ROOT, check=True, capture_output=True, text=True
         )
-        alone = time.perf_counter() - began
+        alone = time.time() - began
         parts = json.loads(told.stdout.splitlines()[-1])
         with tempfile.TemporaryDirectory() as folder:
             home = Path(folder) / "home"

@@ -544,18 +544,19 @@ def _digest_of(files: dict[str, str]) -> str:
 def _file_digests(folder: Path) -> dict[str, str]:
     """File name → SHA-256 of every CONTENT file."""
     names = {path.name for pattern in CONTENT for path in folder.glob(pattern)} - {META}
-    digests = {}
-    for name in sorted(names):
-        file = folder.resolve() / name
-        status = file.stat()
-        digests[name] = _file_digest(file, status.st_size, status.st_mtime_ns)
-    return digests
+    return {name: _file_digest(folder.resolve() / name) for name in sorted(names)}
 
 
-@functools.lru_cache(maxsize=1024)
-def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
-    """Large weights are read once, for as long as their size and time stay."""
-    return lineage.file_digest(file)
+# SHA-256 of files by device, inode, size and time: large weights are read once, also where their folder is renamed.
+_digests: dict[tuple[int, int, int, int], str] = {}
+
+
+def _file_digest(file: Path) -> str:
+    status = file.stat()
+    identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if identity not in _digests:
+        _digests[identity] = lineage.file_digest(file)
+    return _digests[identity]
 
 
 def _sync(path: Path) -> None:

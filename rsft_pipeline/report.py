@@ -279,7 +279,7 @@ class HeldOutScores:
 
 def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutScores:
     """Each scorer's mean over the held-out prompts, such as exact match and F1 side by side, for each role."""
-    means = {role: _means(store, round_, digest) for role, digest in contest.roles.items()}
+    means = contest.by_role(lambda weights: _means(store, round_, weights))
 
     def shown(mean: Estimate | None) -> str:
         return "" if mean is None else f"{mean.value:.4f} ({mean.low:.4f} to {mean.high:.4f})"
@@ -321,7 +321,7 @@ def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
 
     recipe, overall, rows = round_.recipe, [], []
     how = {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
-    answers = {role: by_class.answers(store, round_, weights) for role, weights in contest.roles.items()}
+    answers = contest.by_role(lambda weights: by_class.answers(store, round_, weights))
     found = {role: by_class.macro_f1(each, **how) for role, each in answers.items()}
     for role, each in answers.items():
         overall.append(

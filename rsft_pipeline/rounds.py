@@ -227,7 +227,8 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
     if choice == "base" or not earlier:
         weights = _base(recipe, home, earlier[0]["policy"] if earlier else None)
     else:
-        weights = locate(store, recipe, home, earlier[-1]["champion" if choice == "champion" else "checkpoint"])
+        digest = earlier[-1]["champion" if choice == "champion" else "checkpoint"]
+        weights = _trained(store, recipe, home, digest) or _base(recipe, home, digest)
     if why := revocations.of_weights(store, weights.digest):
         raise RoundError(f"{recipe.name} {round_key} would start from {weights.source}: {why}")
     return weights
@@ -248,18 +249,31 @@ def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:
 
 
 def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
-    """Where the weights of a digest are. Raises RoundError when they are gone, or are not what they were."""
+    """Where the weights that a round went by are. Raises RoundError when they are gone, or are not what they were."""
+    if weights := _trained(store, recipe, home, digest):
+        return weights
+    if (folder := home.path / "models" / digest).is_dir():  # a base made here: no need to find out what it is made of
+        return _unchanged(Weights(digest, folder, "base"))
+    return _base(recipe, home, digest)
+
+
+def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights | None:
+    """Weights that a round of the recipe made; None for those that it did not."""
     made = store.query(
         "SELECT round FROM checkpoints WHERE recipe = ? AND checkpoint = ? ORDER BY round", [recipe.name, digest]
     )
-    if made:
-        weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
-        if not weights.path.is_dir():
-            raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
-        if changed := models.verify(weights.path):
-            raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
-        return weights
-    return _base(recipe, home, digest)
+    if not made:
+        return None
+    weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
+    if not weights.path.is_dir():
+        raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
+    return _unchanged(weights)
+
+
+def _unchanged(weights: Weights) -> Weights:
+    if changed := models.verify(weights.path):
+        raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
+    return weights
 
 
 def _base(recipe: Recipe, home: Home, digest: str | None) -> Weights:

@@ -6,7 +6,9 @@ record. Not: drawing and scoring the held-out candidates (draw.py, score.py), no
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from rsft_pipeline import acceptance, revocations, rounds
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
@@ -15,6 +17,8 @@ from rsft_pipeline.rounds import Round, RoundError, starting_weights
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import unscored, versions
 from rsft_pipeline.store import Query, Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Contest:
     def weights(self) -> list[str]:
         """Each of them once."""
         return list(dict.fromkeys(self.roles.values()))
+
+    def by_role(self, ask: Callable[[str], T]) -> dict[str, T]:
+        """What is asked of weights, for each role. Of weights that have several it is asked once."""
+        answers = {weights: ask(weights) for weights in self.weights}
+        return {role: answers[weights] for role, weights in self.roles.items()}
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
                 "references of now, which have changed since: materialise `evaluation` again"
             )
     version = scorers[COMBINED]
-    found = {role: results(store.query, round_, digest, version) for role, digest in between.roles.items()}
+    found = between.by_role(lambda weights: results(store.query, round_, weights, version))
     rows = [
         {
             "recipe": recipe.name,
