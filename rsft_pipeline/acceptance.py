@@ -67,8 +67,11 @@ def normalised(column: str) -> str:
 
 
 def same_text(column: str) -> str:
-    """SQL of what two texts share that are one to the rules: 128 bits, where a text may be long."""
-    return f"md5_number({normalised(column)})"
+    """SQL of what two texts share that are one to the rules: 64 bits, where a text may be long.
+
+    Only texts of one prompt are compared: of a thousand others, the odds that any two share them are below 1 to 10¹³.
+    """
+    return f"hash({normalised(column)})"
 
 
 _COLUMNS = "candidate_id, prompt_id, draw, same_text, tokens, log_q, log_p, score, passed, target"
@@ -188,7 +191,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     """A SELECT of one decision for each row of the source, so that rows never pass through Python.
 
     Reads:
-        candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, same_text UHUGEINT (of the text, see `same_text`; read
+        candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, same_text UBIGINT (of the text, see `same_text`; read
         by rules with `distinct` alone), tokens INTEGER (the completion's length),
         log_q DOUBLE (of the sequence, in nats, under the distribution sampled from), log_p DOUBLE (the same, under
         the policy at temperature 1, untruncated), score DOUBLE (combined; NULL: cannot judge), passed BOOLEAN (every

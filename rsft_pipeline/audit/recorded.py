@@ -44,7 +44,7 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
     """
     rule = round_.recipe.acceptance
     # What an erased text was the same as is not known: it counts as one of its own.
-    hashed = f"coalesce({same_text('c.text')}, md5_number(c.candidate_id))" if rule.distinct else "NULL"
+    hashed = same_text("coalesce(c.text, c.candidate_id)") if rule.distinct else "NULL"
     target, joined = "c.log_p", ""
     if isinstance(rule, RejectionRule) and rule.target != "policy":
         target = "t.value"
