@@ -43,7 +43,7 @@ bench: setup $(PEERS)/installed
 	$(BIN)/python -m benchmarks.round --prompts 20000 --turns 2 --set model.bootstrap.steps=200 \
 		model.bootstrap.config.hidden_size=512 model.bootstrap.config.intermediate_size=1536 \
 		model.bootstrap.config.num_hidden_layers=4 --out docs/benchmarks/larger-round
-	$(BIN)/python -m benchmarks.round --prompts 1000 --turns 2 --set model.bootstrap.steps=60 \
+	$(BIN)/python -m benchmarks.round --prompts 1000 --turns 4 --set model.bootstrap.steps=60 \
 		model.bootstrap.config.hidden_size=1024 model.bootstrap.config.intermediate_size=2816 \
 		model.bootstrap.config.num_hidden_layers=8 model.bootstrap.learning_rate=0.0005 --out docs/benchmarks/larger-model
 	$(BIN)/python -m benchmarks.store

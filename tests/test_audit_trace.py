@@ -394,6 +394,7 @@ def test_rounds_do_not_go_back_to_another_base_model(mine, recipe):
     other = load(recipe.file, {"model.bootstrap.steps": "20"})
     with pytest.raises(RoundError, match=f"started from the base model {base}, .* put it back"):
         rounds.starting_weights(mine, other, Home.here(), "r002", "base")
+    assert rounds.locate(mine, other, Home.here(), base) == rounds.locate(mine, recipe, Home.here(), base)
 
 
 def test_while_a_round_is_revoked_no_stop_rule_holds(mine, recipe):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import jsonschema
 import pytest
@@ -149,6 +150,17 @@ def test_the_servers_of_the_ui_link_to_each_other_where_they_are(monkeypatch):
     assert pages.dagster_run("x") == "http://127.0.0.1:3001/runs/x"
     assert pages.mlflow_run("x") == "http://127.0.0.1:5002/#/runs/x"
     assert pages.audit("/revocations") == "https://audit.example/revocations"
+
+
+def test_a_process_that_ends_does_not_look_for_garbage():
+    script = """
+        import atexit, gc
+        from rsft_pipeline.home import settle_environment
+        atexit.register(lambda: print(gc.get_freeze_count() > 0))  # what was registered first runs last
+        settle_environment()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_two_recipes_of_one_name_are_refused(home, write_recipe):
