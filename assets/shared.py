@@ -30,6 +30,7 @@ def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **
         "kinds": kinds,
         "tags": {"rsft/recipe": recipe.name, "rsft/task": recipe.task},
         "deps": [key(recipe, name) for name in reads],
+        "pool": recipe.name,  # dagster.yaml lets one run of each go at a time
         **more,
     }
 

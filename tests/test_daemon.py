@@ -12,6 +12,8 @@ import dagster as dg
 import pytest
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import WorkspaceFileTarget
+from dagster_graphql.cli import execute_query
+from dagster_graphql.client.query import LAUNCH_PIPELINE_EXECUTION_MUTATION
 
 from resources import process
 from rsft_pipeline import rounds
@@ -114,3 +116,26 @@ def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_rou
         refused = reader.query("SELECT line, reason, raw FROM quarantine WHERE recipe = 'first'")
         assert refused == [{"line": 3, "reason": "broken JSON", "raw": b"not JSON"}]
     wait_for(lambda: all(run.is_success for run in instance.get_runs()), patience=60)
+
+
+def test_assets_materialised_by_hand_wait_for_the_round_under_way(home, instance, daemon, write_recipe):
+    known(home, write_recipe("letters_loop"))
+    rounds_of_it = [{"key": "dagster/partition", "value": "r000"}]
+    instance.add_dynamic_partitions("letters_loop_rounds", ["r000"])
+    launch(instance, {"pipelineName": "letters_loop_round"}, rounds_of_it)
+    daemon()
+    wait_for(lambda: instance.get_runs()[0].status == dg.DagsterRunStatus.STARTED)
+    by_hand = {"pipelineName": "__ASSET_JOB", "assetSelection": [{"path": ["letters_loop", "prompts"]}]}
+    launch(instance, by_hand)
+    wait_for(lambda: all(run.is_success for run in instance.get_runs()))
+    second, first = sorted(instance.get_run_records(), key=lambda record: record.start_time, reverse=True)
+    assert second.start_time >= first.end_time
+
+
+def launch(instance, selector, tags=()):
+    """Launch a run as the UI's buttons do: into the queue."""
+    where = {"repositoryLocationName": "rsft", "repositoryName": "__repository__"}
+    with WorkspaceProcessContext(instance, WorkspaceFileTarget([str(ROOT / "workspace.yaml")])) as workspace:
+        given = {"selector": {**where, **selector}, "executionMetadata": {"tags": list(tags)}}
+        told = execute_query(workspace, LAUNCH_PIPELINE_EXECUTION_MUTATION, {"executionParams": given})
+    assert told["data"]["launchPipelineExecution"]["__typename"] == "LaunchRunSuccess", told
