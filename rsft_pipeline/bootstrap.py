@@ -188,18 +188,7 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
 def _made(root: Path, key: str) -> models.Checkpoint | None:
     """What was made of the same before, if it is still there. Raises ModelError when it has changed since."""
     file = root / "bootstrap" / f"{key}.txt"
-    if not file.is_file():
-        return None
-    digest = file.read_text("utf-8")
-    folder = root / digest
-    if not folder.is_dir():
-        return None
-    if changed := models.verify(folder):
-        raise models.ModelError(
-            f"{folder} is not the model that was made there: {', '.join(changed)} changed since. "
-            "Move the folder away, and it is made again"
-        )
-    return models.Checkpoint(digest, folder)
+    return models.made(root, file.read_text("utf-8")) if file.is_file() else None
 
 
 def _remember(root: Path, key: str, checkpoint: models.Checkpoint) -> models.Checkpoint:

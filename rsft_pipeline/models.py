@@ -63,11 +63,29 @@ def base(
     """
     from rsft_pipeline import bootstrap  # it saves what it makes with this module
 
-    wanted, root = recipe.model, Path(home) / "models"
+    wanted, root = recipe.model, bases(home)
     if wanted.source == "bootstrap":
         return bootstrap.build(recipe, root, on_step)
     found = fetch(recipe, "model", wanted.source, wanted.revision)
     return bootstrap.prepare(recipe, found, root, on_step) if wanted.warm_up or wanted.labels else found
+
+
+def bases(home: Path) -> Path:
+    """The folder of the base models that were made on this machine."""
+    return Path(home) / "models"
+
+
+def made(root: Path, digest: str) -> Checkpoint | None:
+    """Such a model, if it is still there. Raises ModelError when it has changed since."""
+    folder = root / digest
+    if not folder.is_dir():
+        return None
+    if changed := verify(folder):
+        raise ModelError(
+            f"{folder} is not the model that was made there: {', '.join(changed)} changed since. "
+            "Move the folder away, and it is made again"
+        )
+    return Checkpoint(digest, folder)
 
 
 def teacher(recipe: Recipe, student: Path) -> Checkpoint:

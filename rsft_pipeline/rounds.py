@@ -249,11 +249,15 @@ def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:
 
 
 def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
-    """Where the weights that a round went by are. Raises RoundError when they are gone, or are not what they were."""
+    """Where the weights that a round went by are.
+
+    Raises:
+        RoundError, or of a base model ModelError: they are gone, or are not what they were.
+    """
     if weights := _trained(store, recipe, home, digest):
         return weights
-    if (folder := home.path / "models" / digest).is_dir():  # a base made here: no need to find out what it is made of
-        return _unchanged(Weights(digest, folder, "base"))
+    if base := models.made(models.bases(home.path), digest):  # no need to find out what it is made of
+        return Weights(digest, base.path, "base")
     return _base(recipe, home, digest)
 
 
@@ -267,10 +271,6 @@ def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights |
     weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
     if not weights.path.is_dir():
         raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
-    return _unchanged(weights)
-
-
-def _unchanged(weights: Weights) -> Weights:
     if changed := models.verify(weights.path):
         raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
     return weights

@@ -57,12 +57,25 @@ def known(home, path):
     (home / "recipes" / path.name).symlink_to(path)
 
 
+def workspace(instance):
+    return WorkspaceProcessContext(instance, WorkspaceFileTarget([str(ROOT / "workspace.yaml")]))
+
+
 def turn_on(instance, *sensors):
     """Switch sensors on, as `dagster sensor start` does for one at a time."""
-    with WorkspaceProcessContext(instance, WorkspaceFileTarget([str(ROOT / "workspace.yaml")])) as workspace:
-        repository = workspace.create_request_context().get_code_location("rsft").get_repository("__repository__")
+    with workspace(instance) as loaded:
+        repository = loaded.create_request_context().get_code_location("rsft").get_repository("__repository__")
         for sensor in sensors:
             instance.start_sensor(repository.get_sensor(sensor))
+
+
+def launch(instance, selector, tags=()):
+    """Launch a run as the UI's buttons do: into the queue."""
+    where = {"repositoryLocationName": "rsft", "repositoryName": "__repository__"}
+    given = {"selector": {**where, **selector}, "executionMetadata": {"tags": list(tags)}}
+    with workspace(instance) as loaded:
+        told = execute_query(loaded, LAUNCH_PIPELINE_EXECUTION_MUTATION, {"executionParams": given})
+    assert told["data"]["launchPipelineExecution"]["__typename"] == "LaunchRunSuccess", told
 
 
 def last_ticks(instance, *sensors):
@@ -120,22 +133,13 @@ def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_rou
 
 def test_assets_materialised_by_hand_wait_for_the_round_under_way(home, instance, daemon, write_recipe):
     known(home, write_recipe("letters_loop"))
-    rounds_of_it = [{"key": "dagster/partition", "value": "r000"}]
+    of_round = [{"key": "dagster/partition", "value": "r000"}]
     instance.add_dynamic_partitions("letters_loop_rounds", ["r000"])
-    launch(instance, {"pipelineName": "letters_loop_round"}, rounds_of_it)
+    launch(instance, {"pipelineName": "letters_loop_round"}, of_round)
     daemon()
     wait_for(lambda: instance.get_runs()[0].status == dg.DagsterRunStatus.STARTED)
     by_hand = {"pipelineName": "__ASSET_JOB", "assetSelection": [{"path": ["letters_loop", "prompts"]}]}
     launch(instance, by_hand)
     wait_for(lambda: all(run.is_success for run in instance.get_runs()))
-    second, first = sorted(instance.get_run_records(), key=lambda record: record.start_time, reverse=True)
+    first, second = sorted(instance.get_run_records(), key=lambda record: record.start_time)
     assert second.start_time >= first.end_time
-
-
-def launch(instance, selector, tags=()):
-    """Launch a run as the UI's buttons do: into the queue."""
-    where = {"repositoryLocationName": "rsft", "repositoryName": "__repository__"}
-    with WorkspaceProcessContext(instance, WorkspaceFileTarget([str(ROOT / "workspace.yaml")])) as workspace:
-        given = {"selector": {**where, **selector}, "executionMetadata": {"tags": list(tags)}}
-        told = execute_query(workspace, LAUNCH_PIPELINE_EXECUTION_MUTATION, {"executionParams": given})
-    assert told["data"]["launchPipelineExecution"]["__typename"] == "LaunchRunSuccess", told
