@@ -28,7 +28,7 @@ import transformers
 
 from benchmarks.results import FOLDER, bars, publish, table
 from rsft_pipeline import decoding
-from rsft_pipeline.decoding import Row, Shape
+from rsft_pipeline.decoding import Draw, Shape
 
 # As long as GSM8K's test questions: their characters at 16 evenly spaced quantiles, 4 to a token, and 40
 # tokens of chat template.
@@ -116,7 +116,7 @@ class Work:
         self.prompts = [[int(i) for i in generator.integers(0, vocabulary, length)] for length in case.lengths]
         self.shape = Shape(1.0, 1.0, None, case.tokens, frozenset(self.stops))
         self.rows = [
-            Row(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(case.draws)
+            Draw(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(case.draws)
         ]
 
     # Each way makes all the draws and returns how many tokens they have.

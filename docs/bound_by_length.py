@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rsft_pipeline import lineage, models
-from rsft_pipeline.decoding import Row, Shape, decode
+from rsft_pipeline.decoding import Draw, Shape, decode
 from rsft_pipeline.devices import Device
 
 PILOT, WORDS = 100, 8
@@ -26,7 +26,7 @@ def main(model_path: str, texts: str) -> None:
     stop_ids = frozenset(models.stop_ids(model, tokenizer))
     with open(texts, encoding="utf-8") as lines:
         openings = [" ".join(json.loads(line)["text"].split()[:WORDS]) for line in islice(lines, 2 * PILOT)]
-    rows = [Row(tuple(tokenizer(one)["input_ids"]), int(lineage.digest(one)[:15], 16)) for one in openings]
+    rows = [Draw(tuple(tokenizer(one)["input_ids"]), int(lineage.digest(one)[:15], 16)) for one in openings]
     print("| T | tokens | log M | 1/M | mean A | violations of 100 |\n| ---: | ---: | ---: | ---: | ---: | ---: |")
     for temperature in (1.05, 1.1, 1.3):
         for tokens in (8, 24, 64):

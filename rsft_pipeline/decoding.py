@@ -1,10 +1,10 @@
 """Decoding: many draws of token ids from a model that writes, with their log-probabilities.
 
-Each row's randomness is its own stream, fixed by its seed, so a draw does not depend on which other
-rows share its batch (beyond the rounding of the matrix products). Each prompt is read once, however
-many rows draw from it (shared_prefix.py; shared_encoder.py for encoder-decoders), and rows that have
-ended make room for others. Models whose attention cannot be shared so are drawn from by the plain loop
-at the end of this file.
+Each draw's randomness is its own stream, fixed by its seed, so a draw does not depend on which others
+share its batch (beyond the rounding of the matrix products). Each prompt is read once, however many
+draws it has, and those that have chosen the same tokens so far are computed once (shared_prefix.py;
+shared_encoder.py for encoder-decoders); draws that have ended make room for others. Models whose
+attention cannot be shared so are drawn from by the plain loop at the end of this file.
 
 Left out on purpose: beam search, penalties and everything else that is not a draw from a stated
 distribution; `log_q` could not be given for them.
@@ -25,12 +25,14 @@ log = logging.getLogger(__name__)
 # Tokens by which a model's shared prompts are tried, and nats per token by which these may be off what the plain loop
 # gives: rounding is 1e-5 in float32 and a tenth in half precision, another attention whole nats.
 TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
-# Rows at once, where memory would hold more: enough to keep the processor's matrix units busy.
-MOST_ROWS = {"cpu": 256, "cuda": 1024}
+# Rows that keep the processor's matrix units busy; and draws at once, where memory would hold more: draws that go on
+# together need fewer rows than they are.
+ROWS = {"cpu": 256, "cuda": 1024}
+DRAWS = {"cpu": 1024, "cuda": 1024}
 
 
 @dataclass(frozen=True)
-class Row:
+class Draw:
     """One draw to make: its prompt's token ids and the seed of its own random stream."""
 
     prompt_ids: tuple[int, ...]
@@ -39,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw made. `token_ids` end with the stop token where the row stopped by itself."""
+    """One draw made. `token_ids` end with the stop token where it stopped by itself."""
 
     token_ids: list[int]
     stopped: bool
@@ -58,64 +60,65 @@ class Shape:
     stop_ids: frozenset[int]
 
 
-def decode(model: Any, rows: Sequence[Row], shape: Shape, pad_id: int, batch_rows: int | None = None) -> list[Drawn]:
-    """Draw one completion for each row, in the order of the rows.
+def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once: int | None = None) -> list[Drawn]:
+    """Make the draws, in their order.
 
-    Out of memory, it goes on with half as many rows at once; draws already made are kept.
+    Out of memory, it goes on with half as many at once; draws already made are kept.
 
     Args:
         model: a causal or an encoder-decoder language model of Transformers, in evaluation mode.
-        rows: all draws to make; rows of the same prompt share its prefix.
+        draws: all draws to make; those of the same prompt share its prefix.
         shape: temperature, top-k, top-p (applied in this order, as in Transformers), length, stops.
         pad_id: any valid token id, for padding that is masked.
-        batch_rows: rows at once; default: as many as free memory holds, see `rows_at_once`.
+        at_once: draws at once; default: as many as free memory holds, see `draws_at_once`.
 
     Raises:
-        RuntimeError: when not even one row fits into memory.
+        RuntimeError: when not even one draw fits into memory.
     """
     import torch
 
-    if not rows:
+    if not draws:
         return []
     made: dict[int, Drawn] = {}
-    batch_rows = batch_rows or rows_at_once(model, rows, shape)
+    at_once = at_once or draws_at_once(model, draws, shape)
     with torch.inference_mode():
-        while len(made) < len(rows):
-            waiting = [(i, row) for i, row in enumerate(rows) if i not in made]
+        while len(made) < len(draws):
+            waiting = [(i, draw) for i, draw in enumerate(draws) if i not in made]
             try:
-                for number, drawn in _loop(model, waiting, shape, pad_id, batch_rows):
+                for number, drawn in _loop(model, waiting, shape, pad_id, at_once):
                     made[number] = drawn
                 continue
             except RuntimeError as error:
-                if batch_rows == 1 or not _out_of_memory(error):
+                if at_once == 1 or not _out_of_memory(error):
                     raise
             # Outside the handler: a traceback would keep the failed batch's tensors alive.
-            batch_rows = min(batch_rows, len(waiting)) // 2 or 1
+            at_once = min(at_once, len(waiting)) // 2 or 1
             devices.release(devices.Device(model.device.type, "float32"))
-            log.warning("out of memory: going on with %d rows at once", batch_rows)
-    return [made[i] for i in range(len(rows))]
+            log.warning("out of memory: going on with %d draws at once", at_once)
+    return [made[i] for i in range(len(draws))]
 
 
 def _loop(
-    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, batch_rows: int
+    model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
     from rsft_pipeline import shared_encoder, shared_prefix
 
     shared = shared_encoder if model.config.is_encoder_decoder else shared_prefix
-    longest = max((row for _, row in draws), key=lambda row: len(row.prompt_ids))
+    longest = max((draw for _, draw in draws), key=lambda draw: len(draw.prompt_ids))
     try:
         _try(model, shared.draw, longest, min(TRIAL, shape.max_tokens), pad_id)
-        yield from shared.draw(model, draws, shape, pad_id, batch_rows)
+        yield from shared.draw(model, draws, shape, pad_id, at_once)
     except shared_prefix.Unsupported as reason:
         log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
-        for i in range(0, len(draws), batch_rows):
-            yield from plain(model, draws[i : i + batch_rows], shape, pad_id)
+        rows = min(at_once, ROWS[model.device.type])
+        for i in range(0, len(draws), rows):
+            yield from plain(model, draws[i : i + rows], shape, pad_id)
 
 
 _apart: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()  # model → what its trial gave
 
 
-def _try(model: Any, draw: Callable, row: Row, tokens: int, pad_id: int) -> None:
+def _try(model: Any, make: Callable, draw: Draw, tokens: int, pad_id: int) -> None:
     """Draw a few tokens, and compare their log-probability with the plain loop's: no list of families is complete.
 
     Raises:
@@ -124,9 +127,9 @@ def _try(model: Any, draw: Callable, row: Row, tokens: int, pad_id: int) -> None
     from rsft_pipeline.shared_prefix import Unsupported
 
     if model not in _apart:
-        shape, twice = Shape(1.0, 1.0, None, tokens, frozenset()), [(0, row), (1, Row(row.prompt_ids, row.seed + 1))]
-        drawn = [one for _, one in draw(model, twice, shape, pad_id, 2)]
-        apart = [abs(one.log_p - _forced(model, row.prompt_ids, one.token_ids, pad_id)) for one in drawn]
+        shape, prompt = Shape(1.0, 1.0, None, tokens, frozenset()), draw.prompt_ids
+        drawn = [one for _, one in make(model, [(0, draw), (1, Draw(prompt, draw.seed + 1))], shape, pad_id, 2)]
+        apart = [abs(one.log_p - _forced(model, prompt, one.token_ids, pad_id)) for one in drawn]
         _apart[model] = float(np.max(apart)) / tokens  # one that is no number is the largest
     if not _apart[model] <= TOLERANCE.get(str(model.dtype), 0.25):
         raise Unsupported(f"its draws came out {_apart[model]:.2g} nats a token from what the model gives them")
@@ -155,46 +158,47 @@ def state_bytes(model: Any, tokens: int) -> int:
     return 2 * layers * heads * dimension * model.dtype.itemsize * tokens
 
 
-def rows_at_once(model: Any, rows: Sequence[Row], shape: Shape) -> int:
-    """Rows that free memory holds: their suffixes, their share of two prefixes per prompt, and their logits.
+def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
+    """Draws that free memory holds, each on a row of its own: suffixes, a share of two prefixes per prompt, logits.
 
     A tenth of what is free is left alone.
     """
     device = model.device.type
-    longest = max(len(row.prompt_ids) for row in rows)
-    draws = len(rows) / len({row.prompt_ids for row in rows})
+    longest = max(len(draw.prompt_ids) for draw in draws)
+    of_a_prompt = len(draws) / len({draw.prompt_ids for draw in draws})
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     logits = vocabulary * (model.dtype.itemsize + 4 * 4)  # as computed, and four arrays of choose() in float32
-    each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / draws + logits
+    each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / of_a_prompt + logits
     free = devices.memory(devices.Device(device, "float32"))["free"]
-    return max(1, min(MOST_ROWS[device], int(0.9 * free / each)))
+    return max(1, min(DRAWS[device], int(0.9 * free / each)))
 
 
 # --- choosing a token -------------------------------------------------------------------------
 
 
-def choose(logits: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
-    """One token for each row, by inverting the distribution function at the row's own uniform number.
+def choose(logits: Any, row: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
+    """One token for each draw, by inverting its row's distribution function at the draw's own uniform number.
 
     Args:
         logits: [rows, vocabulary].
-        u: [rows], in [0, 1).
+        row: of each draw, int64 [draws].
+        u: [draws], in [0, 1).
 
     Returns:
-        Token ids, log q and log p, each [rows].
+        Token ids, log q and log p, each [draws].
     """
     import torch
 
     if shape.top_p < 1.0 or shape.top_k is not None:
-        chosen, log_q = _choose_truncated(logits.float() / shape.temperature, u, shape)
+        chosen, log_q = _choose_truncated(logits.float() / shape.temperature, row, u, shape)
     else:
         scores = logits if shape.temperature == 1.0 else logits.float() / shape.temperature
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        chosen = _invert(weights, u)
-        log_q = _at(weights, chosen).log()
+        chosen = _invert(weights, row, u)
+        log_q = weights[row, chosen].log()
         if scores is logits:
             return chosen, log_q.double(), log_q.double()
-    log_p = _at(logits, chosen).float() - softmax(logits)[1][:, 0]
+    log_p = logits[row, chosen].float() - softmax(logits)[1][row, 0]
     return chosen, log_q.double(), log_p.double()
 
 
@@ -210,8 +214,8 @@ def softmax(scores: Any) -> tuple[Any, Any]:
     return weights, scores.amax(-1, keepdim=True).float() - weights.amax(-1, keepdim=True).log()
 
 
-def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[Any, Any]:
-    """Token ids and log q, with only the most probable tokens kept.
+def _choose_truncated(logits: Any, row: Any, u: Any, shape: Shape, k: int = 128) -> tuple[Any, Any]:
+    """Token ids and log q of each draw, with only the most probable tokens kept.
 
     Args:
         k: tokens looked at first where top-p alone decides. Nearly always they are enough, and
@@ -228,41 +232,40 @@ def _choose_truncated(logits: Any, u: Any, shape: Shape, k: int = 128) -> tuple[
         short = before[:, -1] + probabilities[:, -1] < shape.top_p
         best = best.masked_fill(before >= shape.top_p, -torch.inf)
     weights, _ = softmax(best)
-    place = _invert(weights, u)
-    chosen, log_q = _at(order, place), _at(weights, place).log()
+    place = _invert(weights, row, u)
+    chosen, log_q = order[row, place], weights[row, place].log()
     if shape.top_k is None and k < logits.shape[-1] and short.any():
-        chosen[short], log_q[short] = _choose_truncated(logits[short], u[short], shape, logits.shape[-1])
+        again, among = short[row], short.cumsum(0) - 1
+        chosen[again], log_q[again] = _choose_truncated(
+            logits[short], among[row[again]], u[again], shape, logits.shape[-1]
+        )
     return chosen, log_q
-
-
-def _at(values: Any, index: Any) -> Any:
-    return values.gather(-1, index[:, None]).squeeze(-1)
 
 
 BLOCK = 64
 
 
-def _invert(weights: Any, u: Any) -> Any:
-    """Index at which each row's cumulative weight first exceeds u of the total; never one of weight 0.
+def _invert(weights: Any, row: Any, u: Any) -> Any:
+    """Index at which the cumulative weight of each draw's row first exceeds u of the total; never one of weight 0.
 
     First the block of entries is found, then the entry in the block: two short cumulative sums in
     float64 instead of one over the whole vocabulary.
 
     Args:
         weights: [rows, entries], not negative, not all 0.
-        u: float64 [rows], in [0, 1).
+        row: of each draw, int64 [draws].
+        u: float64 [draws], in [0, 1).
     """
     import torch
 
     rows, entries = weights.shape
     if entries <= BLOCK:
-        return _first_above(weights.double(), u)[0]
+        return _first_above(weights.double()[row], u)[0]
     if entries % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, -entries % BLOCK))
     blocks = weights.view(rows, -1, BLOCK)
-    block, rest = _first_above(blocks.sum(-1).double(), u)
-    inside = blocks[torch.arange(rows, device=weights.device), block]
-    return block * BLOCK + _first_above(inside.double(), rest)[0]
+    block, rest = _first_above(blocks.sum(-1).double()[row], u)
+    return block * BLOCK + _first_above(blocks[row, block].double(), rest)[0]
 
 
 def _first_above(weights: Any, u: Any) -> tuple[Any, Any]:
@@ -277,20 +280,31 @@ def _first_above(weights: Any, u: Any) -> tuple[Any, Any]:
     top = sums.amax(-1)
     target = torch.minimum(u * top, torch.nextafter(top, torch.zeros_like(top)))
     index = (sums > target[:, None]).byte().argmax(-1)
-    weight = _at(weights, index)
-    inside = (target - (_at(sums, index) - weight)) / weight
+    weight, below = (each.gather(-1, index[:, None])[:, 0] for each in (weights, sums))
+    inside = (target - (below - weight)) / weight
     return index, inside.clamp(0.0, 1.0 - 2.0**-53)
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), [rows, steps]: each row from its own counter-based (Philox) stream."""
-    return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds])
+    """Uniform numbers in [0, 1), [seeds, steps]: each seed's from its own counter-based (Philox) stream.
+
+    The same as `Generator(Philox(key=seed)).random(steps)`. But one generator is given each key in turn: a new one
+    asks the system for entropy first, which took a third of the time of drawing short answers.
+    """
+    stream = np.random.Philox(key=0)
+    generator, state = np.random.Generator(stream), stream.state
+    numbers = np.empty((len(seeds), steps))
+    for row, seed in zip(numbers, seeds, strict=True):
+        state["state"]["key"][:] = seed, 0
+        stream.state = state
+        generator.random(out=row)
+    return numbers
 
 
 # --- the plain loop ---------------------------------------------------------------------------
 
 
-def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
+def plain(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
     """Draw one batch for any model that writes: each row has its own copy of its prompt's keys and values.
 
     Yields:
@@ -299,25 +313,23 @@ def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: in
     import torch
 
     device = model.device
-    rows = [row for _, row in draws]
-    prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+    prompts = list(dict.fromkeys(draw.prompt_ids for _, draw in draws))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
     kept = _kept(model)
     logits = kept.read(prompts, pad_id)
-    owner = torch.tensor([number[row.prompt_ids] for row in rows], device=device)
-    kept.select(owner)
-    logits = logits[owner]
-    u = torch.from_numpy(uniforms([row.seed for row in rows], shape.max_tokens)).to(device)
+    row = torch.tensor([place[draw.prompt_ids] for _, draw in draws], device=device)  # of the logits, for each draw
+    kept.select(row)
+    u = torch.from_numpy(uniforms([draw.seed for _, draw in draws], shape.max_tokens)).to(device)
     stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=device)
 
-    tokens = torch.full((len(rows), shape.max_tokens), pad_id, device=device)
-    lengths = torch.full((len(rows),), shape.max_tokens, device=device)
-    stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    log_q = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    log_p = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    alive = torch.arange(len(rows), device=device)
+    tokens = torch.full((len(draws), shape.max_tokens), pad_id, device=device)
+    lengths = torch.full((len(draws),), shape.max_tokens, device=device)
+    stopped = torch.zeros(len(draws), dtype=torch.bool, device=device)
+    log_q = torch.zeros(len(draws), dtype=torch.float64, device=device)
+    log_p = torch.zeros(len(draws), dtype=torch.float64, device=device)
+    alive = torch.arange(len(draws), device=device)
     for step in range(shape.max_tokens):
-        chosen, step_q, step_p = choose(logits, u[alive, step], shape)
+        chosen, step_q, step_p = choose(logits, row, u[alive, step], shape)
         tokens[alive, step] = chosen
         log_q[alive] += step_q
         log_p[alive] += step_p
@@ -332,11 +344,11 @@ def plain(model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: in
             alive, chosen = alive[keep], chosen[keep]
         if step + 1 == shape.max_tokens:
             break
-        logits = kept.follow(chosen)
-    for (draw, _), row, n, end, q, p in zip(
+        logits, row = kept.follow(chosen), torch.arange(len(chosen), device=device)
+    for (number, _), ids, n, end, q, p in zip(
         draws, tokens.tolist(), lengths.tolist(), stopped.tolist(), log_q.tolist(), log_p.tolist(), strict=True
     ):
-        yield draw, Drawn(row[:n], end, q, p)
+        yield number, Drawn(ids[:n], end, q, p)
 
 
 def _forced(model: Any, prompt: Sequence[int], tokens: Sequence[int], pad_id: int) -> float:

@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput  # noqa: TID253
 
 from rsft_pipeline import models, shared_prefix
-from rsft_pipeline.decoding import Drawn, Row, Shape, right_padded
+from rsft_pipeline.decoding import Draw, Drawn, Shape, right_padded
 from rsft_pipeline.shared_prefix import (
     SharedPrefixCache,
     SharedPrefixLayer,
@@ -184,16 +184,16 @@ def _own_positions(model: PreTrainedModel) -> Iterator[None]:
 
 
 def draw(
-    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, rows: int
+    model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
-    """Make the draws, `rows` at once: number and result of each, in the order in which they end.
+    """Make the draws, so many at once: number and result of each, in the order in which they end.
 
     Raises:
         Unsupported: the model is of no family that this module was compared with.
     """
     if model.config.model_type not in FAMILIES:
         raise Unsupported(f"its attention was compared with no {model.config.model_type}'s")
-    loop = Loop(model, draws, shape, pad_id, rows)
+    loop = Loop(model, draws, shape, pad_id, at_once)
     with shared_prefix.attention_of(model, NAME), _own_positions(model), contextlib.closing(loop.cache):
         yield from loop.run()
 
@@ -220,7 +220,7 @@ class Loop(shared_prefix.Loop):
             shared_prefix=self.cache,
         ).logits[:, -1]
 
-    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Row]]]]) -> None:
+    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
         """Encode prompts in one forward pass, and keep what the decoder attends to."""
         out, _ = read(self.model, [ids for ids, _ in prompts], self.pad_id)
         for row, (prompt, waiting) in enumerate(prompts):

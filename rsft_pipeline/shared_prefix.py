@@ -3,11 +3,12 @@
 Belongs here: the loop that keeps many draws going at once, the keys and values it keeps, and the
 attention over them. Does not: what a draw is and how a token is chosen (decoding.py).
 
-A *row* is a draw that is under way. Its keys and values are its own *suffix*, preallocated; those of
-its prompt, the *prefix*, are kept once for all rows of the prompt. Attention is the sum over the two
-parts, each normalised by itself and weighted by its share of the normaliser (the log-sum-exp merge of
-FlashAttention, Dao et al. 2022; sharing the prefix so is Hydragen, Juravsky et al. 2024). For the
-prefix the queries of all rows of a prompt meet its keys in one matrix product.
+A *row* is a completion under way, with all the draws of its prompt that have chosen the same tokens so far: they
+are computed once, and part when they choose differently. Its keys and values are its own *suffix*,
+preallocated; those of its prompt, the *prefix*, are kept once for all rows of the prompt. Attention is
+the sum over the two parts, each normalised by itself and weighted by its share of the normaliser (the
+log-sum-exp merge of FlashAttention, Dao et al. 2022; sharing the prefix so is Hydragen, Juravsky et
+al. 2024). For the prefix the queries of all rows of a prompt meet its keys in one matrix product.
 
 The model runs as Transformers wrote it, layer by layer: only its cache and its attention function are
 ours, through `Cache` and `AttentionInterface`. On a CPU the attention is compiled (cpu_attention.py): it then
@@ -41,7 +42,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 from transformers.masking_utils import sdpa_mask  # noqa: TID253
 
 from rsft_pipeline import cpu_attention
-from rsft_pipeline.decoding import Drawn, Row, Shape, choose, uniforms
+from rsft_pipeline.decoding import ROWS, Draw, Drawn, Shape, choose, uniforms
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class SharedPrefixCache(Cache):
     Args:
         windows: sliding window of each layer, in tokens; None where it sees everything.
         places: prompts kept at once.
-        rows: draws kept at once.
+        rows: rows kept at once.
         longest: tokens of the longest prompt.
         tokens: longest suffix.
     """
@@ -168,7 +169,7 @@ class SharedPrefixCache(Cache):
             layer.prefix_keys[target] = layer.prefix_keys[source]
             layer.prefix_values[target] = layer.prefix_values[source]
 
-    def move_rows(self, source: list[int], target: list[int]) -> None:
+    def copy_rows(self, source: list[int], target: list[int]) -> None:
         self.age[target], self.position[target] = self.age[source], self.position[source]
         for layer in self.layers:
             layer.keys[target, :, : self.width] = layer.keys[source, :, : self.width]
@@ -411,41 +412,42 @@ def windows(model: Any) -> list[int | None]:
 
 
 def draw(
-    model: Any, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, rows: int
+    model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
-    """Make the draws, `rows` at once: number and result of each, in the order in which they end.
+    """Make the draws, so many at once: number and result of each, in the order in which they end.
 
     Raises:
         Unsupported: naming what the model does that this module does not compute.
     """
-    loop = Loop(model, draws, shape, pad_id, rows)
+    loop = Loop(model, draws, shape, pad_id, at_once)
     with attention_of(model), contextlib.closing(loop.cache):
         yield from loop.run()
 
 
 class Loop:
-    """Draws under way. Rows that end leave, waiting draws take their places, until none waits.
+    """Draws under way, and the rows that they are on. Those that end leave, waiting ones begin, until none waits.
 
-    What a row is made of lies at the row's index in each tensor; rows and places are kept without
-    holes, the last one moving into a hole. The host knows every suffix's length without asking the
-    device, so that between two looks at which rows have ended nothing waits.
+    What a row is made of lies at the row's index in each tensor, a draw's random numbers at the draw's; rows, draws
+    and places are kept without holes, the last one moving into a hole. The host knows every suffix's length
+    without asking the device, so that between two looks at which rows have ended nothing waits.
     """
 
     def __init__(
-        self, model: PreTrainedModel, draws: Sequence[tuple[int, Row]], shape: Shape, pad_id: int, capacity: int
+        self, model: PreTrainedModel, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, capacity: int
     ):
         """Args:
-        draws: number and row of each draw to make.
-        capacity: rows at once.
+        draws: number and draw of each to make.
+        capacity: draws at once, each of which may come to need a row.
         """
         self.model, self.shape, self.pad_id, self.device = model, shape, pad_id, model.device
-        by_prompt: dict[tuple[int, ...], deque[tuple[int, Row]]] = {}
-        for number, row in draws:
-            by_prompt.setdefault(row.prompt_ids, deque()).append((number, row))
+        by_prompt: dict[tuple[int, ...], deque[tuple[int, Draw]]] = {}
+        for number, draw in draws:
+            by_prompt.setdefault(draw.prompt_ids, deque()).append((number, draw))
         self.unread = deque(by_prompt.items())  # prompts not read yet, with their draws
         self.capacity = capacity = min(capacity, len(draws))
+        self.busy = min(capacity, ROWS[self.device.type])
         most = max(map(len, by_prompt.values()))
-        # Twice the prompts that fill all rows: a few prompts' stragglers must not keep others out.
+        # Twice the prompts that are needed for all draws: a few prompts' stragglers must not keep others out.
         self.places = min(len(by_prompt), 2 * -(-capacity // most))
         longest = max(map(len, by_prompt))
         self.cache = self._cache(longest)
@@ -453,21 +455,23 @@ class Loop:
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=self.device)
 
+        self.u = zeros(capacity, shape.max_tokens, dtype=torch.float64)
         self.token = zeros(capacity, dtype=torch.long)
         self.alive = zeros(capacity, dtype=torch.bool)
         self.stopped = zeros(capacity, dtype=torch.bool)
         self.drawn = zeros(capacity, dtype=torch.long)
         self.log_q = zeros(capacity, dtype=torch.float64)
         self.log_p = zeros(capacity, dtype=torch.float64)
-        self.u = zeros(capacity, shape.max_tokens, dtype=torch.float64)
         self.tokens = zeros(capacity, shape.max_tokens, dtype=torch.long)
-        self.states = [self.token, self.alive, self.stopped, self.drawn, self.log_q, self.log_p, self.u, self.tokens]
+        self.states = [self.token, self.alive, self.stopped, self.drawn, self.log_q, self.log_p, self.tokens]
         self.stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=self.device)
-        # The host's side: for each row its draw's number, its place and its age; for each place its prompt.
+        # The host's side: for each draw its number and its row; for each row its place and its age; for each place
+        # its prompt.
         self.number: list[int] = []
+        self.row: list[int] = []
         self.place: list[int] = []
         self.age: list[int] = []
-        self.prompts: list[tuple[int, deque[tuple[int, Row]], torch.Tensor]] = []
+        self.prompts: list[tuple[int, deque[tuple[int, Draw]], torch.Tensor]] = []
 
     def _cache(self, longest: int) -> SharedPrefixCache:
         """What is kept of prompts of up to `longest` tokens and their draws."""
@@ -488,20 +492,34 @@ class Loop:
             self._admit()
             yield from self._release()
             if self.number:
+                self._arrange()
                 left = self.shape.max_tokens - 1 - max(self.age)
-                for _ in range(min(left, STRIDE.get(self.device.type, 1))):
+                shared = len(self.row) > len(self.place)  # then each step is looked at, because rows may part
+                for _ in range(1 if shared else min(left, STRIDE.get(self.device.type, 1))):
                     self._step()
                 yield from self._release()
 
+    # --- a step -----------------------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        """Tell the device whose row is whose."""
+        longest = max(length for length, _, _ in self.prompts)
+        self.cache.seat(self.place, len(self.prompts), longest, self.device)
+        self.row_of_draw = torch.tensor(self.row, device=self.device)
+
     def _step(self) -> None:
-        """One more token for every row."""
-        rows, cache = len(self.number), self.cache
+        """One more token for every draw."""
+        rows, cache, row = len(self.place), self.cache, self.row_of_draw
         cache.look(rows, max(self.age))
         logits = self._logits(rows)
         cache.age[:rows] += 1
         cache.position[:rows] += 1
         self.age = [age + 1 for age in self.age]
-        self._take(logits, slice(0, rows))
+        age = cache.age[row]
+        chosen = choose(logits, row, self.u[: len(row)].gather(1, age[:, None])[:, 0], self.shape)
+        if len(self.row) > rows:
+            row = self._part(chosen[0])
+        self._note(row, age, *chosen)
 
     def _logits(self, rows: int) -> torch.Tensor:
         """What follows each row's newest token, [rows, vocabulary]."""
@@ -513,45 +531,70 @@ class Loop:
             shared_prefix=self.cache,
         ).logits[:, -1]
 
-    def _take(self, logits: torch.Tensor, rows: slice) -> None:
-        """Choose each row's next token and note it, where the row has not ended."""
-        alive, age = self.alive[rows], self.cache.age[rows]
-        chosen, log_q, log_p = choose(logits, self.u[rows].gather(1, age[:, None])[:, 0], self.shape)
-        self.token[rows] = chosen
-        self.tokens[rows].scatter_(1, age[:, None], chosen[:, None])
-        self.log_q[rows] += log_q.where(alive, 0.0)
-        self.log_p[rows] += log_p.where(alive, 0.0)
-        self.drawn[rows] += alive
+    def _part(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Leave on each row the draws that chose one token, and begin a row for each other that was chosen there.
+
+        Returns:
+            The row of each draw.
+        """
+        before, new = _groups(self.row, chosen)
+        parting = np.r_[False, before[1:] == before[:-1]]
+        rows = np.where(parting, len(self.place) - 1 + np.cumsum(parting), before)
+        source, target = before[parting].tolist(), rows[parting].tolist()
+        if source:
+            self._copy(source, target)
+        self.place += [self.place[row] for row in source]
+        self.age += [self.age[row] for row in source]
+        self.row = rows[new].tolist()
+        return torch.tensor(self.row, device=self.device)
+
+    def _note(
+        self, row: torch.Tensor, age: torch.Tensor, chosen: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor
+    ) -> None:
+        """Note each draw's newest token in its row, unless it has ended: draws of one row write the same."""
+        alive = self.alive[row]
+        self.token[row] = chosen
+        self.tokens[row, age] = chosen
+        self.log_q[row] += log_q.where(alive, 0.0)
+        self.log_p[row] += log_p.where(alive, 0.0)
+        self.drawn[row] += alive
         stopped = torch.isin(chosen, self.stops)
-        self.stopped[rows] |= stopped & alive
-        self.alive[rows] &= ~stopped & (age + 1 < self.shape.max_tokens)
+        self.stopped[row] |= stopped & alive
+        self.alive[row] &= ~stopped & (age + 1 < self.shape.max_tokens)
+
+    def _copy(self, source: list[int], target: list[int]) -> None:
+        """Make each target row what its source is."""
+        self.cache.copy_rows(source, target)
+        for state in self.states:
+            state[target] = state[source]
+
+    # --- who leaves, who begins -------------------------------------------------------------
 
     def _release(self) -> Iterator[tuple[int, Drawn]]:
-        """Take the rows out that have ended, and the prompts that have no more rows."""
-        alive = self.alive[: len(self.number)].tolist()  # the host waits here
+        """Take out the rows that have ended with their draws, and the prompts that have no more rows."""
+        alive = self.alive[: len(self.place)].tolist()  # the host waits here
         ended = [row for row, living in enumerate(alive) if not living]
         if not ended:
             return
-        results = zip(
-            self.tokens[ended].tolist(),
-            self.drawn[ended].tolist(),
-            self.stopped[ended].tolist(),
-            self.log_q[ended].tolist(),
-            self.log_p[ended].tolist(),
-            strict=True,
-        )
-        yield from (
-            (self.number[row], Drawn(tokens[:drawn], stopped, log_q, log_p))
-            for row, (tokens, drawn, stopped, log_q, log_p) in zip(ended, results, strict=True)
-        )
-        source, target = _moves(alive)
-        self.number, self.place, self.age = (
-            _moved(values, source, target, sum(alive)) for values in (self.number, self.place, self.age)
-        )
+        states = (self.tokens, self.drawn, self.stopped, self.log_q, self.log_p)
+        results = {
+            row: Drawn(tokens[:drawn], stopped, log_q, log_p)
+            for row, tokens, drawn, stopped, log_q, log_p in zip(
+                ended, *(state[ended].tolist() for state in states), strict=True
+            )
+        }
+        yield from ((number, results[row]) for number, row in zip(self.number, self.row, strict=True) if not alive[row])
+        going_on = [alive[row] for row in self.row]
+        source, target = _moves(going_on)
+        self.number, self.row = (_moved(values, source, target, sum(going_on)) for values in (self.number, self.row))
         if source:
-            self.cache.move_rows(source, target)
-            for state in self.states:
-                state[target] = state[source]
+            self.u[target] = self.u[source]
+
+        source, target = _moves(alive)
+        self.place, self.age = (_moved(values, source, target, sum(alive)) for values in (self.place, self.age))
+        if source:
+            self._copy(source, target)
+            self.row = _renamed(self.row, source, target)
 
         present = set(self.place)
         needed = [i in present or bool(waiting) for i, (_, waiting, _) in enumerate(self.prompts)]
@@ -559,25 +602,32 @@ class Loop:
         self.prompts = _moved(self.prompts, source, target, sum(needed))
         if source:
             self.cache.move_places(source, target)
-            renamed = dict(zip(source, target, strict=True))
-            self.place = [renamed.get(place, place) for place in self.place]
-        if self.number:
-            self._seat()
+            self.place = _renamed(self.place, source, target)
 
     def _admit(self) -> None:
-        """Start waiting draws in the free rows, reading further prompts once enough rows are free."""
-        room = self.capacity - len(self.number)
+        """Begin waiting draws while there is room, reading further prompts once there is room for enough."""
+        room = self._room()
         room -= self._start(room)
-        if self.unread and len(self.prompts) < self.places and room >= max(1, self.capacity // 8):
-            wanted, promised = [], 0
-            while self.unread and len(self.prompts) + len(wanted) < self.places and promised < room:
+        if room >= max(1, self.busy // 8):
+            wanted: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]] = []
+            # All draws of a prompt together, if it can be: what begins later shares no rows with what began before.
+            while self.unread and len(self.prompts) + len(wanted) < self.places and room >= self._together():
                 wanted.append(self.unread.popleft())
-                promised += len(wanted[-1][1])
+                room -= len(wanted[-1][1])
             for batch in _batches(wanted):
                 self._read(batch)
-            self._start(room)
+            self._start(self._room())
 
-    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Row]]]]) -> None:
+    def _room(self) -> int:
+        """How many draws may begin: as many as keep the device busy, if they share rows as those under way do."""
+        draws, rows = len(self.row), len(self.place)
+        return min(self.capacity - draws, (self.busy - rows) * draws // rows if rows else self.busy)
+
+    def _together(self) -> int:
+        """Room that the next prompt's draws need to begin together; half of all there is has to do."""
+        return min(len(self.unread[0][1]), max(1, self.busy // 2))
+
+    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
         """Read prompts in one forward pass, padded on the left, and keep their prefixes."""
         ids, mask, positions = left_padded([ids for ids, _ in prompts], self.pad_id, self.device)
         read = DynamicCache(config=self.model.config)
@@ -595,32 +645,33 @@ class Loop:
             self.prompts.append((len(prompt), waiting, logits[row]))
 
     def _start(self, room: int) -> int:
-        """Start up to `room` waiting draws of the prompts that have been read: how many it were."""
-        first = len(self.number)
-        seeds, logits = [], []
-        for place, (_, waiting, next_logits) in enumerate(self.prompts):
+        """Begin up to `room` waiting draws of the prompts that have been read: how many it were."""
+        first, seeds, places = len(self.number), [], []
+        for place, (_, waiting, _) in enumerate(self.prompts):
             while waiting and len(seeds) < room:
-                number, row = waiting.popleft()
+                number, draw = waiting.popleft()
                 self.number.append(number)
-                self.place.append(place)
-                self.age.append(0)
-                seeds.append(row.seed)
-                logits.append(next_logits)
+                seeds.append(draw.seed)
+                places.append(place)
         if not seeds:
             return 0
-        rows = slice(first, len(self.number))
-        self.u[rows] = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
+        u = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
+        self.u[first : len(self.number)] = u
+        logits = torch.stack([logits for _, _, logits in self.prompts])
+        chosen = choose(logits, torch.tensor(places, device=self.device), u[:, 0], self.shape)
+        place_of_row, new = _groups(places, chosen[0])
+        row = new + len(self.place)
+        rows = slice(len(self.place), len(self.place) + len(place_of_row))
+        self.row += row.tolist()
+        self.place += place_of_row.tolist()
+        self.age += [0] * len(place_of_row)
         self.cache.begin(rows, self.place[rows])
         self.drawn[rows] = 0
         self.alive[rows], self.stopped[rows] = True, False
         self.log_q[rows], self.log_p[rows] = 0.0, 0.0
-        self._take(torch.stack(logits), rows)
-        self._seat()
+        row = torch.from_numpy(row).to(self.device)
+        self._note(row, torch.zeros_like(row), *chosen)
         return len(seeds)
-
-    def _seat(self) -> None:
-        longest = max(length for length, _, _ in self.prompts)
-        self.cache.seat(self.place, len(self.prompts), longest, self.device)
 
 
 def left_padded(
@@ -649,7 +700,8 @@ def _batches(prompts: list[tuple[tuple[int, ...], Any]]) -> Iterator[list[tuple[
             yield batch
             batch = []
         batch.append(prompt)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _moves(kept: Sequence[bool]) -> tuple[list[int], list[int]]:
@@ -657,6 +709,21 @@ def _moves(kept: Sequence[bool]) -> tuple[list[int], list[int]]:
     number = sum(kept)
     holes = [i for i in range(number) if not kept[i]]
     return [i for i in range(number, len(kept)) if kept[i]], holes
+
+
+def _groups(of: Sequence[int], chosen: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Draws that are of the same and chose the same token, as groups: of what each group is, in order, and the group
+    of each draw.
+    """
+    token = chosen.cpu().numpy()
+    stride = int(token.max()) + 1
+    groups, group = np.unique(np.asarray(of) * stride + token, return_inverse=True)
+    return groups // stride, group
+
+
+def _renamed(values: Sequence[int], source: list[int], target: list[int]) -> list[int]:
+    names = dict(zip(source, target, strict=True))
+    return [names.get(value, value) for value in values]
 
 
 def _moved(values: list, source: list[int], target: list[int], number: int) -> list:

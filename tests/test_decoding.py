@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from rsft_pipeline import cpu_attention, decoding, devices, shared_prefix
-from rsft_pipeline.decoding import Row, Shape, choose, decode, uniforms
+from rsft_pipeline.decoding import Draw, Shape, choose, decode, uniforms
 
 VOCABULARY = 48
 STOPS = frozenset({1, 2})
@@ -72,28 +72,28 @@ def tiny(family: str, seed: int = 0):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def mixed_rows(prompts: int = 5, draws: int = 6) -> list[Row]:
+def mixed_draws(prompts: int = 5, draws: int = 6) -> list[Draw]:
     """Draws of prompts of 1, 4, 9, ... tokens, not in the order of length."""
     generator = np.random.default_rng(7)
     lengths = [1, 9, 4, 17, 12][:prompts]
     ids = [tuple(int(i) for i in generator.integers(5, VOCABULARY, n)) for n in lengths]
-    return [Row(prompt, 1000 * i + draw) for draw in range(draws) for i, prompt in enumerate(ids)]
+    return [Draw(prompt, 1000 * i + draw) for draw in range(draws) for i, prompt in enumerate(ids)]
 
 
 def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS) -> Shape:
     return Shape(temperature, top_p, top_k, max_tokens, stop_ids)
 
 
-def plain(model, rows, shape):
+def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in decoding.plain(model, list(enumerate(rows)), shape, pad_id=0)]
+        return [drawn for _, drawn in decoding.plain(model, list(enumerate(draws)), shape, pad_id=0)]
 
 
-def teacher_forced(model, row: Row, token_ids: list[int], temperature: float = 1.0) -> float:
+def teacher_forced(model, draw: Draw, token_ids: list[int], temperature: float = 1.0) -> float:
     """Log-probability of a completion by one forward pass over prompt and completion, alone in its batch."""
-    ids = torch.tensor([[*row.prompt_ids, *token_ids]])
+    ids = torch.tensor([[*draw.prompt_ids, *token_ids]])
     with torch.inference_mode():
-        logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].double() / temperature
+        logits = model(input_ids=ids).logits[0, len(draw.prompt_ids) - 1 : -1].double() / temperature
     return logits.log_softmax(-1)[range(len(token_ids)), token_ids].sum().item()
 
 
@@ -109,26 +109,26 @@ def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(
     compiled = attention == "compiled" and cpu_attention._library() is not None  # also where it is not worth it
     monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: compiled)
     monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
-    model, rows, settings = tiny(family), mixed_rows(), shape()
-    made = decode(model, rows, settings, pad_id=0, batch_rows=capacity)
+    model, draws, settings = tiny(family), mixed_draws(), shape()
+    made = decode(model, draws, settings, pad_id=0, at_once=capacity)
 
     assert not caplog.records  # the plain loop would have left a note
     assert len({len(drawn.token_ids) for drawn in made}) > 3  # rows ended at different times
     assert {drawn.stopped for drawn in made} == {True, False}
-    for row, drawn, reference in zip(rows, made, plain(model, rows, settings), strict=True):
+    for draw, drawn, reference in zip(draws, made, plain(model, draws, settings), strict=True):
         assert drawn.token_ids == reference.token_ids
         assert drawn.stopped == reference.stopped == (drawn.token_ids[-1] in STOPS)
         assert len(drawn.token_ids) == 20 or drawn.stopped
         assert not STOPS & set(drawn.token_ids[:-1])
-        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-4)
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw, drawn.token_ids), abs=1e-4)
         assert drawn.log_q == drawn.log_p
 
 
 def test_a_draw_does_not_depend_on_its_batch_mates():
-    model, rows, settings = tiny("llama"), mixed_rows(), shape()
-    together = decode(model, rows, settings, pad_id=0, batch_rows=11)
+    model, draws, settings = tiny("llama"), mixed_draws(), shape()
+    together = decode(model, draws, settings, pad_id=0, at_once=11)
     for i in (0, 8, 29):
-        (alone,) = decode(model, [rows[i]], settings, pad_id=0)
+        (alone,) = decode(model, [draws[i]], settings, pad_id=0)
         assert alone.token_ids == together[i].token_ids
         assert alone.log_p == pytest.approx(together[i].log_p, abs=5e-5)
 
@@ -138,31 +138,73 @@ def test_steps_taken_before_the_host_looks_again_change_nothing(attention, monke
     """As on a GPU: rows that have ended go on unnoticed for some steps."""
     compiled = attention == "compiled" and cpu_attention._library() is not None  # also where it is not worth it
     monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: compiled)
-    model, rows, settings = tiny("llama"), mixed_rows(), shape()
-    expected = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    model, draws, settings = tiny("llama"), mixed_draws(), shape()
+    expected = decode(model, draws, settings, pad_id=0, at_once=7)
     monkeypatch.setitem(shared_prefix.STRIDE, "cpu", 8)
-    made = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    made = decode(model, draws, settings, pad_id=0, at_once=7)
     assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
     assert [d.log_p for d in made] == pytest.approx([d.log_p for d in expected], abs=5e-5)
     assert [d.stopped for d in made] == [d.stopped for d in expected]
 
 
+@pytest.mark.parametrize("attention", ["compiled", "of operations"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_sliding"])
+def test_draws_that_have_gone_the_same_way_are_computed_once(family, attention, monkeypatch):
+    compiled = attention == "compiled" and cpu_attention._library() is not None
+    monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: compiled)
+    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)
+    model, draws, settings = tiny(family), mixed_draws(draws=24), shape(temperature=0.3)
+    expected = plain(model, draws, settings)
+    computed = rows_computed(model, monkeypatch)
+    for at_once in (len(draws), 30, 7):
+        computed.clear()
+        made = decode(model, draws, settings, pad_id=0, at_once=at_once)
+        assert [one.token_ids for one in made] == [one.token_ids for one in expected]
+        assert [one.log_q for one in made] == pytest.approx([one.log_q for one in expected], abs=1e-4)
+        paths = [(draw.prompt_ids, *one.token_ids) for draw, one in zip(draws, made, strict=True)]
+        steps = sum(len(path) - 2 for path in paths)  # the first token comes with the prompt
+        ways = len({path[:end] for path in paths for end in range(2, len(path))})
+        assert ways <= sum(computed) < steps
+        if at_once == len(draws):  # what begins later shares no row with what began before
+            assert sum(computed) == ways < 0.7 * steps
+
+
+def test_greedy_draws_of_a_prompt_are_one_row(monkeypatch):
+    model, draws, settings = tiny("llama"), mixed_draws(draws=20), shape(top_k=1)
+    computed = rows_computed(model, monkeypatch)
+    expected = plain(model, draws, settings)
+    made = decode(model, draws, settings, pad_id=0)
+    assert [one.token_ids for one in made] == [one.token_ids for one in expected]
+    assert sum(computed) == sum(len(one.token_ids) - 1 for one in made[:5])  # of five prompts
+
+
+def rows_computed(model, monkeypatch) -> list[int]:
+    """Rows of each step from now on."""
+    decode(model, mixed_draws(1, 1), shape(), pad_id=0)  # the trial that a model stands once
+    computed: list[int] = []
+    before = shared_prefix.Loop._logits
+    monkeypatch.setattr(
+        shared_prefix.Loop, "_logits", lambda self, rows: (computed.append(rows), before(self, rows))[1]
+    )
+    return computed
+
+
 def test_one_prompt_with_more_draws_than_rows_is_read_once(monkeypatch):
-    model, rows = tiny("llama"), [Row((9, 8, 7), seed) for seed in range(40)]
-    decode(model, rows[:1], shape(), pad_id=0)  # the trial that a model stands once
+    model, draws = tiny("llama"), [Draw((9, 8, 7), seed) for seed in range(40)]
+    decode(model, draws[:1], shape(), pad_id=0)  # the trial that a model stands once
     read = []
     original = shared_prefix.Loop._read
     monkeypatch.setattr(shared_prefix.Loop, "_read", lambda self, batch: (read.append(batch), original(self, batch)))
-    made = decode(model, rows, shape(), pad_id=0, batch_rows=6)
+    made = decode(model, draws, shape(), pad_id=0, at_once=6)
     assert len(read) == 1
-    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in plain(model, rows, shape())]
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in plain(model, draws, shape())]
 
 
 def test_a_single_token_needs_no_step_after_the_prompt():
-    model, rows = tiny("llama"), mixed_rows()
-    made = decode(model, rows, shape(max_tokens=1), pad_id=0, batch_rows=4)
-    assert [len(drawn.token_ids) for drawn in made] == [1] * len(rows)
-    assert [drawn.token_ids for drawn in made] == [d.token_ids for d in plain(model, rows, shape(max_tokens=1))]
+    model, draws = tiny("llama"), mixed_draws()
+    made = decode(model, draws, shape(max_tokens=1), pad_id=0, at_once=4)
+    assert [len(drawn.token_ids) for drawn in made] == [1] * len(draws)
+    assert [drawn.token_ids for drawn in made] == [d.token_ids for d in plain(model, draws, shape(max_tokens=1))]
 
 
 def test_no_rows_make_no_draws():
@@ -172,7 +214,7 @@ def test_no_rows_make_no_draws():
 def test_the_models_own_attention_is_back_afterwards():
     model = tiny("llama")
     before = model.config._attn_implementation
-    decode(model, mixed_rows(2, 2), shape(), pad_id=0)
+    decode(model, mixed_draws(2, 2), shape(), pad_id=0)
     assert model.config._attn_implementation == before
 
 
@@ -181,35 +223,35 @@ def test_the_models_own_attention_is_back_afterwards():
 )
 def test_log_q_is_that_of_the_distribution_sampled_from(temperature, top_p, top_k):
     """Against Transformers' own logits processors, applied to a plain forward pass."""
-    model, rows = tiny("qwen3"), mixed_rows(4, 5)
+    model, draws = tiny("qwen3"), mixed_draws(4, 5)
     settings = shape(temperature, top_p, top_k)
     warpers = [transformers.TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
     warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1.0 else []
-    for row, drawn in zip(rows, decode(model, rows, settings, pad_id=0, batch_rows=9), strict=True):
-        ids = torch.tensor([[*row.prompt_ids, *drawn.token_ids]])
+    for draw, drawn in zip(draws, decode(model, draws, settings, pad_id=0, at_once=9), strict=True):
+        ids = torch.tensor([[*draw.prompt_ids, *drawn.token_ids]])
         with torch.inference_mode():
-            logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
+            logits = model(input_ids=ids).logits[0, len(draw.prompt_ids) - 1 : -1]
         for warper in warpers:
             logits = warper(None, logits)
         log_q = logits.double().log_softmax(-1)[range(len(drawn.token_ids)), drawn.token_ids].sum().item()
         assert drawn.log_q == pytest.approx(log_q, abs=1e-4)
-        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-4)
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw, drawn.token_ids), abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("capacity", [30, 7], ids=["all at once", "places refilled"])
 def test_on_a_gpu_log_p_is_that_of_a_plain_forward_pass(family, capacity):
-    model, rows, settings = tiny(family).cuda(), mixed_rows(), shape(max_tokens=90, stop_ids=frozenset({1}))
-    made = decode(model, rows, settings, pad_id=0, batch_rows=capacity)
-    on_cpu = decode(tiny(family), rows, settings, pad_id=0)
+    model, draws, settings = tiny(family).cuda(), mixed_draws(), shape(max_tokens=90, stop_ids=frozenset({1}))
+    made = decode(model, draws, settings, pad_id=0, at_once=capacity)
+    on_cpu = decode(tiny(family), draws, settings, pad_id=0)
     reference = tiny(family)
-    for row, drawn in zip(rows, made, strict=True):
-        expected = teacher_forced(reference, row, drawn.token_ids)
+    for draw, drawn in zip(draws, made, strict=True):
+        expected = teacher_forced(reference, draw, drawn.token_ids)
         assert drawn.log_p == pytest.approx(expected, abs=1e-4 * len(drawn.token_ids))
     same = sum(gpu.token_ids == cpu.token_ids for gpu, cpu in zip(made, on_cpu, strict=True))
-    assert same >= 0.9 * len(rows)  # u may fall on an edge, within rounding
+    assert same >= 0.9 * len(draws)  # u may fall on an edge, within rounding
 
 
 # --- the distribution -------------------------------------------------------------------------
@@ -228,7 +270,7 @@ def test_draws_follow_the_enumerated_distribution(temperature, top_p, top_k):
     ).eval()
     settings = Shape(temperature, top_p, top_k, 3, frozenset({0}))
     for prompt in ((3,), (1, 5, 2, 4)):
-        made = decode(model, [Row(prompt, seed) for seed in range(6000)], settings, pad_id=0, batch_rows=3000)
+        made = decode(model, [Draw(prompt, seed) for seed in range(6000)], settings, pad_id=0, at_once=3000)
         probability = enumerate_sequences(model, prompt, settings)
         assert sum(probability.values()) == pytest.approx(1.0, abs=1e-5)
         seen = {sequence: 0 for sequence in probability}
@@ -280,9 +322,10 @@ def enumerate_sequences(model, prompt: tuple[int, ...], settings: Shape) -> dict
 
 def test_a_token_is_chosen_where_the_distribution_function_passes_u():
     # Cumulative probabilities 0.1, 0.1, 0.4, 0.4, 1.0.
-    logits = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.6]).log().expand(6, -1)
+    logits = torch.tensor([[0.0] * 5, [0.1, 0.0, 0.3, 0.0, 0.6]]).log()
+    row = torch.ones(6, dtype=torch.long)  # of all draws
     u = torch.tensor([0.0, 0.09, 0.11, 0.39, 0.41, 1 - 2**-53], dtype=torch.float64)
-    chosen, log_q, log_p = choose(logits, u, shape())
+    chosen, log_q, log_p = choose(logits, row, u, shape())
     assert chosen.tolist() == [0, 0, 2, 2, 4, 4]
     expected = [math.log(p) for p in (0.1, 0.1, 0.3, 0.3, 0.6, 0.6)]
     assert log_q.tolist() == pytest.approx(expected, abs=1e-6)
@@ -297,7 +340,7 @@ def test_a_token_of_probability_zero_is_never_chosen(entries):
     logits[:, 3] = 0.0  # something is left in every row
     logits[:, -1] = -torch.inf
     for extreme in (0.0, 0.5, 1 - 2**-53):
-        chosen, log_q, _ = choose(logits, torch.full((500,), extreme, dtype=torch.float64), shape())
+        chosen, log_q, _ = choose(logits, torch.arange(500), torch.full((500,), extreme, dtype=torch.float64), shape())
         assert torch.isfinite(logits.gather(1, chosen[:, None])).all()
         assert torch.isfinite(log_q).all()
 
@@ -307,7 +350,7 @@ def test_blocks_find_what_one_cumulative_sum_finds(entries):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(200, entries, generator=generator) * 2
     u = torch.rand(200, generator=generator, dtype=torch.float64)
-    chosen, _, _ = choose(logits, u, shape())
+    chosen, _, _ = choose(logits, torch.arange(200), u, shape())
     cumulative = logits.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
     assert (chosen != expected).sum() <= 1  # u may fall on an edge, within float32
@@ -317,11 +360,12 @@ def test_top_p_beyond_the_first_look_sorts_the_whole_vocabulary():
     generator = torch.Generator().manual_seed(2)
     flat, steep = torch.randn(20, 1000, generator=generator) * 0.1, torch.randn(20, 1000, generator=generator) * 9
     logits = torch.cat([flat, steep])
-    u = torch.rand(40, generator=generator, dtype=torch.float64)
-    chosen, log_q, _ = choose(logits, u, shape(top_p=0.9))
+    row = torch.arange(80) // 2 % 40  # two draws of each, in turns
+    u = torch.rand(80, generator=generator, dtype=torch.float64)
+    chosen, log_q, _ = choose(logits, row, u, shape(top_p=0.9))
     kept = transformers.TopPLogitsWarper(0.9)(None, logits).double().log_softmax(-1)
     assert (torch.isfinite(kept).sum(-1)[:20] > 128).all()
-    assert log_q.tolist() == pytest.approx(kept.gather(1, chosen[:, None])[:, 0].tolist(), abs=1e-4)
+    assert log_q.tolist() == pytest.approx(kept[row, chosen].tolist(), abs=1e-4)
     assert torch.isfinite(log_q).all()
 
 
@@ -331,14 +375,16 @@ def test_uniforms_are_each_seeds_own_stream():
     assert (uniforms([6], 8)[0] == first[1]).all()
     assert (uniforms([5], 3)[0] == first[0, :3]).all()
     assert len(set(itertools.chain(*first.tolist()))) == 16
+    most = 2**60 - 1  # of a candidate
+    assert (uniforms([5, most], 8)[1] == np.random.Generator(np.random.Philox(key=most)).random(8)).all()
 
 
 # --- memory -----------------------------------------------------------------------------------
 
 
 def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplog):
-    model, rows, settings = tiny("llama"), mixed_rows(5, 8), shape()
-    expected = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    model, draws, settings = tiny("llama"), mixed_draws(5, 8), shape()
+    expected = decode(model, draws, settings, pad_id=0, at_once=40)
     rows_seen: list[int] = []
     before = shared_prefix.Loop._step
     results: list[int] = []
@@ -358,7 +404,7 @@ def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplo
 
     monkeypatch.setattr(shared_prefix.Loop, "_step", step)
     monkeypatch.setattr(shared_prefix.Loop, "_release", release)
-    made = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    made = decode(model, draws, settings, pad_id=0, at_once=40)
     assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
     assert sorted(results) == list(range(40))  # each was made exactly once
     assert max(rows_seen[8:]) <= 10
@@ -371,7 +417,7 @@ def test_out_of_memory_with_a_single_row_is_raised(monkeypatch):
 
     monkeypatch.setattr(shared_prefix.Loop, "_step", step)
     with pytest.raises(torch.OutOfMemoryError):
-        decode(tiny("llama"), mixed_rows(1, 4), shape(stop_ids=frozenset()), pad_id=0, batch_rows=4)
+        decode(tiny("llama"), mixed_draws(1, 4), shape(stop_ids=frozenset()), pad_id=0, at_once=4)
 
 
 def test_what_was_kept_for_draws_goes_with_them(monkeypatch):
@@ -386,7 +432,7 @@ def test_what_was_kept_for_draws_goes_with_them(monkeypatch):
     gc.disable()  # which would hide a circle of references
     try:
         for _ in range(3):
-            decode(model, mixed_rows(), shape(), pad_id=0)
+            decode(model, mixed_draws(), shape(), pad_id=0)
         assert len(caches) == 4 and not any(cache() for cache in caches)
     finally:
         gc.enable()
@@ -404,14 +450,14 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
 
     monkeypatch.setattr(shared_prefix.Loop, "_step", step)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        decode(tiny("llama"), mixed_rows(1, 4), shape(stop_ids=frozenset()), pad_id=0, batch_rows=4)
+        decode(tiny("llama"), mixed_draws(1, 4), shape(stop_ids=frozenset()), pad_id=0, at_once=4)
 
 
 def test_state_bytes_count_what_is_allocated():
-    model, rows, settings = tiny("llama"), mixed_rows(5, 6), shape(max_tokens=33)
+    model, draws, settings = tiny("llama"), mixed_draws(5, 6), shape(max_tokens=33)
     # 2 (keys, values) · 2 layers · 2 heads · dimension 8 · 4 bytes = 256 bytes a token
     assert decoding.state_bytes(model, 1) == 256
-    loop = shared_prefix.Loop(model, list(enumerate(rows)), settings, 0, 30)
+    loop = shared_prefix.Loop(model, list(enumerate(draws)), settings, 0, 30)
     with torch.inference_mode(), shared_prefix.attention_of(model):
         for _ in loop.run():
             pass
@@ -421,14 +467,14 @@ def test_state_bytes_count_what_is_allocated():
     assert prefixes == 5 * decoding.state_bytes(model, 32)  # 17 tokens, in whole vectors of 16
 
 
-def test_rows_at_once_follow_free_memory(monkeypatch):
-    model, rows, settings = tiny("llama"), mixed_rows(5, 6), shape(max_tokens=20)
+def test_draws_at_once_follow_free_memory(monkeypatch):
+    model, draws, settings = tiny("llama"), mixed_draws(5, 6), shape(max_tokens=20)
     # a suffix of 20 tokens, 2 prefixes of 17 tokens shared by 6 draws, and 48 logits of 4 + 16 bytes
     each = 20 * 256 + 2 * 17 * 256 / 6 + 48 * 20
-    for fits, expected in ((10.5, 10), (0.1, 1), (1e6, 256)):
+    for fits, expected in ((10.5, 10), (0.1, 1), (1e6, 1024)):
         free = {"free": int(fits * each / 0.9)}
         monkeypatch.setattr(devices, "memory", lambda device, free=free: free)
-        assert decoding.rows_at_once(model, rows, settings) == expected
+        assert decoding.draws_at_once(model, draws, settings) == expected
 
 
 # --- models that cannot share -----------------------------------------------------------------
@@ -459,12 +505,12 @@ LATENT = {  # DeepSeek's attention, which keeps less than it attends to
 def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, reason, caplog, monkeypatch):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    rows, settings = mixed_rows(3, 3), shape(max_tokens=5)
+    draws, settings = mixed_draws(3, 3), shape(max_tokens=5)
     with caplog.at_level(logging.WARNING, logger="rsft_pipeline.decoding"):
-        made = decode(model, rows, settings, pad_id=0, batch_rows=4)
+        made = decode(model, draws, settings, pad_id=0, at_once=4)
     assert reason in caplog.text
-    for row, drawn in zip(rows, made, strict=True):
-        assert drawn.log_p == pytest.approx(teacher_forced(model, row, drawn.token_ids), abs=1e-3)
+    for draw, drawn in zip(draws, made, strict=True):
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw, drawn.token_ids), abs=1e-3)
     monkeypatch.setattr(decoding, "_forced", None)  # a trial is made once
-    again = decode(model, rows, settings, pad_id=0, batch_rows=4)
+    again = decode(model, draws, settings, pad_id=0, at_once=4)
     assert [one.token_ids for one in again] == [one.token_ids for one in made]

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from rsft_pipeline import decoding, lineage, models, prompts, shared_encoder, shared_prefix, tasks, training
-from rsft_pipeline.decoding import Row, Shape, decode
+from rsft_pipeline.decoding import Draw, Shape, decode
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.recipe.model import Lora, Model
@@ -73,21 +73,21 @@ def tiny(family: str = "t5", **settings):
     return transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
-def mixed_rows(number: int = 5, draws: int = 6) -> list[Row]:
+def mixed_draws(number: int = 5, draws: int = 6) -> list[Draw]:
     """Draws of prompts of 1, 9, 4, ... tokens, not in the order of length."""
     generator = np.random.default_rng(7)
     lengths = [1, 9, 4, 17, 12][:number]
     ids = [tuple(int(i) for i in generator.integers(5, VOCABULARY, n)) for n in lengths]
-    return [Row(prompt, 1000 * i + draw) for draw in range(draws) for i, prompt in enumerate(ids)]
+    return [Draw(prompt, 1000 * i + draw) for draw in range(draws) for i, prompt in enumerate(ids)]
 
 
 def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS) -> Shape:
     return Shape(temperature, top_p, top_k, max_tokens, stop_ids)
 
 
-def plain(model, rows, shape):
+def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in decoding.plain(model, list(enumerate(rows)), shape, pad_id=0)]
+        return [drawn for _, drawn in decoding.plain(model, list(enumerate(draws)), shape, pad_id=0)]
 
 
 def teacher_forced(model, prompt_ids, token_ids) -> float:
@@ -104,25 +104,25 @@ def teacher_forced(model, prompt_ids, token_ids) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(family, monkeypatch, caplog):
     monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
-    model, rows, settings = tiny(family), mixed_rows(), shape()
-    made = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    model, draws, settings = tiny(family), mixed_draws(), shape()
+    made = decode(model, draws, settings, pad_id=0, at_once=7)
 
     assert not caplog.records  # the plain loop would have left a note
     assert len({len(drawn.token_ids) for drawn in made}) > 3  # rows of different age shared a batch
     assert {drawn.stopped for drawn in made} == {True, False}
-    for row, drawn, reference in zip(rows, made, plain(model, rows, settings), strict=True):
+    for draw, drawn, reference in zip(draws, made, plain(model, draws, settings), strict=True):
         assert drawn.token_ids == reference.token_ids
         assert drawn.stopped == reference.stopped == (drawn.token_ids[-1] in STOPS)
-        assert drawn.log_p == pytest.approx(teacher_forced(model, row.prompt_ids, drawn.token_ids), abs=1e-4)
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw.prompt_ids, drawn.token_ids), abs=1e-4)
         assert drawn.log_q == drawn.log_p
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_draw_does_not_depend_on_its_batch_mates(family):
-    model, rows, settings = tiny(family), mixed_rows(), shape()
-    together = decode(model, rows, settings, pad_id=0, batch_rows=11)
+    model, draws, settings = tiny(family), mixed_draws(), shape()
+    together = decode(model, draws, settings, pad_id=0, at_once=11)
     for i in (0, 8, 29):
-        (alone,) = decode(model, [rows[i]], settings, pad_id=0)
+        (alone,) = decode(model, [draws[i]], settings, pad_id=0)
         assert alone.token_ids == together[i].token_ids
         assert alone.log_p == pytest.approx(together[i].log_p, abs=5e-5)
 
@@ -130,37 +130,56 @@ def test_a_draw_does_not_depend_on_its_batch_mates(family):
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_steps_taken_before_the_host_looks_again_change_nothing(family, monkeypatch):
     """As on a GPU: rows that have ended go on unnoticed for some steps."""
-    model, rows, settings = tiny(family), mixed_rows(), shape()
-    expected = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    model, draws, settings = tiny(family), mixed_draws(), shape()
+    expected = decode(model, draws, settings, pad_id=0, at_once=7)
     monkeypatch.setitem(shared_prefix.STRIDE, "cpu", 8)
-    made = decode(model, rows, settings, pad_id=0, batch_rows=7)
+    made = decode(model, draws, settings, pad_id=0, at_once=7)
     assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
     assert [d.log_p for d in made] == pytest.approx([d.log_p for d in expected], abs=5e-5)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_draws_that_have_gone_the_same_way_are_computed_once(family, monkeypatch):
+    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)
+    model, draws, settings = tiny(family), mixed_draws(draws=24), shape(temperature=0.5)
+    expected = plain(model, draws, settings)
+    decode(model, draws[:1], settings, pad_id=0)  # the trial that a model stands once
+    computed: list[int] = []
+    before = shared_encoder.Loop._logits
+    monkeypatch.setattr(
+        shared_encoder.Loop, "_logits", lambda self, rows: (computed.append(rows), before(self, rows))[1]
+    )
+    made = decode(model, draws, settings, pad_id=0)
+    assert [one.token_ids for one in made] == [one.token_ids for one in expected]
+    assert [one.log_q for one in made] == pytest.approx([one.log_q for one in expected], abs=1e-4)
+    paths = [(draw.prompt_ids, *one.token_ids) for draw, one in zip(draws, made, strict=True)]
+    ways = len({path[:end] for path in paths for end in range(2, len(path))})  # the first token comes with the prompt
+    assert sum(computed) == ways < 0.9 * sum(len(path) - 2 for path in paths)
+
+
 def test_one_prompt_with_more_draws_than_rows_is_encoded_once():
-    model, rows = tiny(), [Row((9, 8, 7), seed) for seed in range(40)]
-    decode(model, rows[:1], shape(), pad_id=0)  # the trial that a model stands once
+    model, draws = tiny(), [Draw((9, 8, 7), seed) for seed in range(40)]
+    decode(model, draws[:1], shape(), pad_id=0)  # the trial that a model stands once
     encoded = []
     model.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output[0].shape))
-    made = decode(model, rows, shape(), pad_id=0, batch_rows=6)
+    made = decode(model, draws, shape(), pad_id=0, at_once=6)
     assert encoded == [(1, 3, 32)]
-    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in plain(model, rows, shape())]
+    assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in plain(model, draws, shape())]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
 def test_the_first_tokens_need_few_steps(max_tokens):
-    model, rows = tiny(), mixed_rows()
-    made = decode(model, rows, shape(max_tokens=max_tokens), pad_id=0, batch_rows=4)
+    model, draws = tiny(), mixed_draws()
+    made = decode(model, draws, shape(max_tokens=max_tokens), pad_id=0, at_once=4)
     assert max(len(drawn.token_ids) for drawn in made) == max_tokens
-    assert [d.token_ids for d in made] == [d.token_ids for d in plain(model, rows, shape(max_tokens=max_tokens))]
+    assert [d.token_ids for d in made] == [d.token_ids for d in plain(model, draws, shape(max_tokens=max_tokens))]
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_the_model_is_its_own_again_afterwards(family):
     model = tiny(family)
     before = model.config._attn_implementation
-    decode(model, mixed_rows(2, 2), shape(), pad_id=0)
+    decode(model, mixed_draws(2, 2), shape(), pad_id=0)
     for part in (model, model.get_encoder(), model.get_decoder()):
         assert part.config._attn_implementation == before
     assert not any(module._forward_hooks for module in model.modules())
@@ -174,7 +193,7 @@ def test_draws_follow_the_enumerated_distribution(temperature, top_p, top_k):
     model = tiny(vocab_size=6, d_model=16, d_ff=16, num_decoder_layers=1, num_heads=2, initializer_factor=0.7)
     settings = Shape(temperature, top_p, top_k, 3, frozenset({1}))
     for prompt in ((3,), (2, 5, 2, 4)):
-        made = decode(model, [Row(prompt, seed) for seed in range(3000)], settings, pad_id=0, batch_rows=1500)
+        made = decode(model, [Draw(prompt, seed) for seed in range(3000)], settings, pad_id=0, at_once=1500)
         probability = enumerate_sequences(model, prompt, settings)
         assert sum(probability.values()) == pytest.approx(1.0, abs=1e-5)
         seen = dict.fromkeys(probability, 0)
@@ -213,8 +232,8 @@ def enumerate_sequences(model, prompt: tuple[int, ...], settings: Shape) -> dict
 
 
 def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplog):
-    model, rows, settings = tiny(), mixed_rows(5, 8), shape()
-    expected = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    model, draws, settings = tiny(), mixed_draws(5, 8), shape()
+    expected = decode(model, draws, settings, pad_id=0, at_once=40)
     steps: list[int] = []
     before = shared_encoder.Loop._logits
 
@@ -225,7 +244,7 @@ def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplo
         return before(self, rows)
 
     monkeypatch.setattr(shared_encoder.Loop, "_logits", logits)
-    made = decode(model, rows, settings, pad_id=0, batch_rows=40)
+    made = decode(model, draws, settings, pad_id=0, at_once=40)
     assert [drawn.token_ids for drawn in made] == [drawn.token_ids for drawn in expected]
     assert max(steps[8:]) <= 10
     assert "out of memory" in caplog.text
@@ -233,10 +252,10 @@ def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplo
 
 @pytest.mark.parametrize(("family", "layers"), [("t5", 2), ("bart", 2)])
 def test_state_bytes_count_what_is_allocated(family, layers):
-    model, rows, settings = tiny(family), mixed_rows(5, 6), shape(max_tokens=32)
+    model, draws, settings = tiny(family), mixed_draws(5, 6), shape(max_tokens=32)
     # 2 (keys, values) · the decoder's layers · 4 heads · dimension 8 · 4 bytes
     assert decoding.state_bytes(model, 1) == 2 * layers * 4 * 8 * 4
-    loop = shared_encoder.Loop(model, list(enumerate(rows)), settings, 0, 30)
+    loop = shared_encoder.Loop(model, list(enumerate(draws)), settings, 0, 30)
     with (
         torch.inference_mode(),
         shared_prefix.attention_of(model, shared_encoder.NAME),
@@ -252,18 +271,18 @@ def test_state_bytes_count_what_is_allocated(family, layers):
 def test_a_family_that_was_not_compared_is_drawn_from_plainly_with_a_note(caplog):
     torch.manual_seed(0)
     model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.M2M100Config(**{**BART, "pad_token_id": 3}))
-    rows, settings = mixed_rows(3, 3), shape(max_tokens=5)
+    draws, settings = mixed_draws(3, 3), shape(max_tokens=5)
     with caplog.at_level(logging.WARNING, logger="rsft_pipeline.decoding"):
-        made = decode(model.eval(), rows, settings, pad_id=3, batch_rows=4)
+        made = decode(model.eval(), draws, settings, pad_id=3, at_once=4)
     assert "compared with no m2m_100's" in caplog.text
-    for row, drawn in zip(rows, made, strict=True):
-        assert drawn.log_p == pytest.approx(teacher_forced(model, row.prompt_ids, drawn.token_ids), abs=1e-4)
+    for draw, drawn in zip(draws, made, strict=True):
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw.prompt_ids, drawn.token_ids), abs=1e-4)
 
 
 def test_a_model_that_says_not_what_it_begins_with_is_refused():
     model = tiny("t5", decoder_start_token_id=None)
     with pytest.raises(ModelError, match="no `decoder_start_token_id`"):
-        decode(model, mixed_rows(1, 1), shape(), pad_id=0)
+        decode(model, mixed_draws(1, 1), shape(), pad_id=0)
     model.generation_config.decoder_start_token_id = 5
     assert models.start_id(model) == 5
 
@@ -335,10 +354,10 @@ def test_a_causal_sequences_log_probability_is_its_tokens_one_by_one(kind):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     expected = [token_by_token(model, sample) for sample in SAMPLES]
     assert causal.log_probabilities(model, SAMPLES, pad_id=0, batch_size=3) == pytest.approx(expected, abs=1e-4)
-    rows = mixed_rows(5, 2)  # whose prompts are padded on the left where they are read
-    for drawn in (decode(model, rows, shape(), pad_id=0), plain(model, rows, shape())):
+    draws = mixed_draws(5, 2)  # whose prompts are padded on the left where they are read
+    for drawn in (decode(model, draws, shape(), pad_id=0), plain(model, draws, shape())):
         one_by_one = [
-            token_by_token(model, Sample("", r.prompt_ids, d.token_ids)) for r, d in zip(rows, drawn, strict=True)
+            token_by_token(model, Sample("", r.prompt_ids, d.token_ids)) for r, d in zip(draws, drawn, strict=True)
         ]
         assert [one.log_p for one in drawn] == pytest.approx(one_by_one, abs=1e-4)
 
@@ -489,7 +508,7 @@ def test_it_is_trained_further_saved_and_drawn_from_again(made, tmp_path, train)
     saved = models.save(model, tokenizer, tmp_path, {}, "")
     again, tokenizer = loaded(saved)
     assert seq2seq.log_probabilities(again, [sample], tokenizer.pad_token_id) == pytest.approx([after], abs=1e-4)
-    (drawn,) = decode(again, [Row(tuple(prompt), 1)], shape(stop_ids=frozenset({2})), tokenizer.pad_token_id)
+    (drawn,) = decode(again, [Draw(tuple(prompt), 1)], shape(stop_ids=frozenset({2})), tokenizer.pad_token_id)
     assert drawn.log_p == pytest.approx(
         seq2seq.log_probabilities(again, [Sample("", prompt, drawn.token_ids)], tokenizer.pad_token_id)[0], abs=1e-4
     )

@@ -31,9 +31,9 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
         read = [
             _logits(model, _padded(asked[i : i + rows], tokenizer.pad_token_id)) for i in range(0, len(asked), rows)
         ]
-        logits = torch.cat(read)[[place[request.prompt_ids] for request in requests]]
+        row = torch.tensor([place[request.prompt_ids] for request in requests], device=model.device)
         u = torch.from_numpy(uniforms([request.seed for request in requests], 1)[:, 0]).to(model.device)
-        drawn = [each.tolist() for each in choose(logits, u, shape)]
+        drawn = [each.tolist() for each in choose(torch.cat(read), row, u, shape)]
     return [
         Candidate(request, model.config.id2label[label], [label], "stop", log_q, log_p)
         for request, label, log_q, log_p in zip(requests, *drawn, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rsft_pipeline import models
-from rsft_pipeline.decoding import Row, Shape, decode
+from rsft_pipeline.decoding import Draw, Shape, decode
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 from rsft_pipeline.training import Sample, part_tokens, parts
@@ -26,8 +26,8 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     """One completion for each request, in their order."""
     stop_ids = set(models.stop_ids(model, tokenizer)) | _stop_tokens(tokenizer, sampling.stop)
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, frozenset(stop_ids))
-    rows = [Row(request.prompt_ids, request.seed) for request in requests]
-    drawn = decode(model, rows, shape, tokenizer.pad_token_id, sampling.batch_size)
+    draws = [Draw(request.prompt_ids, request.seed) for request in requests]
+    drawn = decode(model, draws, shape, tokenizer.pad_token_id, sampling.batch_size)
     texts = spelt(tokenizer, [one.token_ids[:-1] if one.stopped else one.token_ids for one in drawn])
     return [
         Candidate(request, text, one.token_ids, "stop" if one.stopped else "length", one.log_q, one.log_p)
