@@ -93,46 +93,36 @@ ENCODER_DECODER_CASES = {
 }
 
 
+@dataclass
 class Work:
-    """A case made ready: the model with random weights, prompts of random tokens, rows with seeds."""
+    """A model, and the draws to make: each prompt's, with seeds."""
 
-    def __init__(self, case: Case, device: str):
-        self.device = device
-        self.encoder_decoder = case.config.is_encoder_decoder
-        torch.manual_seed(0)
-        with torch.device(device):
-            dtype = torch.bfloat16 if device == "cuda" else torch.float32
-            kind = transformers.AutoModelForSeq2SeqLM if self.encoder_decoder else transformers.AutoModelForCausalLM
-            self.model = kind.from_config(case.config, dtype=dtype).eval()
-        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=0)
-        self.ready(case)
+    model: transformers.PreTrainedModel
+    prompts: list[list[int]]
+    draws: int
+    shape: Shape
 
-    def ready(self, case: Case) -> None:
-        """Prompts, rows and stops of the case, for the same model."""
-        self.case = case
-        generator = np.random.default_rng(0)
-        vocabulary = case.config.vocab_size
-        self.stops = sorted(int(i) for i in generator.choice(vocabulary, int(vocabulary * case.stop_share), False))
-        self.prompts = [[int(i) for i in generator.integers(0, vocabulary, length)] for length in case.lengths]
-        self.shape = Shape(1.0, 1.0, None, case.tokens, frozenset(self.stops))
-        self.rows = [
-            Draw(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(case.draws)
+    def __post_init__(self) -> None:
+        self.device = self.model.device.type
+        self.encoder_decoder = self.model.config.is_encoder_decoder
+        self.asked = [
+            Draw(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(self.draws)
         ]
 
     # Each way makes all the draws and returns how many tokens they have.
 
     def shared_prefix(self) -> int:
-        return sum(len(drawn.token_ids) for drawn in decoding.decode(self.model, self.rows, self.shape, 0))
+        return sum(len(drawn.token_ids) for drawn in decoding.decode(self.model, self.asked, self.shape, 0))
 
     def plain_loop(self) -> int:
         """This project's loop for models that cannot share: ended rows leave, each row has its own prefix."""
         with torch.inference_mode():
-            drawn = list(decoding.plain(self.model, list(enumerate(self.rows)), self.shape, 0))
+            drawn = list(decoding.plain(self.model, list(enumerate(self.asked)), self.shape, 0))
         return sum(len(one.token_ids) for _, one in drawn)
 
     def generate(self) -> int:
-        """Transformers' `generate`, one call for all prompts, padded on the left, an encoder's on the right."""
-        return self._generate(self.prompts)
+        """Transformers' `generate`, one call for 16 prompts, padded on the left, an encoder's on the right."""
+        return sum(self._generate(self.prompts[i : i + 16]) for i in range(0, len(self.prompts), 16))
 
     def generate_each(self) -> int:
         """The same, one call for each prompt, as TRL's BestOfNSampler made them until it was removed."""
@@ -159,7 +149,7 @@ class Work:
         """Transformers' continuous batching, which forks a prompt's draws off one prefill."""
         cache = None
         if self.device == "cpu":  # by default it would fill nine tenths of the memory with its cache, in a minute
-            tokens = len(self.rows) * (max(self.case.lengths) + self.case.tokens)
+            tokens = len(self.asked) * (max(map(len, self.prompts)) + self.shape.max_tokens)
             cache = transformers.ContinuousBatchingConfig(
                 page_size=16, num_blocks=tokens // 16 + 64, max_batch_tokens=2048
             )
@@ -169,8 +159,8 @@ class Work:
             continuous_batching_config=cache,
             progress_bar=False,
         )
-        if len(out) != len(self.rows):
-            raise RuntimeError(f"generate_batch returned {len(out)} of {len(self.rows)} draws")
+        if len(out) != len(self.asked):
+            raise RuntimeError(f"generate_batch returned {len(out)} of {len(self.asked)} draws")
         return sum(len(one.generated_tokens) for one in out.values())
 
     def _generation(self) -> transformers.GenerationConfig:
@@ -178,9 +168,9 @@ class Work:
             do_sample=True,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=self.case.tokens,
-            num_return_sequences=self.case.draws,
-            eos_token_id=self.stops or None,
+            max_new_tokens=self.shape.max_tokens,
+            num_return_sequences=self.draws,
+            eos_token_id=sorted(self.shape.stop_ids) or None,
             pad_token_id=0,
             decoder_start_token_id=0 if self.encoder_decoder else None,
         )
@@ -188,6 +178,25 @@ class Work:
     def _length(self, ids: list[int]) -> int:
         ended = [i for i, token in enumerate(ids) if token in self.shape.stop_ids]
         return ended[0] + 1 if ended else len(ids)
+
+
+def random_model(case: Case, device: str) -> transformers.PreTrainedModel:
+    """The case's, with random weights."""
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForSeq2SeqLM if case.config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with torch.device(device):
+        model = kind.from_config(case.config, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=0)
+    return model
+
+
+def random_work(case: Case, model: transformers.PreTrainedModel) -> Work:
+    """Prompts of random tokens, and as many stop tokens as the case says."""
+    generator = np.random.default_rng(0)
+    vocabulary = case.config.vocab_size
+    stops = frozenset(int(i) for i in generator.choice(vocabulary, int(vocabulary * case.stop_share), False))
+    prompts = [[int(i) for i in generator.integers(0, vocabulary, length)] for length in case.lengths]
+    return Work(model, prompts, case.draws, Shape(1.0, 1.0, None, case.tokens, stops))
 
 
 WAYS = ("shared_prefix", "plain_loop", "generate", "generate_each", "generate_batch")
@@ -216,16 +225,16 @@ def _linear_floor(work: Work, tokens: int) -> float:
     with torch.inference_mode():
         a_draw = _time(lambda: [layer(inputs[layer.in_features]) for layer in of_draws], 8)
         a_prompt = _time(lambda: [layer(inputs[layer.in_features]) for layer in of_prompts], 8)
-    return (a_draw * tokens + a_prompt * sum(work.case.lengths)) / 256
+    return (a_draw * tokens + a_prompt * sum(map(len, work.prompts))) / 256
 
 
 def _bytes_floor(work: Work, tokens: int) -> float:
-    case, model = work.case, work.model
-    rows, steps = len(work.rows), tokens / len(work.rows)
+    model, prompt_tokens = work.model, sum(map(len, work.prompts))
+    rows, steps = len(work.asked), tokens / len(work.asked)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    if not case.config.tie_word_embeddings:  # of the input embedding only the rows' own vectors are read
+    if not model.config.tie_word_embeddings:  # of the input embedding only the rows' own vectors are read
         weights -= model.get_input_embeddings().weight.nbytes
-    prefixes = decoding.state_bytes(model, sum(case.lengths))
+    prefixes = decoding.state_bytes(model, prompt_tokens)
     suffixes = rows * decoding.state_bytes(model, 1) * steps / 2  # half as long on average
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -239,7 +248,7 @@ def _bytes_floor(work: Work, tokens: int) -> float:
         f"  bandwidth {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s; "
         f"bytes {bytes_seconds:.2f} s, arithmetic {arithmetic_seconds:.2f} s"
     )
-    return max(bytes_seconds, arithmetic_seconds) + 2 * parameters * sum(case.lengths) / rate
+    return max(bytes_seconds, arithmetic_seconds) + 2 * parameters * prompt_tokens / rate
 
 
 def _time(call: Callable[[], object], times: int) -> float:
@@ -264,26 +273,24 @@ def _synchronize() -> None:
 
 def measure(name: str, case: Case, device: str, turns: int, ways: list[str]) -> dict:
     """Seconds and tokens of each way in each turn, and the floor of each turn."""
-    work = Work(case, device)
+    model = random_model(case, device)
     result: dict = {
         "case": name,
         "config": type(case.config).__name__,
-        "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "lengths": case.lengths,
         "draws": case.draws,
         "tokens": case.tokens,
         "stop_share": case.stop_share,
-        "state_bytes_per_draw": decoding.state_bytes(work.model, case.tokens),
-        "state_bytes_per_prefix_token": decoding.state_bytes(work.model, 1),
+        "state_bytes_per_draw": decoding.state_bytes(model, case.tokens),
+        "state_bytes_per_prefix_token": decoding.state_bytes(model, 1),
         "ways": {},
         "errors": {},
         "floor_seconds": [],
     }
-    if device == "cpu":
-        work.ready(replace(case, lengths=case.lengths[:2], draws=2, tokens=4))
+    small = replace(case, lengths=case.lengths[:2], draws=2, tokens=4)
     for turn in range(turns + 1):  # the first warms up
-        if turn == 1:
-            work.ready(case)
+        work = random_work(small if device == "cpu" and turn == 0 else case, model)
         for way in ways:
             if way in result["errors"] or (turn > 1 and _hopeless(result, way)):
                 continue

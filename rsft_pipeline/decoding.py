@@ -28,7 +28,7 @@ TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
 # Rows that keep the processor's matrix units busy; and draws at once, where memory would hold more: draws that go on
 # together need fewer rows than they are.
 ROWS = {"cpu": 256, "cuda": 1024}
-DRAWS = {"cpu": 1024, "cuda": 1024}
+DRAWS = {"cpu": 4096, "cuda": 1024}
 
 
 @dataclass(frozen=True)

@@ -71,18 +71,19 @@ class SharedEncoderCache(SharedPrefixCache):
         super().__init__([None] * layers, places, rows, longest + 1, tokens, device)  # one more for the start token
         self.cross = Cache(layers=[DynamicLayer() for _ in self.layers])
 
-    def keep_prefix(self, place: int, read: EncoderDecoderCache, row: int, length: int) -> None:
-        """Keep one row of a batch of prompts, padded on the right."""
+    def keep_prefixes(self, places: slice, read: EncoderDecoderCache, lengths: Sequence[int]) -> None:
+        """Keep a batch of prompts, padded on the right."""
         own, cross = read.self_attention_cache.layers, read.cross_attention_cache.layers
         for layer, start, source in zip(self.layers, own, cross, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
             for kept, beginning, states in (
-                (layer.prefix_keys[place].transpose(-1, -2), start.keys[row], source.keys[row]),
-                (layer.prefix_values[place], start.values[row], source.values[row]),
+                (layer.prefix_keys[places].transpose(-1, -2), start.keys, source.keys),
+                (layer.prefix_values[places], start.values, source.values),
             ):
-                kept[:, :1] = beginning
-                kept[:, self.sizes[2] - length :] = states[:, :length]
+                kept[:, :, :1] = beginning
+                for row, length in enumerate(lengths):
+                    kept[row, :, self.sizes[2] - length :] = states[row, :, :length]
 
     def begin(self, rows: slice, places: list[int]) -> None:
         super().begin(rows, places)
@@ -222,11 +223,11 @@ class Loop(shared_prefix.Loop):
 
     def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
         """Encode prompts in one forward pass, and keep what the decoder attends to."""
-        out, _ = read(self.model, [ids for ids, _ in prompts], self.pad_id)
-        for row, (prompt, waiting) in enumerate(prompts):
-            self.cache.keep_prefix(len(self.prompts), out.past_key_values, row, len(prompt))
-            self.cache.length[len(self.prompts)] = len(prompt)
-            self.prompts.append((len(prompt), waiting, out.logits[row, -1]))
+        out, mask = read(self.model, [ids for ids, _ in prompts], self.pad_id)
+        places = slice(len(self.prompts), len(self.prompts) + len(prompts))
+        self.cache.keep_prefixes(places, out.past_key_values, [len(ids) for ids, _ in prompts])
+        self.cache.length[places] = mask.sum(-1)
+        self.prompts += [(len(ids), waiting, out.logits[row, -1]) for row, (ids, waiting) in enumerate(prompts)]
 
 
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Seq2SeqLMOutput, torch.Tensor]:

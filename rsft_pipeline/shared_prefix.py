@@ -87,12 +87,12 @@ class SharedPrefixLayer(CacheLayerMixin):
         self.prefix_values = self.new(value_states, (places, heads, longest, value_size))
         self.keys = self.new(key_states, (rows, heads, tokens, key_size))
         self.values = self.new(value_states, (rows, heads, tokens, value_size))
-        self.resize(self.cache.columns[:0], self.cache.width)
+        self.resize(0, self.cache.columns[:0], self.cache.width)
         self.is_initialized = True
 
-    def resize(self, kept: torch.Tensor, width: int) -> None:
-        """Give the suffixes that many columns, of which the first are those that are kept."""
-        self.keys, self.values = _resized(self.keys, kept, width), _resized(self.values, kept, width)
+    def resize(self, rows: int, kept: torch.Tensor, width: int) -> None:
+        """Give the suffixes that many columns, of which the first are, in the first rows, those that are kept."""
+        self.keys, self.values = (_resized(states, rows, kept, width) for states in (self.keys, self.values))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
@@ -149,14 +149,14 @@ class SharedPrefixCache(Cache):
         """By how many columns suffixes grow that become so long."""
         return BLOCK.get(device.type, 64)
 
-    def keep_prefix(self, place: int, read: DynamicCache, row: int) -> None:
-        """Keep the keys and values of one row of a batch of prompts, padded on the left, as a prefix."""
+    def keep_prefixes(self, places: slice, read: DynamicCache) -> None:
+        """Keep the keys and values of a batch of prompts, padded on the left, as prefixes."""
         for layer, source in zip(self.layers, read.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
             width = source.keys.shape[2]
-            layer.prefix_keys[place, :, :, self.sizes[2] - width :] = source.keys[row].transpose(-1, -2)
-            layer.prefix_values[place, :, self.sizes[2] - width :] = source.values[row]
+            layer.prefix_keys[places, ..., self.sizes[2] - width :] = source.keys.transpose(-1, -2)
+            layer.prefix_values[places, :, self.sizes[2] - width :] = source.values
 
     def begin(self, rows: slice, places: list[int]) -> None:
         """Make the rows ready to follow the prompts at these places."""
@@ -205,7 +205,7 @@ class SharedPrefixCache(Cache):
         position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
         needed = _rounded(oldest + self.first + 1, self.block)
         if needed > self.width or 2 * needed <= self.width:
-            self._resize(needed)
+            self._resize(rows, needed)
         self.newest = (self.newest + 1) % self.width
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
@@ -220,12 +220,12 @@ class SharedPrefixCache(Cache):
             self.prefix_bias[window] = _bias(early)[:, None, :, None]  # [places, 1, 1 or seats, 1, prefix]
             self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, columns]
 
-    def _resize(self, width: int) -> None:
+    def _resize(self, rows: int, width: int) -> None:
         """Give the suffixes that many columns, and lay the newest of those that there are in order."""
         kept = min(width, self.width)
         columns = (self.newest + 1 - kept + self.columns[:kept]) % self.width
         for layer in self.layers:
-            layer.resize(columns, width)
+            layer.resize(rows, columns, width)
         self.width, self.newest = width, kept - 1
 
 
@@ -258,11 +258,14 @@ def _rounded(tokens: int, to: int = 16) -> int:
     return -(-tokens // to) * to
 
 
-def _resized(states: torch.Tensor, kept: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, heads, width, dimension] in the memory of `states`, first those columns; the others hold anything."""
-    (rows, heads, _, size), first = states.shape, states[:, :, kept]
-    resized = states.as_strided((rows, heads, width, size), (heads * width * size, width * size, size, 1))
-    resized[:, :, : len(kept)] = first
+def _resized(states: torch.Tensor, rows: int, kept: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, heads, width, dimension] in the memory of `states`, those columns first in its first rows.
+
+    All else holds anything, but numbers: memory that was not written holds zeros.
+    """
+    (most, heads, _, size), first = states.shape, states[:rows, :, kept]
+    resized = states.as_strided((most, heads, width, size), (heads * width * size, width * size, size, 1))
+    resized[:rows, :, : len(kept)] = first
     return resized
 
 
@@ -639,10 +642,10 @@ class Loop:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for row, (prompt, waiting) in enumerate(prompts):
-            self.cache.keep_prefix(len(self.prompts), read, row)
-            self.cache.length[len(self.prompts)] = len(prompt)
-            self.prompts.append((len(prompt), waiting, logits[row]))
+        places = slice(len(self.prompts), len(self.prompts) + len(prompts))
+        self.cache.keep_prefixes(places, read)
+        self.cache.length[places] = mask.sum(-1)
+        self.prompts += [(len(prompt), waiting, logits[row]) for row, (prompt, waiting) in enumerate(prompts)]
 
     def _start(self, room: int) -> int:
         """Begin up to `room` waiting draws of the prompts that have been read: how many it were."""
