@@ -34,6 +34,7 @@ bench: setup $(PEERS)/installed
 		--out docs/benchmarks/one-thread
 	$(BIN)/python -m benchmarks.sampling t5-small --turns 2 --ways shared_prefix plain_loop generate \
 		--out docs/benchmarks/seq2seq
+	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.until
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training one-of-a-prompt four-of-a-prompt --turns 3 \
 		--peers $(PEERS)/bin/python

@@ -88,17 +88,18 @@ def measure(work: Work, turns: int) -> dict:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--turns", type=int, default=3, help="measured turns, after one that warms up")
-    options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark-policies")
+    options.add_argument("--turns", type=int, default=5, help="measured turns, after one that warms up")
     options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     arguments = options.parse_args()
     logging.basicConfig(level=logging.WARNING)
     results = []
     for name in RECIPES:
-        recipe, asked, paths = policies(name, Home(arguments.home))
-        for label, path in paths.items():
-            results.append({"recipe": name, "policy": label, **measure(work_of(recipe, asked, path), arguments.turns)})
-            print(name, label, results[-1]["over"], flush=True)
+        with tempfile.TemporaryDirectory() as home:
+            recipe, asked, paths = policies(name, Home(Path(home)))
+            for label, path in paths.items():
+                found = measure(work_of(recipe, asked, path), arguments.turns)
+                results.append({"recipe": name, "policy": label, **found})
+                print(name, label, found["over"], flush=True)
     head = [
         "recipe",
         "policy",

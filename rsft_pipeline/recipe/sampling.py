@@ -51,7 +51,7 @@ class Sampling(Section):
     max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
     stop: list[str] = Field([], description="Extra stop tokens, each exactly one token of the tokenizer.")
     batch_size: int | None = Field(
-        None, ge=1, description="Rows drawn at once, halved when memory runs out; default: what free memory holds."
+        None, ge=1, description="Draws under way at once, halved when memory runs out; default: what free memory holds."
     )
     wave_size: int = Field(2048, ge=1, description="Candidates persisted together; the most that a kill can cost.")
 
