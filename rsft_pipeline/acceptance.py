@@ -19,7 +19,7 @@ Every decision goes the same way, and its reason is the first of these steps tha
 5. `cap`: the prompt has its share.
 
 Where some must be chosen among several, rules that rank by score prefer the higher score and break ties
-by u (`rejection` with a threshold: the higher A); the stochastic rules choose by u / A. Given u < A that
+by u, and by the 11 bits that it was rounded by (`rejection` with a threshold: the higher A); the stochastic rules choose by u / A. Given u < A that
 number is uniform on [0, 1) whatever A is, so the choice does not undo what the rule did; by u itself,
 candidates with a small A would be preferred. Row order never matters. Note that `distinct` flattens the
 distribution that a stochastic rule draws from: each text of a prompt counts once, however probable. Switch
@@ -44,8 +44,15 @@ from rsft_pipeline.recipe.acceptance import (
     ThresholdRule,
 )
 
-# lineage.uniform: the low half of an MD5, its upper 53 bits. `{seed}` is to be filled in.
-UNIFORM_SQL = "(md5_number_lower('{seed}:' || candidate_id) >> 11) * pow(2, -53)"
+# lineage.uniform: the upper 53 bits of a number of 64, the low half of an MD5. `{seed}` is to be filled in.
+_NUMBER = "md5_number_lower('{seed}:' || candidate_id)"
+
+
+def _uniform(number: str) -> str:
+    return f"({number} >> 11) * pow(2, -53)"
+
+
+UNIFORM_SQL = _uniform(_NUMBER)
 
 # lineage.normalise: RE2's \s is narrower than Python's, so white space is spelled out, here all but the space. A run
 # that is a single space stays: putting one in place of each would take most of the time.
@@ -88,7 +95,7 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
     """All that the decisions depend on beside rows and seed, to be stored with them.
 
     Args:
-        source: table or view with the columns that `decisions_sql` reads.
+        source: table with the columns that `decisions_sql` reads.
         rule: the recipe's acceptance section.
         round_number: 0 for the first round; a threshold may rise from round to round.
 
@@ -204,7 +211,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
             where the rule's `weight` says so).
 
     Args:
-        source: name of the table or view.
+        source: name of the table: of a view rows have no number.
         parameters: what `parameters` returned, also after a round trip through JSON.
         seed: the recipe's.
     """
@@ -212,44 +219,48 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     weight = "exp(log_a)" if parameters.get("weight") == "A" else "1::DOUBLE"
     if parameters["rule"] == "rejection" and parameters.get("threshold") is not None:
         accepts, refusal = f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold"
-        best_first = "log_a DESC, u, candidate_id"
+        best_first = "log_a DESC, number"
     elif log_a is not None:
-        accepts, refusal, best_first = "u < exp(log_a)", "u >= A", "u / exp(log_a), candidate_id"
+        accepts, refusal, best_first = "u < exp(log_a)", "u >= A", "u / exp(log_a), number"
     elif parameters["rule"] == "threshold":
         accepts, refusal = f"score > {_double(parameters['threshold'])}", "below threshold"
-        best_first = "score DESC, u, candidate_id"
+        best_first = "score DESC, number"
     else:  # the selections below are the rule
-        accepts, refusal, best_first = "true", "", "score DESC, u, candidate_id"
+        accepts, refusal, best_first = "true", "", "score DESC, number"
     set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
 
-    # A reason of NULL is a candidate still in play.
+    # A reason of NULL is a candidate still in play. Only of these a few columns are put in order, and what is refused
+    # then is joined to the candidates: to order whole rows of millions, most of the time went into writing them to disk.
     sql = f"""
-        WITH eligible AS (
-            SELECT *, {UNIFORM_SQL.format(seed=int(seed))} AS u, CASE
+        WITH eligible AS NOT MATERIALIZED (
+            SELECT *, {_uniform("number")} AS u, CASE
                 WHEN ({_judged_sql(parameters)}) IS NOT TRUE THEN 'cannot judge'
                 WHEN passed IS NOT TRUE THEN 'gate'
                 {set_aside}
             END AS reason
-            FROM (SELECT {_COLUMNS} FROM {source}) {_prompt_r_max_sql(source, parameters)}
-        ), weighed AS (
-            SELECT candidate_id, prompt_id, same_text, score, u, reason,
-                CASE WHEN reason IS NULL THEN {log_a or "NULL::DOUBLE"} END AS log_a
-            FROM eligible
-        ), selected_0 AS (
+            FROM (SELECT rowid AS row, {_COLUMNS}, {_NUMBER.format(seed=int(seed))} AS number FROM {source})
+                {_prompt_r_max_sql(source, parameters)}
+        ), weighed AS NOT MATERIALIZED (
+            SELECT *, CASE WHEN reason IS NULL THEN {log_a or "NULL::DOUBLE"} END AS log_a FROM eligible
+        ), ruled AS NOT MATERIALIZED (
             SELECT * REPLACE (CASE WHEN reason IS NULL AND NOT ({accepts}) THEN '{refusal}' ELSE reason END AS reason)
             FROM weighed
+        ), in_play_0 AS (
+            SELECT row, prompt_id, same_text, score, number, u, log_a FROM ruled WHERE reason IS NULL
         )"""
-    selections = _selections(parameters)
-    for i, (word, most, group) in enumerate(selections):
-        place = f"row_number() OVER (PARTITION BY reason IS NULL, {group} ORDER BY {best_first})"
-        refused = f"reason IS NULL AND {place} > {int(most)}"
-        sql += f""", selected_{i + 1} AS (
-            SELECT * REPLACE (CASE WHEN {refused} THEN '{word}' ELSE reason END AS reason) FROM selected_{i}
+    refused = ["SELECT NULL::BIGINT AS row, NULL AS refusal WHERE false"]
+    for i, (word, most, group) in enumerate(_selections(parameters)):
+        place = f"row_number() OVER (PARTITION BY {group} ORDER BY {best_first})"
+        sql += f""", placed_{i} AS MATERIALIZED (
+            SELECT *, {place} AS place FROM in_play_{i}
+        ), in_play_{i + 1} AS (
+            SELECT * EXCLUDE (place) FROM placed_{i} WHERE place <= {int(most)}
         )"""
+        refused.append(f"SELECT row, '{word}' FROM placed_{i} WHERE place > {int(most)}")
     return f"""{sql}
-        SELECT candidate_id, prompt_id, reason IS NULL AS accepted, coalesce(reason, 'accepted') AS reason,
-            score, log_a, u, {weight} AS weight
-        FROM selected_{len(selections)}"""
+        SELECT candidate_id, prompt_id, coalesce(reason, refusal) IS NULL AS accepted,
+            coalesce(reason, refusal, 'accepted') AS reason, score, log_a, u, {weight} AS weight
+        FROM ruled LEFT JOIN ({" UNION ALL ".join(refused)}) USING (row)"""
 
 
 def _judged_sql(parameters: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def decide(connection, rows, seed=0, round_number=0, **rule):
     table = pa.Table.from_pylist(rows, SCHEMA) if isinstance(rows, list) else rows
     connection.register("given", table)
     hashed = acceptance.same_text("text")
-    connection.execute(f"CREATE OR REPLACE TEMP VIEW candidates AS SELECT *, {hashed} AS same_text FROM given")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE candidates AS SELECT *, {hashed} AS same_text FROM given")
     rule = TypeAdapter(AnyRule).validate_python(rule)
     parameters = acceptance.parameters(connection, "candidates", rule, round_number)
     decisions = connection.sql(acceptance.decisions_sql("candidates", parameters, seed)).to_arrow_table().to_pylist()
