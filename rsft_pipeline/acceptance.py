@@ -18,12 +18,12 @@ Every decision goes the same way, and its reason is the first of these steps tha
    before it ranks, so that it keeps the k best different texts.
 5. `cap`: the prompt has its share.
 
-Where some must be chosen among several, rules that rank by score prefer the higher score and break ties
-by u, and by the 11 bits that it was rounded by (`rejection` with a threshold: the higher A); the stochastic rules choose by u / A. Given u < A that
-number is uniform on [0, 1) whatever A is, so the choice does not undo what the rule did; by u itself,
-candidates with a small A would be preferred. Row order never matters. Note that `distinct` flattens the
-distribution that a stochastic rule draws from: each text of a prompt counts once, however probable. Switch
-it off where the exact distribution is wanted.
+Where some must be chosen among several, rules that rank by score prefer the higher score (`rejection` with a
+threshold: the higher A) and break ties by u; the stochastic rules choose by u / A. Given u < A that number is
+uniform on [0, 1) whatever A is, so the choice does not undo what the rule did; by u itself, candidates with
+a small A would be preferred. What is still a tie is broken by the 64 bits that u was rounded from, so row order
+never matters. Note that `distinct` flattens the distribution that a stochastic rule draws from: each text of a
+prompt counts once, however probable. Switch it off where the exact distribution is wanted.
 """
 
 import math
@@ -230,7 +230,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
 
     # A reason of NULL is a candidate still in play. Only of these a few columns are put in order, and what is refused
-    # then is joined to the candidates: to order whole rows of millions, most of the time went into writing them to disk.
+    # then is joined to the candidates: ordering millions of whole rows is mostly writing them to disk and back.
     sql = f"""
         WITH eligible AS NOT MATERIALIZED (
             SELECT *, {_uniform("number")} AS u, CASE

@@ -25,10 +25,11 @@ log = logging.getLogger(__name__)
 # Tokens by which a model's shared prompts are tried, and nats per token by which these may be off what the plain loop
 # gives: rounding is 1e-5 in float32 and a tenth in half precision, another attention whole nats.
 TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
-# Rows that keep the processor's matrix units busy; and draws at once, where memory would hold more: draws that go on
-# together need fewer rows than they are.
+# Rows that keep the processor's matrix units busy; draws at once, where memory would hold more: those that go on
+# together need fewer rows than they are; and their share of the memory that is free, which on a CPU is everyone's.
 ROWS = {"cpu": 256, "cuda": 1024}
 DRAWS = {"cpu": 4096, "cuda": 1024}
+SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,7 @@ def state_bytes(model: Any, tokens: int) -> int:
 
 
 def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
-    """Draws that free memory holds, each on a row of its own: suffixes, a share of two prefixes per prompt, logits.
-
-    A tenth of what is free is left alone.
-    """
+    """Draws that free memory holds, each on a row of its own: suffixes, a share of two prefixes per prompt, logits."""
     device = model.device.type
     longest = max(len(draw.prompt_ids) for draw in draws)
     of_a_prompt = len(draws) / len({draw.prompt_ids for draw in draws})
@@ -170,7 +168,7 @@ def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
     logits = vocabulary * (model.dtype.itemsize + 4 * 4)  # as computed, and four arrays of choose() in float32
     each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / of_a_prompt + logits
     free = devices.memory(devices.Device(device, "float32"))["free"]
-    return max(1, min(DRAWS[device], int(0.9 * free / each)))
+    return max(1, min(DRAWS[device], int(SHARE[device] * free / each)))
 
 
 # --- choosing a token -------------------------------------------------------------------------

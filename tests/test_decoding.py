@@ -472,7 +472,7 @@ def test_draws_at_once_follow_free_memory(monkeypatch):
     # a suffix of 20 tokens, 2 prefixes of 17 tokens shared by 6 draws, and 48 logits of 4 + 16 bytes
     each = 20 * 256 + 2 * 17 * 256 / 6 + 48 * 20
     for fits, expected in ((10.5, 10), (0.1, 1), (1e6, 4096)):
-        free = {"free": int(fits * each / 0.9)}
+        free = {"free": int(fits * each / 0.5)}
         monkeypatch.setattr(devices, "memory", lambda device, free=free: free)
         assert decoding.draws_at_once(model, draws, settings) == expected
 
