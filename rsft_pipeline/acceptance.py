@@ -218,15 +218,13 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     log_a = _log_a_sql(parameters)
     weight = "exp(log_a)" if parameters.get("weight") == "A" else "1::DOUBLE"
     if parameters["rule"] == "rejection" and parameters.get("threshold") is not None:
-        accepts, refusal = f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold"
-        best_first = "log_a DESC, number"
+        accepts, refusal, rank = f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold", "-log_a"
     elif log_a is not None:
-        accepts, refusal, best_first = "u < exp(log_a)", "u >= A", "u / exp(log_a), number"
+        accepts, refusal, rank = "u < exp(log_a)", "u >= A", "u / exp(log_a)"
     elif parameters["rule"] == "threshold":
-        accepts, refusal = f"score > {_double(parameters['threshold'])}", "below threshold"
-        best_first = "score DESC, number"
+        accepts, refusal, rank = f"score > {_double(parameters['threshold'])}", "below threshold", "-score"
     else:  # the selections below are the rule
-        accepts, refusal, best_first = "true", "", "score DESC, number"
+        accepts, refusal, rank = "true", "", "-score"
     set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
 
     # A reason of NULL is a candidate still in play. Only of these a few columns are put in order, and what is refused
@@ -245,22 +243,23 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         ), ruled AS NOT MATERIALIZED (
             SELECT * REPLACE (CASE WHEN reason IS NULL AND NOT ({accepts}) THEN '{refusal}' ELSE reason END AS reason)
             FROM weighed
-        ), in_play_0 AS (
-            SELECT row, prompt_id, same_text, score, number, u, log_a FROM ruled WHERE reason IS NULL
+        ), selected_0 AS (
+            SELECT row, prompt_id, same_text, {rank} AS rank, number, NULL::VARCHAR AS refusal
+            FROM ruled WHERE reason IS NULL
         )"""
-    refused = ["SELECT NULL::BIGINT AS row, NULL AS refusal WHERE false"]
-    for i, (word, most, group) in enumerate(_selections(parameters)):
-        place = f"row_number() OVER (PARTITION BY {group} ORDER BY {best_first})"
-        sql += f""", placed_{i} AS MATERIALIZED (
-            SELECT *, {place} AS place FROM in_play_{i}
-        ), in_play_{i + 1} AS (
-            SELECT * EXCLUDE (place) FROM placed_{i} WHERE place <= {int(most)}
+    selections = _selections(parameters)
+    for i, (word, most, group) in enumerate(selections):
+        place = f"row_number() OVER (PARTITION BY refusal IS NULL, {group} ORDER BY rank, number)"
+        refused = f"refusal IS NULL AND {place} > {int(most)}"
+        sql += f""", selected_{i + 1} AS (
+            SELECT * REPLACE (CASE WHEN {refused} THEN '{word}' ELSE refusal END AS refusal) FROM selected_{i}
         )"""
-        refused.append(f"SELECT row, '{word}' FROM placed_{i} WHERE place > {int(most)}")
     return f"""{sql}
         SELECT candidate_id, prompt_id, coalesce(reason, refusal) IS NULL AS accepted,
             coalesce(reason, refusal, 'accepted') AS reason, score, log_a, u, {weight} AS weight
-        FROM ruled LEFT JOIN ({" UNION ALL ".join(refused)}) USING (row)"""
+        FROM ruled LEFT JOIN (
+            SELECT row, refusal FROM selected_{len(selections)} WHERE refusal IS NOT NULL
+        ) USING (row)"""
 
 
 def _judged_sql(parameters: dict[str, Any]) -> str:
