@@ -649,24 +649,26 @@ class Loop:
 
     def _start(self, room: int) -> int:
         """Begin up to `room` waiting draws of the prompts that have been read: how many it were."""
-        first, seeds, places = len(self.number), [], []
+        first, seeds, places, place_of_draw = len(self.number), [], [], []
         for place, (_, waiting, _) in enumerate(self.prompts):
+            if waiting and len(seeds) < room:
+                places.append(place)
             while waiting and len(seeds) < room:
                 number, draw = waiting.popleft()
                 self.number.append(number)
                 seeds.append(draw.seed)
-                places.append(place)
+                place_of_draw.append(len(places) - 1)  # among those that begin
         if not seeds:
             return 0
         u = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
         self.u[first : len(self.number)] = u
-        logits = torch.stack([logits for _, _, logits in self.prompts])
-        chosen = choose(logits, torch.tensor(places, device=self.device), u[:, 0], self.shape)
-        place_of_row, new = _groups(places, chosen[0])
+        logits = torch.stack([self.prompts[place][2] for place in places])
+        chosen = choose(logits, torch.tensor(place_of_draw, device=self.device), u[:, 0], self.shape)
+        place_of_row, new = _groups(place_of_draw, chosen[0])
         row = new + len(self.place)
         rows = slice(len(self.place), len(self.place) + len(place_of_row))
         self.row += row.tolist()
-        self.place += place_of_row.tolist()
+        self.place += [places[i] for i in place_of_row]
         self.age += [0] * len(place_of_row)
         self.cache.begin(rows, self.place[rows])
         self.drawn[rows] = 0
