@@ -26,11 +26,11 @@ def main(model_path: str, texts: str) -> None:
     stop_ids = frozenset(models.stop_ids(model, tokenizer))
     with open(texts, encoding="utf-8") as lines:
         openings = [" ".join(json.loads(line)["text"].split()[:WORDS]) for line in islice(lines, 2 * PILOT)]
-    rows = [Draw(tuple(tokenizer(one)["input_ids"]), int(lineage.digest(one)[:15], 16)) for one in openings]
+    draws = [Draw(tuple(tokenizer(one)["input_ids"]), int(lineage.digest(one)[:15], 16)) for one in openings]
     print("| T | tokens | log M | 1/M | mean A | violations of 100 |\n| ---: | ---: | ---: | ---: | ---: | ---: |")
     for temperature in (1.05, 1.1, 1.3):
         for tokens in (8, 24, 64):
-            drawn = decode(model, rows, Shape(temperature, 1.0, None, tokens, stop_ids), tokenizer.pad_token_id)
+            drawn = decode(model, draws, Shape(temperature, 1.0, None, tokens, stop_ids), tokenizer.pad_token_id)
             ratio = np.array([one.log_p - one.log_q for one in drawn])
             log_m, rest = ratio[:PILOT].max(), ratio[PILOT:]
             mean_a, violations = np.exp(np.minimum(rest - log_m, 0)).mean(), int((rest > log_m).sum())

@@ -15,7 +15,6 @@ This module imports torch and transformers; import it inside functions.
 """
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,7 +71,8 @@ class SharedEncoderCache(SharedPrefixCache):
         self.cross = Cache(layers=[DynamicLayer() for _ in self.layers])
 
     def keep_prefixes(self, places: slice, read: EncoderDecoderCache, lengths: Sequence[int]) -> None:
-        """Keep a batch of prompts, padded on the right."""
+        """Keep a batch of prompts of these lengths, padded on the right."""
+        self.length[places] = torch.tensor(lengths, device=self.length.device)
         own, cross = read.self_attention_cache.layers, read.cross_attention_cache.layers
         for layer, start, source in zip(self.layers, own, cross, strict=True):
             if not layer.is_initialized:
@@ -221,13 +221,9 @@ class Loop(shared_prefix.Loop):
             shared_prefix=self.cache,
         ).logits[:, -1]
 
-    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
-        """Encode prompts in one forward pass, and keep what the decoder attends to."""
-        out, mask = read(self.model, [ids for ids, _ in prompts], self.pad_id)
-        places = slice(len(self.prompts), len(self.prompts) + len(prompts))
-        self.cache.keep_prefixes(places, out.past_key_values, [len(ids) for ids, _ in prompts])
-        self.cache.length[places] = mask.sum(-1)
-        self.prompts += [(len(ids), waiting, out.logits[row, -1]) for row, (ids, waiting) in enumerate(prompts)]
+    def _forward(self, prompts: Sequence[tuple[int, ...]]) -> tuple[EncoderDecoderCache, torch.Tensor]:
+        out, _ = read(self.model, prompts, self.pad_id)
+        return out.past_key_values, out.logits[:, -1]
 
 
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Seq2SeqLMOutput, torch.Tensor]:

@@ -149,8 +149,9 @@ class SharedPrefixCache(Cache):
         """By how many columns suffixes grow that become so long."""
         return BLOCK.get(device.type, 64)
 
-    def keep_prefixes(self, places: slice, read: DynamicCache) -> None:
-        """Keep the keys and values of a batch of prompts, padded on the left, as prefixes."""
+    def keep_prefixes(self, places: slice, read: DynamicCache, lengths: Sequence[int]) -> None:
+        """Keep the keys and values of a batch of prompts of these lengths, padded on the left, as prefixes."""
+        self.length[places] = torch.tensor(lengths, device=self.length.device)
         for layer, source in zip(self.layers, read.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
@@ -611,7 +612,7 @@ class Loop:
         """Begin waiting draws while there is room, reading further prompts once there is room for enough."""
         room = self._room()
         room -= self._start(room)
-        if room >= max(1, self.busy // 8):
+        if self.unread and room >= max(1, self.busy // 8):
             wanted: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]] = []
             # All draws of a prompt together, if it can be: what begins later shares no rows with what began before.
             while self.unread and len(self.prompts) + len(wanted) < self.places and room >= self._together():
@@ -631,8 +632,15 @@ class Loop:
         return min(len(self.unread[0][1]), max(1, self.busy // 2))
 
     def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
-        """Read prompts in one forward pass, padded on the left, and keep their prefixes."""
-        ids, mask, positions = left_padded([ids for ids, _ in prompts], self.pad_id, self.device)
+        """Read prompts in one forward pass, and keep their prefixes."""
+        ids, waiting = zip(*prompts, strict=True)
+        lengths, (read, logits) = list(map(len, ids)), self._forward(ids)
+        self.cache.keep_prefixes(slice(len(self.prompts), len(self.prompts) + len(ids)), read, lengths)
+        self.prompts += zip(lengths, waiting, logits, strict=True)
+
+    def _forward(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
+        """Keys and values of the prompts, padded, and what follows each, [prompts, vocabulary]."""
+        ids, mask, positions = left_padded(prompts, self.pad_id, self.device)
         read = DynamicCache(config=self.model.config)
         logits = self.model(
             input_ids=ids,
@@ -642,10 +650,7 @@ class Loop:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        places = slice(len(self.prompts), len(self.prompts) + len(prompts))
-        self.cache.keep_prefixes(places, read)
-        self.cache.length[places] = mask.sum(-1)
-        self.prompts += [(len(prompt), waiting, logits[row]) for row, (prompt, waiting) in enumerate(prompts)]
+        return read, logits
 
     def _start(self, room: int) -> int:
         """Begin up to `room` waiting draws of the prompts that have been read: how many it were."""
