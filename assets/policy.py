@@ -1,7 +1,7 @@
 """The policy of a round: which weights it samples from.
 
 Dagster allows no cycle checkpoint → candidates → checkpoint, so this asset closes the loop at run
-time: as the round's first step it looks up the weights and records where they came from.
+time: once the prompts are read it looks up the weights and records where they came from.
 """
 
 import dagster as dg
@@ -15,7 +15,7 @@ from rsft_pipeline.recipe.recipe import Recipe
 
 
 def policy(recipe: Recipe) -> dg.AssetsDefinition:
-    @dg.asset(**declared(recipe, kinds={"huggingface", "mlflow"}, partitions_def=rounds_of(recipe)))
+    @dg.asset(**declared(recipe, kinds={"huggingface", "mlflow"}, reads=("prompts",), partitions_def=rounds_of(recipe)))
     def policy(context: dg.AssetExecutionContext, store: StoreResource, tracking: Tracking) -> dg.MaterializeResult:
         """The weights that this round draws from: the champion, the previous checkpoint, or the base model.
 

@@ -21,9 +21,9 @@ def prompts(recipe: Recipe) -> dg.AssetsDefinition:
         Rows are read from the recipe's source and its inbox, rendered, and split by hash into training and
         held-out prompts. A row that cannot be a prompt goes to quarantine with its reason.
         """
-        now = as_run(recipe, context)
+        now, round_key = as_run(recipe, context), context.run.tags.get("dagster/partition")
         with store.open() as lake, track("bootstrap", None, context.log) as show:
-            read = ingest(lake, now, Home.here(), context.run.run_id, show)
+            read = ingest(lake, now, Home.here(), context.run.run_id, show, round_key)
         splits = Counter(prompt.split for prompt in read.prompts)
         reasons = Counter(row.reason for row in read.refused)
         context.log.info("%d rows: %d prompts, %d in quarantine", read.rows, len(read.prompts), len(read.refused))

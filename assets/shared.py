@@ -39,7 +39,8 @@ def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
     """The recipe as its file is now, with what this run overrides."""
     text = context.run.tags.get(OVERRIDES, "{}")
     try:
-        overrides = {name: str(value) for name, value in json.loads(text).items()}
+        given = json.loads(text).items()
+        overrides = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given}
     except (ValueError, AttributeError):
         raise RecipeError(f"the tag {OVERRIDES} is {text!r}; expected a JSON object of a.b → value") from None
     return load(recipe.file, overrides)

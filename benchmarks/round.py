@@ -58,7 +58,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
 
     from rsft_pipeline import models, tasks, training
     from rsft_pipeline.devices import Device
-    from rsft_pipeline.lineage import in_eval_split
+    from rsft_pipeline.lineage import in_eval_split, question
     from rsft_pipeline.prompts import encode
     from rsft_pipeline.recipe.reading import find, load
     from rsft_pipeline.sampling import Asked, Request
@@ -73,7 +73,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
     random.Random(0).shuffle(rows)
     sides: dict[bool, list[dict]] = {True: [], False: []}  # as a round splits them
     for row in rows:
-        sides[in_eval_split([row["question"]], made.prompts.eval_fraction)].append(row)
+        sides[in_eval_split(question([row["question"]]), made.prompts.eval_fraction)].append(row)
     held_out, train = sides[True][: made.evaluation.prompts], sides[False][: how.prompts]
 
     def draw(model, rows: list[dict], draws: int) -> list[tuple]:

@@ -41,9 +41,14 @@ def prompt_id(text: str) -> str:
     return digest(["prompt", normalise(text)])
 
 
-def in_eval_split(values: Iterable[str], fraction: float) -> bool:
-    """Whether a prompt made of these column values is held out: the same values are, in whatever template."""
-    return int(digest(["split", *map(normalise, values)])[:15], 16) / 16**15 < fraction
+def question(values: Iterable[str]) -> str:
+    """Id of what is asked: the values of the columns that a prompt is made of, in whatever words and order."""
+    return digest(["split", *sorted(map(normalise, values))])
+
+
+def in_eval_split(question: str, fraction: float) -> bool:
+    """Whether a question is held out."""
+    return int(question[:15], 16) / 16**15 < fraction
 
 
 def candidate_id(recipe: str, scope: str, policy: str, prompt: str, draw: int, settings: str) -> str:

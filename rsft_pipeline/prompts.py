@@ -47,6 +47,7 @@ class Prompt:
     messages: list[dict] | None  # of a chat prompt: {role, content} with the placeholders filled in
     reference: str | None  # the reference answer, where the recipe names its column
     fields: dict[str, Any]  # every column of the row under our names, as JSON has it
+    question: str  # lineage.question of the columns that the text is made of
     split: str  # "train" or "eval"
     source: str  # file, data set or function, as written in the recipe
     line: int  # counted from 1: the physical line a row starts on, or its number where there are no lines
@@ -124,8 +125,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     refused: list[Refused] = []
     seen: dict[str, str] = {}
     for rows in (_source(recipe), _inbox(recipe)):
-        judged = ((row, _outcome(row, recipe, tokenizer, longest, seen)) for row in rows)
-        for outcome in _measured(judged, recipe, tokenizer, longest, context):
+        judged = ((row, _outcome(row, recipe, tokenizer, longest)) for row in rows)
+        for outcome in _measured(judged, recipe, tokenizer, longest, context, seen):
             if isinstance(outcome, Refused):
                 refused.append(outcome)
             else:
@@ -181,7 +182,11 @@ def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
         for wording in wordings:
             yield from ([values[name] for name in columns] for values in _readings(wording, text))
 
-    return {text for text in texts if any(lineage.in_eval_split(values, fraction) for values in readings(text))}
+    return {
+        text
+        for text in texts
+        if any(lineage.in_eval_split(lineage.question(values), fraction) for values in readings(text))
+    }
 
 
 def encode(tokenizer, prompt_text: str, chat: bool, task: str = "causal") -> list[int]:
@@ -218,8 +223,8 @@ class _Missing(Exception):
     """A column that a row lacks, or that is null in it."""
 
 
-def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, seen: dict[str, str]) -> Prompt | Refused:
-    """The row as a prompt, its length not yet known, or why it is none. Notes the prompt's id in `seen`."""
+def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float) -> Prompt | Refused:
+    """The row as a prompt, its length and whether it is there already not yet known, or why it is none."""
     if isinstance(row, Refused):
         return row
     section = recipe.prompts
@@ -248,12 +253,9 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float, see
         text = render(tokenizer, messages)
     elif section.too_long == "cut":
         text = _cut(tokenizer, text, longest)
-    prompt_id = lineage.prompt_id(text)
-    if prompt_id in seen:
-        return row.refused("duplicate", f"the same text as {seen[prompt_id]}")
-    seen[prompt_id] = f"line {row.line} of {row.source}"
-    split = "eval" if lineage.in_eval_split(values.values(), section.eval_fraction) else "train"
-    return Prompt(prompt_id, text, messages, reference, fields, split, row.source, row.line)
+    question = lineage.question(values.values())
+    split = "eval" if lineage.in_eval_split(question, section.eval_fraction) else "train"
+    return Prompt(lineage.prompt_id(text), text, messages, reference, fields, question, split, row.source, row.line)
 
 
 def _cut(tokenizer, text: str, longest: float) -> str:
@@ -265,9 +267,17 @@ def _cut(tokenizer, text: str, longest: float) -> str:
 
 
 def _measured(
-    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]], recipe: Recipe, tokenizer, longest: float, context: float
+    judged: Iterator[tuple[_Row | Refused, Prompt | Refused]],
+    recipe: Recipe,
+    tokenizer,
+    longest: float,
+    context: float,
+    seen: dict[str, str],
 ) -> Iterator[Prompt | Refused]:
-    """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated."""
+    """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated.
+
+    And less those that are in `seen`, where the id of each that is left is noted.
+    """
     while batch := list(islice(judged, BATCH)):
         lengths = _lengths([outcome for _, outcome in batch if isinstance(outcome, Prompt)], recipe, tokenizer)
         for row, outcome in batch:
@@ -282,7 +292,10 @@ def _measured(
                 yield row.refused("empty", "the tokenizer makes no token of it")
             elif answer > room:
                 yield row.refused("too long", f"the reference is {answer} tokens with its end, {room} fit")
+            elif outcome.prompt_id in seen:
+                yield row.refused("duplicate", f"the same text as {seen[outcome.prompt_id]}")
             else:
+                seen[outcome.prompt_id] = f"line {row.line} of {row.source}"
                 yield outcome
 
 
@@ -523,7 +536,7 @@ def _check_encoding(encoding: str) -> None:
         by_lines = b"\n".decode(encoding) == "\n"
     except LookupError:
         raise PromptError(f"prompts.encoding: {encoding!r} is not a text encoding that Python knows") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         by_lines = False
     if not by_lines:
         raise PromptError(f"prompts.encoding: {encoding!r} cannot be read line by line; convert the file to UTF-8")

@@ -9,9 +9,12 @@ CREATE TABLE IF NOT EXISTS prompts (
     messages VARCHAR,        -- JSON list of turns, for chat prompts
     reference VARCHAR,       -- the reference answer, if the source has one
     fields VARCHAR,          -- JSON of the row's mapped columns
+    question VARCHAR,        -- id of what is asked, in whatever words: of the values of the text's columns
     split VARCHAR,           -- 'train', or 'eval': held out for ever
     content VARCHAR,         -- digest of text, reference and fields: what scorers see of it
-    source VARCHAR, line BIGINT, source_digest VARCHAR,
+    source VARCHAR, line BIGINT,
+    settings VARCHAR,        -- digest of the recipe's section `prompts` that the sources were read by
+    source_digest VARCHAR,   -- of all that was read with it
     active BOOLEAN,          -- still in the sources; only such prompts are drawn from
     dagster_run_id VARCHAR
 );
@@ -112,7 +115,9 @@ CREATE TABLE IF NOT EXISTS revocations (
     erased BOOLEAN           -- its text is no more in the tables as they are now
 );
 
--- Columns that a store from before the table `revocations` lacks.
+-- Columns that a store from before them lacks.
+ALTER TABLE prompts ADD COLUMN IF NOT EXISTS question VARCHAR;
+ALTER TABLE prompts ADD COLUMN IF NOT EXISTS settings VARCHAR;
 ALTER TABLE candidates ADD COLUMN IF NOT EXISTS origin VARCHAR;
 ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS trained_on VARCHAR;
 ALTER TABLE training_samples ADD COLUMN IF NOT EXISTS leaf VARCHAR;

@@ -93,7 +93,7 @@ def asking(folder, **how):
 
 def held_out_of(questions):
     """Those of one column that are held out."""
-    return {question for question in questions if lineage.in_eval_split([question], 0.25)}
+    return {question for question in questions if lineage.in_eval_split(lineage.question([question]), 0.25)}
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_en
     made = models.base(a_recipe(tmp_path), tmp_path)
     tokenizer = models.tokenizer(made.path)
     asked = {f"{letter}=" for letter in string.ascii_lowercase[:24]}
-    held_out = {prompt for prompt in asked if lineage.in_eval_split([prompt], 0.25)}
+    held_out = {prompt for prompt in asked if lineage.in_eval_split(lineage.question([prompt]), 0.25)}
     assert 0 < len(held_out) < 24
     assert {tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in seen} == asked - held_out
     assert {s.completion_ids[-1] for s in seen} == {tokenizer.eos_token_id}
@@ -450,7 +450,7 @@ def test_a_held_out_question_is_known_with_and_without_its_template(tmp_path):
 
 def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(tmp_path):
     asked = [(place, str(n)) for place in ("York", "New York", "A New York") for n in range(20)]
-    out = {f"{place} {n}: {place}" for place, n in asked if lineage.in_eval_split([place, n], 0.25)}
+    out = {f"{place} {n}: {place}" for place, n in asked if lineage.in_eval_split(lineage.question([place, n]), 0.25)}
     found = prompts.held_out(asking(tmp_path, template="{place} {n}: {place}"), [f"{p} {n}: {p}" for p, n in asked])
     assert out and found >= out and len(found) < len(asked)
     # A column that comes twice is the same text twice: this is no such prompt.
@@ -492,7 +492,7 @@ def test_a_chat_recipe_is_warmed_up_on_the_tokens_that_its_policy_reads(tmp_path
 def test_a_warmed_up_model_knows_its_corpus(tmp_path):
     made = models.base(a_recipe(tmp_path, steps=150, learning_rate=1e-2), tmp_path)
     model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
-    known = next(a for a in "abcdef" if not lineage.in_eval_split([f"{a}="], 0.25))
+    known = next(a for a in "abcdef" if not lineage.in_eval_split(lineage.question([f"{a}="]), 0.25))
     drawn = model.generate(**tokenizer(f"{known}=", return_tensors="pt"), do_sample=False, max_new_tokens=8)
     text = tokenizer.decode(drawn[0], skip_special_tokens=True)
     assert text == f"{known}={chr(ord(known) + 1)}{chr(ord(known) + 2)}" and drawn[0, -1] == tokenizer.eos_token_id

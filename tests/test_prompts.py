@@ -108,7 +108,8 @@ def test_a_prompt_keeps_its_row_under_our_names_and_where_it_came_from(make, tmp
         messages=None,
         reference="42",
         fields={"q": "6*7?", "answer": 42, "level": [1, {"a": None}]},
-        split="eval" if int(lineage.prompt_id("Q: 6*7?")[0], 16) < 8 else "train",
+        question=lineage.question(["6*7?"]),
+        split="eval" if lineage.in_eval_split(lineage.question(["6*7?"]), 0.5) else "train",
         source="rows.jsonl",
         line=1,
     )
@@ -274,6 +275,24 @@ def test_the_split_is_kept_whatever_else_is_in_the_source(make, tmp_path):
     assert {p.fields["q"] for p in worded if p.split == "eval"} == {
         p.fields["q"] for p in read(make(eval_fraction=0.25)).prompts if p.split == "eval"
     }
+
+
+def test_the_split_is_that_of_the_question_in_whatever_words_and_order(make, tmp_path):
+    rows = [json.dumps({"q": f"question {i}", "c": f"context {i % 7}"}).encode() for i in range(100)]
+    write(tmp_path / "rows.jsonl", *rows)
+    one, other = (
+        {p.fields["q"]: (p.question, p.split) for p in read(make(eval_fraction=0.3, template=template)).prompts}
+        for template in ("Context: {c} Question: {q}", "{q}? ({c})")
+    )
+    assert one == other and len({question for question, _ in one.values()}) == 100
+    assert {split for _, split in one.values()} == {"train", "eval"}
+
+
+def test_a_row_that_is_refused_does_not_make_a_later_one_a_duplicate(make, tmp_path):
+    write(tmp_path / "rows.jsonl", json.dumps({"q": "a" + " " * 999 + "b"}).encode(), b'{"q": "a b"}', b'{"q": "a  b"}')
+    ingest = read(make())
+    assert [p.text for p in ingest.prompts] == ["a b"]
+    assert [(r.line, r.reason) for r in ingest.refused] == [(1, "too long"), (3, "duplicate")]
 
 
 # --- rendering --------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 """Rounds in Dagster, in process, on a two-layer model: the whole loop with the real store and MLflow."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+import assets.prompts
 import definitions
 from assets.outside import tell
 from assets.shared import OVERRIDES, key, rounds_of
 from automation.jobs import job_name
-from rsft_pipeline import lineage, models, prompts, rounds
+from rsft_pipeline import gates, lineage, models, prompts, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
@@ -367,7 +369,8 @@ def test_a_prompt_keeps_its_side_when_the_fraction_or_the_template_changes(home,
         before = {row["prompt_id"]: row["split"] for row in store.query("SELECT * FROM prompts")}
         assert run(instance, recipe, "r001", {"prompts.eval_fraction": "0.7"}).success
         assert {row["prompt_id"]: row["split"] for row in store.query("SELECT * FROM prompts")} == before
-        run(instance, recipe, "r002", {"prompts.template": "'{question}{question}'"})
+        worded = {"prompts.template": "'{question}{question}'", "prompts.eval_fraction": "0.6"}
+        assert run(instance, recipe, "r002", worded).success
         asked = store.query("SELECT fields, split FROM prompts")
         sides = {}
         for row in asked:
@@ -382,8 +385,65 @@ def test_before_a_round_is_finished_the_sides_go_by_the_fraction_of_now_as_the_w
             now = load(recipe.file, {"prompts.eval_fraction": str(fraction), "model.bootstrap.steps": "1"})
             ingest(store, now, Home.here(), "run", lambda *_: None)
             rows = store.query("SELECT fields, split FROM prompts")
-            held_out = [lineage.in_eval_split([json.loads(row["fields"])["question"]], fraction) for row in rows]
+            asked = [lineage.question([json.loads(row["fields"])["question"]]) for row in rows]
+            held_out = [lineage.in_eval_split(question, fraction) for question in asked]
             assert [row["split"] == "eval" for row in rows] == held_out and 0 < sum(held_out) < len(held_out)
+
+
+def test_the_first_round_may_begin_again_with_another_fraction(home, instance, recipe):
+    with Store.at(home) as store:
+        for fraction in (0.3, 0.6):
+            result = run(instance, recipe, "r000", {"prompts.eval_fraction": str(fraction)})
+            assert result.success and checks(result)["no_eval_prompt"]
+            split = store.query("SELECT split, count(*) AS n FROM prompts GROUP BY split ORDER BY split")
+            assert split[0]["n"] / (split[0]["n"] + split[1]["n"]) == pytest.approx(fraction, abs=0.15)
+
+
+def test_a_question_that_was_trained_on_is_not_held_out_in_other_words(home, instance, recipe):
+    run(instance, recipe, "r000")
+    with Store.at(home) as store:
+        round_ = rounds.record(store, recipe, "r000")
+        later = replace(round_, key="r001")
+        assert gates.no_eval_prompt(store, later).passed
+        store.commit(
+            lambda c: c.execute(
+                """INSERT INTO prompts BY NAME SELECT * REPLACE ('other' AS prompt_id, 'eval' AS split) FROM prompts
+                   WHERE prompt_id = (SELECT min(prompt_id) FROM decisions WHERE accepted)"""
+            )
+        )
+        assert gates.no_eval_prompt(store, round_).passed  # its own earlier attempt is no round before
+        found = gates.no_eval_prompt(store, later)
+        assert not found.passed and found.facts["overlap"] > 0
+
+
+def test_a_recipe_that_is_changed_between_prompts_and_policy_is_not_mixed(home, instance, recipe, monkeypatch):
+    def edited_meanwhile(*given):
+        read = ingest(*given)
+        recipe.file.write_text(recipe.file.read_text().replace("'{question}'", "'{question}{question}'"))
+        return read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assets.prompts, "ingest", edited_meanwhile)
+        failed = failure_of(run(instance, recipe, "r000"), f"{recipe.name}__candidates")
+    assert "read by another section `prompts` than the round began with" in failed
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        recorded = rounds.record(store, recipe, "r000").recipe.prompts.template
+        assert recorded == "{question}{question}"
+        assert {len(row["text"]) for row in store.query("SELECT text FROM prompts WHERE active")} == {4}
+
+
+def test_a_source_that_is_renamed_or_reordered_is_noted(home, write_recipe, tmp_path):
+    rows = [json.dumps({"question": f"{a}{b}", "answer": b}) for a in "abcdef" for b in "abcdef"]
+    prompts_ = {"template": "{question}", "reference": "answer", "eval_fraction": 0.3}
+    with Store.at(home) as store:
+        for name, lines in (("first.jsonl", rows), ("second.jsonl", rows[::-1])):
+            path = write_recipe(prompts={**prompts_, "source": name})
+            path.with_name(name).write_text("\n".join(lines))
+            ingest(store, load(path), Home.here(), name, lambda *_: None)
+            found = store.query("SELECT source, line, fields FROM prompts WHERE active")
+            assert {row["source"] for row in found} == {name}
+            assert all(json.loads(lines[row["line"] - 1]) == json.loads(row["fields"]) for row in found)
 
 
 def test_weights_that_were_changed_on_disk_are_not_drawn_from(home, instance, recipe):
@@ -448,7 +508,10 @@ def test_a_tag_of_settings_may_hold_numbers_and_is_explained_where_it_is_no_obje
     with Store.at(home) as store:
         assert rounds.record(store, recipe, "r000").recipe.sampling.draws == 4
     result = run(instance, recipe, "r001", ["sampling.draws"])
-    assert "expected a JSON object of a.b → value" in failure_of(result, f"{recipe.name}__policy")
+    assert "expected a JSON object of a.b → value" in failure_of(result, f"{recipe.name}__prompts")
+    run(instance, recipe, "r001", {"model.revision": None, "sampling.draws": 4})
+    with Store.at(home) as store:
+        assert rounds.record(store, recipe, "r001").recipe.model.revision is None
 
 
 def test_a_partition_that_is_no_round_is_refused(home, instance, recipe):

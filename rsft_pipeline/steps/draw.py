@@ -11,8 +11,9 @@ from functools import partial
 from rsft_pipeline import prompts, sampling
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.rounds import Round
+from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.sampling import EVALUATION, Asked, Session, evaluation_sampling
+from rsft_pipeline.steps import ingest
 from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import check_not_revoked
 from rsft_pipeline.store import Store, columns
@@ -24,9 +25,19 @@ def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
 
 
 def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> list[Asked]:
-    """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`."""
+    """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`.
+
+    Raises:
+        RoundError: weights or a scorer were revoked, or the prompts were read by other settings than the round's.
+    """
     check_not_revoked(store, round_)  # before anything is drawn in vain
     recipe = round_.recipe
+    read_by = store.query("SELECT DISTINCT settings FROM prompts WHERE recipe = ? AND active", [recipe.name])
+    if {row["settings"] for row in read_by} - {ingest.settings(recipe), None}:  # None: read before it was noted
+        raise RoundError(
+            f"{recipe.name} {round_.key}: its prompts were read by another section `prompts` than the round began "
+            "with: the recipe was changed in between. Run the round again, from its prompts on"
+        )
     scope = round_.key if split == "train" else EVALUATION
     number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts
     chosen = sampling.choose(prompts_of(store, recipe, split), number, f"{recipe.seed} {scope}")

@@ -16,12 +16,17 @@ from rsft_pipeline.store import Store, insert
 from rsft_pipeline.store import replace as store_replace
 
 
-def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) -> prompts.Ingest:
+def ingest(
+    store: Store, recipe: Recipe, home: Home, run_id: str, show: Show, round_key: str | None = None
+) -> prompts.Ingest:
     """Read the recipe's prompts into `prompts` and `quarantine`.
 
-    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. One
-    that is known keeps its split for ever, whatever `eval_fraction` has become: from the first finished round on.
-    Before, nothing hangs on it, and a warm-up that is made anew goes by the fraction of now.
+    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. A question
+    that is known keeps its split for ever, however it is worded and whatever `eval_fraction` has become: from the
+    first finished round on. Before, nothing hangs on it, and a warm-up that is made anew goes by the fraction of now.
+
+    Args:
+        round_key: the round that they are read for; None for those to come.
     """
     prompts.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
@@ -30,8 +35,9 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
     contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
     revoked = store.query(_REVOKED, [recipe.name])
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
-    sides = {row["prompt_id"]: row["split"] for row in store.query(_SIDES, {"recipe": recipe.name})}
-    read = replace(read, prompts=[replace(p, split=sides.get(p.prompt_id, p.split)) for p in read.prompts])
+    sides = _sides(store, recipe, round_key)
+    split = {p.prompt_id: sides.get(p.question) or sides.get(p.prompt_id) or p.split for p in read.prompts}
+    read = replace(read, prompts=[replace(p, split=split[p.prompt_id]) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
         left_out = sum(row.reason == revocations.REASON for row in read.refused)
         besides = f" ({left_out} more were revoked)" if left_out else ""
@@ -39,12 +45,6 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
             f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
             "prompts, or change prompts.eval_fraction"
         )
-    known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
-    kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
-    if known == [{"source_digest": read.digest}] and Counter(map(_values, kept)) == Counter(
-        map(_values, map(vars, read.refused))
-    ):
-        return read
     usable = [
         {
             "recipe": recipe.name,
@@ -54,16 +54,22 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
             "messages": json.dumps(prompt.messages) if prompt.messages else None,
             "reference": prompt.reference,
             "fields": json.dumps(prompt.fields, ensure_ascii=False),
+            "question": prompt.question,
             "split": prompt.split,
+            "content": lineage.digest([prompt.text, prompt.reference, prompt.fields]),
             "source": prompt.source,
             "line": prompt.line,
-            "content": lineage.digest([prompt.text, prompt.reference, prompt.fields]),
-            "source_digest": read.digest,
-            "active": True,
-            "dagster_run_id": run_id,
+            "settings": settings(recipe),
         }
         for prompt in read.prompts
     ]
+    digest = lineage.set_digest(map(lineage.digest, usable))
+    known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
+    kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
+    if known == [{"source_digest": digest}] and Counter(map(_values, kept)) == Counter(
+        map(_values, map(vars, read.refused))
+    ):
+        return read
     refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
 
     def work(connection) -> bool:
@@ -75,18 +81,33 @@ def ingest(store: Store, recipe: Recipe, home: Home, run_id: str, show: Show) ->
         connection.execute(
             "DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe.name, ids]
         )
-        insert(connection, "prompts", usable)
+        made = {"source_digest": digest, "active": True, "dagster_run_id": run_id}
+        insert(connection, "prompts", [row | made for row in usable])
         store_replace(connection, "quarantine", refused, recipe=recipe.name)
         return True
 
     if not store.commit(work):  # something was revoked meanwhile, perhaps erased: what was read may have it
-        return ingest(store, recipe, home, run_id, show)
+        return ingest(store, recipe, home, run_id, show, round_key)
     return read
 
 
 _REVOKED = "SELECT kind, what FROM revocations WHERE recipe = ? ORDER BY ALL"
-_SIDES = """SELECT prompt_id, split FROM prompts WHERE recipe = $recipe
-    AND EXISTS (FROM rounds WHERE recipe = $recipe AND state <> 'started')"""
+
+
+def settings(recipe: Recipe) -> str:
+    """What the sources are read by: a round asks only prompts that were read by its own."""
+    return lineage.digest(recipe.prompts.model_dump(mode="json"))
+
+
+def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:
+    """The split of each question that is known, and of each prompt. One that was ever trained on is not held out."""
+    rows = store.query(
+        """SELECT prompt_id, question, split FROM prompts WHERE recipe = $recipe AND EXISTS (
+             FROM rounds WHERE recipe = $recipe AND state <> 'started' AND ($round IS NULL OR round < $round))
+           ORDER BY split""",  # eval, train
+        {"recipe": recipe.name, "round": round_key},
+    )
+    return {row[by]: row["split"] for row in rows for by in ("question", "prompt_id") if row[by]}
 
 
 def _values(row: dict) -> tuple:
