@@ -22,7 +22,8 @@ def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> d
     for version in client.search_model_versions(f"name = '{recipe}'"):
         if (digest := version.tags.get("rsft.checkpoint")) in wanted:
             known = client.get_model_version(recipe, version.version)  # a search tells no aliases
-            state = client.get_run(version.run_id).info.status if version.run_id else None
+            there = version.run_id and tracking.there(version.run_id)
+            state = client.get_run(version.run_id).info.status if there else None
             found[digest] = {"version": version.version, "aliases": list(known.aliases), "run": state}
     return found
 

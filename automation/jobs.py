@@ -37,5 +37,6 @@ def mark_failed(context: dg.HookContext) -> None:
     tags = context.instance.get_run_by_id(context.run_id).tags
     with context.resources.store.open() as lake:
         row = rounds.raw(lake, tags[LOOP], tags["dagster/partition"])
-    if row and row["state"] != "finished":
+    revoked_before = row and row["state"] == "revoked" and row["dagster_run_id"] != context.run_id
+    if row and row["state"] != "finished" and not revoked_before:
         context.resources.tracking.end(row["mlflow_run_id"], "FAILED")

@@ -5,6 +5,7 @@ Both are off until somebody turns them on.
 """
 
 import json
+from typing import Any
 
 import dagster as dg
 
@@ -35,15 +36,13 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
         now = as_file(recipe)
         with store.open() as lake:
             round_key = due(lake, context.instance, now)
-            there = None if isinstance(round_key, dg.SkipReason) else rounds.raw(lake, now.name, round_key)
-        if isinstance(round_key, dg.SkipReason):
-            return round_key
+            if isinstance(round_key, dg.SkipReason):
+                return round_key
+            begun = rounds.raw(lake, now.name, round_key)
         failed = failures(context.instance, now, round_key)
         if len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
-        # Dagster takes the same key for the same request: it names what went before, or the revoked round's run.
-        before = failed[0].run_id if failed else there and there["state"] == "revoked" and there["dagster_run_id"]
-        return _request(now, round_key, f"{round_key} after {before}" if before else round_key)
+        return _request(now, round_key, _before(failed, begun))
 
     return next_round
 
@@ -57,25 +56,25 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
     )
     def new_prompts(context: dg.SensorEvaluationContext, store: StoreResource):
         now = as_file(recipe)
-        inbox, files = now.path(now.prompts.inbox), inbox_files(now)
-        nothing = dg.SkipReason(f"nothing new in {inbox}")
+        inbox, files = now.prompts.inbox, inbox_files(now)
+        nothing = dg.SkipReason(f"nothing new in {now.path(inbox)}" if inbox else "this recipe has no inbox any more")
         if not files:
             return nothing
         there = {lineage.digest([file.name, lineage.file_digest(file)]) for file in files}
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
+            begun = rounds.raw(lake, now.name, round_key)
         asked, waiting = _asked(context.cursor)
         again = there <= asked and round_key == waiting  # the round that was to read them is not finished
         if there <= asked and not again:
             return nothing
         if busy(context.instance, now):
-            return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
+            return dg.SkipReason(f"new files in {now.path(inbox)}, but a round of {now.name} is under way")
         failed = failures(context.instance, now, round_key)
         if again and len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
         cursor = json.dumps({"files": sorted(there), "round": round_key})
-        before = f"{lineage.digest(cursor)} after {failed[0].run_id if failed else 'none'}"
-        return _request(now, round_key, f"{round_key} {before}")._replace(cursor=cursor)
+        return _request(now, round_key, lineage.digest(cursor), _before(failed, begun))._replace(cursor=cursor)
 
     return new_prompts
 
@@ -89,11 +88,19 @@ def _asked(cursor: str | None) -> tuple[set[str], str | None]:
     return set(found.get("files", ())), found.get("round")
 
 
+def _before(failed: list[dg.DagsterRun], begun: dict[str, Any] | None) -> str:
+    """The run that last tried a round: one that failed, or whose round was revoked, or left begun by the graph."""
+    last = failed[0].run_id if failed else begun and begun["dagster_run_id"]
+    return f"after {last}" if last else ""
+
+
 def _look(round_key: str, failed: list[dg.DagsterRun]) -> dg.SkipReason:
     return dg.SkipReason(f"{round_key} failed {len(failed)} times: look at its runs, then launch it by hand")
 
 
-def _request(recipe: Recipe, round_key: str, run_key: str) -> dg.SensorResult:
+def _request(recipe: Recipe, round_key: str, *why: str) -> dg.SensorResult:
+    # Dagster takes the same key for the same request, and starts no second run for it.
+    run_key = " ".join(filter(None, (round_key, *why)))
     return dg.SensorResult(
         dynamic_partitions_requests=[rounds_of(recipe).build_add_request([round_key])],
         run_requests=[dg.RunRequest(run_key=run_key, partition_key=round_key)],

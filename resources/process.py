@@ -17,18 +17,26 @@ def this_process(run_id: str) -> str:
 
     And the run, because Dagster copies tags into a run that is executed again.
     """
-    return f"{socket.gethostname()} {os.getpid()} {_begun(psutil.Process())} {run_id}"
+    return f"{_machine()} {os.getpid()} {_begun(psutil.Process())} {run_id}"
 
 
 def gone(tag: str | None, run_id: str) -> bool:
     """Whether the process that a run's tag names has ended; False where the tag names none of this machine."""
     match (tag or "").split(" "):
-        case [host, pid, begun, run] if host == socket.gethostname() and run == run_id:
+        case [host, pid, begun, run] if host == _machine() and run == run_id:
             try:
                 return abs(_begun(psutil.Process(int(pid))) - float(begun)) > 1
             except psutil.NoSuchProcess:
                 return True
     return False
+
+
+def _machine() -> str:
+    """Where the number of a process means that process: containers may share a host's name, but number their own."""
+    try:
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # only Linux has namespaces
+        return socket.gethostname()
 
 
 def _begun(process: psutil.Process) -> float:

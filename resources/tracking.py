@@ -96,7 +96,10 @@ class Tracking(dg.ConfigurableResource):
         self.client().log_artifact(run_id, str(path))
 
     def register(self, run_id: str, recipe: str, checkpoint: str, path: Path) -> str:
-        """Register a checkpoint as a version of the recipe's model; the same one is registered once."""
+        """Register a checkpoint as a version of the recipe's model; the same one is registered once.
+
+        One that was marked as revoked and comes out again is so no more: nothing that is revoked now is in it.
+        """
         from mlflow.exceptions import MlflowException
 
         client = self.client()
@@ -106,6 +109,7 @@ class Tracking(dg.ConfigurableResource):
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         if version := self._version(client, recipe, checkpoint):
+            client.delete_model_version_tag(recipe, version, "rsft.revoked")
             return version
         tags = {"rsft.checkpoint": checkpoint}
         return client.create_model_version(recipe, path.as_uri(), run_id=run_id, tags=tags).version

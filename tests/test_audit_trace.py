@@ -435,14 +435,23 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
         decide(mine, round_, "again")
 
 
-def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(mine, recipe):
+def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(mine, recipe, monkeypatch):
     """A scorer is revoked and mended, and nothing about the accepted set changes."""
     made = rounds.history(mine, NAME)[0]["checkpoint"]
-    revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
+    done = revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")
     mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'scorer'"))  # as if it had another version
     assert not gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
+    tracking = definitions.usual_resources()["tracking"]
+    client, run = tracking.client(), rounds.raw(mine, NAME, "r000")["mlflow_run_id"]
     with dg.DagsterInstance.ephemeral() as instance:
+        outside.tell(instance, tracking, mine, done)
+        with monkeypatch.context() as patch:
+            patch.setattr(rounds, "check_nothing_stands_on", lambda *_: 1 / 0)
+            assert not run_round(instance, recipe, "r000").success
+        assert client.get_run(run).info.status == "FINISHED"  # which that attempt was not
         assert run_round(instance, recipe, "r000").success
+    (version,) = (v for v in client.search_model_versions(f"name = '{NAME}'") if v.tags["rsft.checkpoint"] == made)
+    assert "rsft.revoked" not in version.tags
     assert rounds.history(mine, NAME)[0]["checkpoint"] == made
     assert gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
 

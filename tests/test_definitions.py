@@ -21,6 +21,8 @@ from resources.accelerator import Accelerator
 from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.store import Store
 
+SUCCESS = dg.DagsterRunStatus.SUCCESS
+
 
 def described(defs: dg.Definitions) -> dict:
     """Assets with what people see of them, checks, jobs, sensors and schedules, in plain values."""
@@ -109,9 +111,9 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
                 return found.skip_message
             cursor = found.cursor
             (request,) = found.run_requests
-            return request.run_key.rpartition(" after ")[2]
+            return request.run_key.partition(" after ")[2]
 
-        before = "none"
+        before = ""
         for _ in range(3):
             assert tick() == before
             before = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
@@ -119,10 +121,15 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
         (inbox / "mended.jsonl").write_text('{"question": "cd c", "answer": "c"}\n')
         assert tick() == before
         with Store.at(home) as store:
-            store.append("rounds", [{"recipe": recipe.name, "state": "finished", "round": "r000"}])
+            begun = {"recipe": recipe.name, "round": "r000", "dagster_run_id": ended(instance, recipe, "r000", SUCCESS)}
+            store.append("rounds", [{**begun, "state": "started"}])  # again, from the asset graph
+            assert tick() == begun["dagster_run_id"]
+            store.replace("rounds", [{**begun, "state": "finished"}], recipe=recipe.name)
         assert "nothing new" in tick()
         (inbox / "more.jsonl").unlink()  # which was read
         assert "nothing new" in tick()
+        write_recipe(prompts={**prompts, "inbox": None})
+        assert "has no inbox any more" in tick()
 
 
 def ticked(sensor, recipe, instance, cursor=None):
@@ -153,11 +160,12 @@ def test_what_failed_before_a_round_succeeded_counts_no_more_once_it_is_revoked(
         for _ in range(3):
             last = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
         assert "r000 failed 3 times" in tick()
-        made = ended(instance, recipe, "r000", dg.DagsterRunStatus.SUCCESS)
+        made = ended(instance, recipe, "r000", SUCCESS)
         with Store.at(home) as store:
             row = {"recipe": recipe.name, "round": "r000", "dagster_run_id": made}
-            store.append("rounds", [{**row, "state": "revoked"}])
-            assert tick() == f"r000 after {made}"
+            for state in ("revoked", "started"):  # begun from the asset graph, and left there
+                store.replace("rounds", [{**row, "state": state}], recipe=recipe.name)
+                assert tick() == f"r000 after {made}"
             last = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
             assert tick() == f"r000 after {last}"
 
@@ -177,6 +185,8 @@ def test_a_run_whose_process_is_gone_is_told_from_one_that_goes_on(home, write_r
         killed = tagged(ended(instance, recipe, "r000", started), gone.pid)
         assert not busy(instance, recipe)
         assert instance.get_run_by_id(killed).status == dg.DagsterRunStatus.FAILURE
+        elsewhere = process.this_process("a run").replace("pid:[", "pid:[1")  # a container of the same name
+        assert not process.gone(elsewhere.replace(f" {os.getpid()} ", f" {gone.pid} "), "a run")
         # Dagster copies the tags of a run that is executed again.
         copied = instance.get_run_by_id(killed).tags[process.TAG]
         again = ended(instance, recipe, "r000", dg.DagsterRunStatus.NOT_STARTED, **{process.TAG: copied})
