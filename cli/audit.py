@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.run import SetOption, _find, _overrides, _store
+from cli.run import SetOption, _device, _find, _overrides, _store
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
@@ -110,15 +110,13 @@ def replay(
     json_: JsonOption = False,
 ) -> None:
     """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
-    from definitions import usual_resources
-
     with opened() as store:
         answer = replaying.replay(
             store,
             recipe_named(recipe),
             round_,
             Home.here(),
-            usual_resources()["accelerator"].device(),
+            _device(),
             forced=sample,
             judged=read,
             tolerance=tolerance,

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from resources import pages
 from rsft_pipeline import prompts, rounds, scoring
+from rsft_pipeline.devices import Device
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import reading
@@ -92,7 +93,8 @@ def status(
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say whether a recipe can run: its fields, its prompt source, its scorers."""
     loaded = _checked(reading.load(_find(recipe), _overrides(set_)))
-    console.print(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})", soft_wrap=True, highlight=False)
+    able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
+    console.print(able, soft_wrap=True, highlight=False, markup=False)
 
 
 def schema() -> None:
@@ -173,11 +175,11 @@ def _find(name: str) -> Path:
     return reading.find(name, (reading.RECIPES, Home.here().recipes))
 
 
-def _device() -> None:
+def _device() -> Device:
     from definitions import usual_resources
 
     try:
-        usual_resources()["accelerator"].device()
+        return usual_resources()["accelerator"].device()
     except ValueError as error:
         raise RecipeError(f"RSFT_DEVICE: {error}") from error
 

@@ -24,18 +24,23 @@ def ui(
     """Start Dagster (web server and daemon), MLflow and the audit pages on 127.0.0.1; Ctrl-C stops them all."""
     _instance()
     workspace = ["-w", str(ROOT / "workspace.yaml")]
-    database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
     commands = [
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
         ["dagster._daemon", "run", *workspace],
-        ["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)],
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    ports = {"Dagster": port, "MLflow": mlflow_port, "audit": audit_port}
+    ports = {"Dagster": port, "audit": audit_port}
+    if not pages.remote_tracking():
+        database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
+        commands.append(["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)])
+        ports["MLflow"] = mlflow_port
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
+        signal.signal(ended, lambda *_: sys.exit(0))
     how = {"start_new_session": True, "env": environment(ports)}
     processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
-    print(*(f"{name:<8} http://{HOST}:{number}" for name, number in ports.items()), sep="\n")
+    print(*(f"{name:<8} http://{HOST}:{ports[name]}" for name in pages.SERVERS if name in ports), sep="\n")
+    if remote := pages.remote_tracking():
+        print(f"{'MLflow':<8} {remote}")
     print("Ctrl-C stops them all.", flush=True)
     try:
         while all(process.poll() is None for process in processes):

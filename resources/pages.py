@@ -37,7 +37,15 @@ def checkpoint(recipe: str, digest: str) -> str:
 def at(server: str) -> str:
     """The address of one of SERVERS."""
     variable, usual = SERVERS[server]
+    if server == "MLflow":
+        usual = remote_tracking() or usual
     return os.environ.get(variable, usual).rstrip("/")
+
+
+def remote_tracking() -> str | None:
+    """The MLflow server that rounds are tracked by, where it is one: it shows them itself."""
+    uri = os.environ.get("RSFT_MLFLOW", "")
+    return uri if uri.startswith(("http://", "https://")) else None
 
 
 def audit(page: str) -> str:

@@ -106,6 +106,8 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monke
         (("status", "arithmetic"), "has no rounds yet"),
         (("check", "elsewhere/mine.yml"), "ends in .yaml; rename it"),
         (("check", "arithmetic", "--set", "model.revision=2024-02-30"), "is not YAML"),
+        (("check", "~nobody_of_that_name/x.yaml"), "home directory"),
+        (("check", "arithmetic", "--set", "scoring.scorers.²=1"), "expected a list position"),
     ],
 )
 def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, expected):
@@ -150,6 +152,9 @@ def test_the_servers_of_the_ui_link_to_each_other_where_they_are(monkeypatch):
     assert pages.dagster_run("x") == "http://127.0.0.1:3001/runs/x"
     assert pages.mlflow_run("x") == "http://127.0.0.1:5002/#/runs/x"
     assert pages.audit("/revocations") == "https://audit.example/revocations"
+    monkeypatch.delenv("RSFT_MLFLOW_UI")
+    monkeypatch.setenv("RSFT_MLFLOW", "https://tracking.example")  # a server shows its runs itself
+    assert pages.mlflow_run("x") == "https://tracking.example/#/runs/x"
 
 
 def test_a_process_that_ends_does_not_look_for_garbage():

@@ -41,6 +41,14 @@ def test_a_wrong_key_is_named_with_file_path_and_nearest_name(write_recipe):
     assert "sampling.drawz: unknown field. Did you mean 'draws'? Expected one of: batch_size, draws" in message
 
 
+def test_a_key_that_is_there_twice_is_named_with_its_line(write_recipe):
+    path = write_recipe()
+    lines = path.read_text().count("\n")
+    path.write_text(path.read_text() + "sampling: {draws: 99}\n")
+    with pytest.raises(RecipeError, match=rf"'sampling' is there twice\n.*line {lines + 1}"):
+        load(path)
+
+
 def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(write_recipe):
     message = changed(write_recipe, acceptance={"rule": "top_k", "k": 1, "threshold": 3})
     assert "acceptance.top_k.threshold: unknown field" in message

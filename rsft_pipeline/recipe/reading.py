@@ -31,7 +31,10 @@ def schema() -> dict[str, Any]:
 
 def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
     """The YAML file of a recipe given by name or path. Raises RecipeError with the nearest names."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody who has no home here
+        raise RecipeError(f"{name}: {error}") from None
     if path.suffix == ".yml":  # elsewhere only .yaml is looked for, and a name has to be one recipe's alone
         raise RecipeError(f"{path}: a recipe's file ends in .yaml; rename it")
     if path.suffix == ".yaml":
@@ -72,9 +75,23 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         raise RecipeError(_explain(error, path)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, but a field that is there twice is an error: by itself the last one would win, without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no name of a field, and an error further on
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -109,7 +126,7 @@ def _assign(tree: dict, key: str, text: str, path: Path) -> None:
 
 
 def _index(node: list, part: str, key: str, path: Path) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise RecipeError(f"{path}: cannot set {key}: expected a list position from 0 to {len(node) - 1}, got {part!r}")
     return int(part)
 
