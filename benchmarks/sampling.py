@@ -117,7 +117,7 @@ class Work:
     def plain_loop(self) -> int:
         """This project's loop for models that cannot share: ended rows leave, each row has its own prefix."""
         with torch.inference_mode():
-            drawn = list(decoding.plain(self.model, list(enumerate(self.asked)), self.shape, 0))
+            drawn = list(decoding.plain(self.model, list(enumerate(self.asked)), self.shape, 0, len(self.asked)))
         return sum(len(one.token_ids) for _, one in drawn)
 
     def generate(self) -> int:

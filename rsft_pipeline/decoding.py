@@ -10,7 +10,9 @@ Left out on purpose: beam search, penalties and everything else that is not a dr
 distribution; `log_q` could not be given for them.
 """
 
+import itertools
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from rsft_pipeline import devices
 
 log = logging.getLogger(__name__)
 
-# Tokens by which a model's shared prompts are tried, and nats per token by which these may be off what the plain loop
+# Tokens by which a loop is tried on a model, and nats per token by which these may be off what one pass over them all
 # gives: rounding is 1e-5 in float32 and a tenth in half precision, another attention whole nats.
 TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
 # Rows that keep the processor's matrix units busy; draws at once, where memory would hold more: those that go on
@@ -74,7 +76,8 @@ def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once
         at_once: draws at once; default: as many as free memory holds, see `draws_at_once`.
 
     Raises:
-        RuntimeError: when not even one draw fits into memory.
+        RuntimeError: when not even one draw fits into memory, the model's logits are no numbers, or draws do not come
+            out as the model itself rates them.
     """
     import torch
 
@@ -87,10 +90,11 @@ def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once
             waiting = [(i, draw) for i, draw in enumerate(draws) if i not in made]
             try:
                 for number, drawn in _loop(model, waiting, shape, pad_id, at_once):
+                    check_number(model, drawn.log_q)
                     made[number] = drawn
                 continue
             except RuntimeError as error:
-                if at_once == 1 or not _out_of_memory(error):
+                if at_once == 1 or not devices.out_of_memory(error):
                     raise
             # Outside the handler: a traceback would keep the failed batch's tensors alive.
             at_once = min(at_once, len(waiting)) // 2 or 1
@@ -105,42 +109,78 @@ def _loop(
     from rsft_pipeline import shared_encoder, shared_prefix
 
     shared = shared_encoder if model.config.is_encoder_decoder else shared_prefix
-    longest = max((draw for _, draw in draws), key=lambda draw: len(draw.prompt_ids))
+    asked = [draw for _, draw in draws]
     try:
-        _try(model, shared.draw, longest, min(TRIAL, shape.max_tokens), pad_id)
+        if wrong := _tried(model, shared.draw, asked, min(TRIAL, shape.max_tokens), pad_id):
+            raise shared_prefix.Unsupported(wrong)
         yield from shared.draw(model, draws, shape, pad_id, at_once)
     except shared_prefix.Unsupported as reason:
         log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
-        rows = min(at_once, ROWS[model.device.type])
-        for i in range(0, len(draws), rows):
-            yield from plain(model, draws[i : i + rows], shape, pad_id)
+        try:
+            wrong = _tried(model, plain, asked, min(TRIAL, shape.max_tokens), pad_id)
+        except RuntimeError as error:
+            if devices.out_of_memory(error):
+                raise
+            wrong = str(error)
+        if wrong:
+            raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}") from None
+        yield from plain(model, draws, shape, pad_id, at_once)
 
 
-_apart: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()  # model → what its trial gave
+# model → loop → nats per token by which its draws are off
+_apart: weakref.WeakKeyDictionary[Any, dict[Callable, float]] = weakref.WeakKeyDictionary()
 
 
-def _try(model: Any, make: Callable, draw: Draw, tokens: int, pad_id: int) -> None:
-    """Draw a few tokens, and compare their log-probability with the plain loop's: no list of families is complete.
+def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_id: int) -> str | None:
+    """Draw a few tokens, and compare their log-probability with the model's own: no list of families is complete.
 
-    Raises:
-        Unsupported: they differ, so the model does not attend as its shared prompts are attended to.
+    Two draws share the longest prompt; one has another of that length, and one a shorter, padded where loops pad.
+
+    Returns:
+        What is wrong, in words; None where the loop serves this model.
     """
-    from rsft_pipeline.shared_prefix import Unsupported
+    off = _apart.setdefault(model, {})
+    if loop not in off:
+        prompts = sorted((draw.prompt_ids for draw in draws), key=len)
+        longest = prompts[-1]
+        shorter = prompts[0] if len(prompts[0]) < len(longest) else longest[1:] or longest
+        trial = [Draw(longest, 0), Draw(longest, 1), Draw(longest[::-1], 2), Draw(shorter, 3)]
+        shape = Shape(1.0, 1.0, None, tokens, frozenset())
+        drawn = dict(loop(model, list(enumerate(trial)), shape, pad_id, len(trial)))
+        for one in drawn.values():
+            check_number(model, one.log_q)
+        apart = [abs(drawn[i].log_p - _rated(model, one.prompt_ids, drawn[i].token_ids)) for i, one in enumerate(trial)]
+        off[loop] = float(np.max(apart)) / tokens  # one that is no number is the largest
+    if off[loop] <= TOLERANCE.get(str(model.dtype), 0.25):
+        return None
+    return f"its draws came out {off[loop]:.2g} nats a token from what the model gives them"
 
-    if model not in _apart:
-        shape, prompt = Shape(1.0, 1.0, None, tokens, frozenset()), draw.prompt_ids
-        drawn = [one for _, one in make(model, [(0, draw), (1, Draw(prompt, draw.seed + 1))], shape, pad_id, 2)]
-        apart = [abs(one.log_p - _forced(model, prompt, one.token_ids, pad_id)) for one in drawn]
-        _apart[model] = float(np.max(apart)) / tokens  # one that is no number is the largest
-    if not _apart[model] <= TOLERANCE.get(str(model.dtype), 0.25):
-        raise Unsupported(f"its draws came out {_apart[model]:.2g} nats a token from what the model gives them")
 
-
-def _out_of_memory(error: RuntimeError) -> bool:
+def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Log-probability of these tokens behind the prompt, in one pass that is told nothing and keeps nothing."""
     import torch
 
-    said = str(error)  # of a CPU's allocator, on Windows and elsewhere
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "can't allocate memory" in said
+    from rsft_pipeline import models
+
+    read = [*prompt] if model.config.is_encoder_decoder else [*prompt, *tokens[:-1]]
+    given = {"input_ids": torch.tensor([read], device=model.device)}
+    if model.config.is_encoder_decoder:
+        written = [models.start_id(model), *tokens[:-1]]
+        given["decoder_input_ids"] = torch.tensor([written], device=model.device)
+    else:
+        given["logits_to_keep"] = len(tokens)
+    logits = model(**given).logits[0, -len(tokens) :].float()
+    chosen = torch.tensor(tokens, device=model.device)[:, None]
+    return logits.log_softmax(-1).gather(-1, chosen).sum().item()
+
+
+def check_number(model: Any, log_q: float) -> None:
+    """Raise RuntimeError where what a token was chosen by is no number: nothing that was drawn so means anything."""
+    if not math.isfinite(log_q):
+        raise RuntimeError(
+            f"the logits of {type(model).__name__} in {model.dtype} are not numbers: its weights are broken, or "
+            "overflow in that format, or `sampling.temperature` is too small for them"
+        )
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -153,10 +193,15 @@ def state_bytes(model: Any, tokens: int) -> int:
     Of an encoder-decoder only the decoder's layers keep any: a prompt's are those it attends to.
     """
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    return 2 * layers * heads * dimension * model.dtype.itemsize * tokens
+    each = config.per_layer_config if config.is_heterogeneous else [config] * layers
+    return 2 * sum(map(_width, each)) * model.dtype.itemsize * tokens
+
+
+def _width(layer: Any) -> int:
+    """Numbers in a token's key, over all heads, by the configuration of a layer."""
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
@@ -302,8 +347,25 @@ def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
 # --- the plain loop ---------------------------------------------------------------------------
 
 
-def plain(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
+def plain(
+    model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
+) -> Iterator[tuple[int, Drawn]]:
+    """The plain loop in batches of prompts of one length: not every model takes padding for what it is."""
+
+    def length(draw: tuple[int, Draw]) -> int:
+        return len(draw[1].prompt_ids)
+
+    rows = min(at_once, ROWS[model.device.type])
+    for _, alike in itertools.groupby(sorted(draws, key=length), key=length):
+        while batch := list(itertools.islice(alike, rows)):
+            yield from _alike(model, batch, shape, pad_id)
+
+
+def _alike(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
     """Draw one batch for any model that writes: each row has its own copy of its prompt's keys and values.
+
+    Args:
+        draws: their prompts are of one length.
 
     Yields:
         Number and result of each draw.
@@ -314,7 +376,7 @@ def plain(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: i
     prompts = list(dict.fromkeys(draw.prompt_ids for _, draw in draws))
     place = {prompt: i for i, prompt in enumerate(prompts)}
     kept = _kept(model)
-    logits = kept.read(prompts, pad_id)
+    logits = kept.read(prompts)
     row = torch.tensor([place[draw.prompt_ids] for _, draw in draws], device=device)  # of the logits, for each draw
     kept.select(row)
     u = torch.from_numpy(uniforms([draw.seed for _, draw in draws], shape.max_tokens)).to(device)
@@ -342,23 +404,11 @@ def plain(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: i
             alive, chosen = alive[keep], chosen[keep]
         if step + 1 == shape.max_tokens:
             break
-        logits, row = kept.follow(chosen), torch.arange(len(chosen), device=device)
+        logits, row = kept.follow(chosen[:, None]), torch.arange(len(chosen), device=device)
     for (number, _), ids, n, end, q, p in zip(
         draws, tokens.tolist(), lengths.tolist(), stopped.tolist(), log_q.tolist(), log_p.tolist(), strict=True
     ):
         yield number, Drawn(ids[:n], end, q, p)
-
-
-def _forced(model: Any, prompt: Sequence[int], tokens: Sequence[int], pad_id: int) -> float:
-    """Log-probability of these tokens behind the prompt, as the plain loop gives it."""
-    import torch
-
-    kept, log_p = _kept(model), 0.0
-    logits = kept.read([prompt], pad_id)
-    for i, token in enumerate(tokens):
-        logits = kept.follow(torch.tensor(tokens[i - 1 : i], device=model.device)) if i else logits
-        log_p += logits[0].float().log_softmax(-1)[token].item()
-    return log_p
 
 
 def right_padded(rows: Sequence[Sequence[int]], filler: int) -> Any:
@@ -374,53 +424,44 @@ def _kept(model: Any) -> "_Causal":
 
 
 class _Causal:
-    """What the plain loop keeps of a causal model's rows."""
+    """What the plain loop keeps of a causal model's rows, which are all of one length."""
 
     def __init__(self, model: Any):
         self.model = model
 
-    def read(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Any:
+    def read(self, prompts: Sequence[Sequence[int]]) -> Any:
         """Logits of what follows each prompt, [prompts, vocabulary]. The rows are now the prompts."""
+        import torch
         from transformers import DynamicCache
 
-        from rsft_pipeline.shared_prefix import left_padded
+        from rsft_pipeline import models
 
-        ids, self.mask, positions = left_padded(prompts, pad_id, self.model.device)
-        self.position, self.cache = positions[:, -1], DynamicCache(config=self.model.config)
-        return self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.cache, self.position = DynamicCache(config=self.model.config), models.first_position(self.model.config)
+        return self.follow(torch.tensor(prompts, device=self.model.device))
 
     def select(self, rows: Any) -> None:
         """Keep the rows of these indices, or repeat them."""
         self.cache.reorder_cache(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
 
     def follow(self, tokens: Any) -> Any:
-        """Logits of what follows each row and its next token, [rows, vocabulary]."""
+        """Logits of what follows each row and its next tokens, int64 [rows, tokens]: [rows, vocabulary]."""
         import torch
 
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
-        self.position = self.position + 1
+        rows, length = tokens.shape
+        positions = torch.arange(self.position, self.position + length, device=tokens.device).expand(rows, length)
+        self.position += length
         return self.model(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask,
-            position_ids=self.position[:, None],
-            past_key_values=self.cache,
+            input_ids=tokens, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
         ).logits[:, -1]
 
 
 class _EncoderDecoder(_Causal):
-    """The same of an encoder-decoder's: all rows are of one age, so their positions follow from the cache."""
+    """The same of an encoder-decoder's."""
 
-    def read(self, prompts: Sequence[Sequence[int]], pad_id: int) -> Any:
+    def read(self, prompts: Sequence[Sequence[int]]) -> Any:
         from rsft_pipeline.shared_encoder import read
 
-        out, self.mask = read(self.model, prompts, pad_id)
+        out, self.mask = read(self.model, prompts, 0)  # of one length: nothing is padded
         self.states, self.cache = out.encoder_last_hidden_state, out.past_key_values
         return out.logits[:, -1]
 
@@ -434,7 +475,7 @@ class _EncoderDecoder(_Causal):
         return self.model(
             encoder_outputs=BaseModelOutput(self.states),
             attention_mask=self.mask,
-            decoder_input_ids=tokens[:, None],
+            decoder_input_ids=tokens,
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]

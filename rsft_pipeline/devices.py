@@ -35,7 +35,7 @@ def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
             f"device {kind!r} is not on this machine; there is {', '.join(k for k, v in there.items() if v)}"
         )
     if dtype == "auto":
-        dtype = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return Device(kind, dtype)
 
 
@@ -67,3 +67,18 @@ def release(device: Device) -> None:
 
     gc.collect()
     torch.cuda.empty_cache()
+
+
+_FULL = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left, which it may have at another moment or for less at once."""
+    import torch
+
+    said = str(
+        error
+    )  # by the allocator of a CPU, on Windows and elsewhere, and by what stands beside PyTorch's on a GPU
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _FULL)
+    )

@@ -68,6 +68,7 @@ class Comparison:
     n: int
     length_drift: float  # the checkpoint's mean length / the policy's
     eligible: Estimate | None = None  # the same difference of the share of eligible draws; None: not recorded
+    unseen: float | None = None  # how low it may be for what is too rare to be among n prompts; None: nobody knows
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def compare(
         len(common),
         drift,
         _mean(eligible, confidence, (-1.0, 1.0)),
+        bounds and _unseen(difference.value, len(common), confidence, bounds)[0],
     )
 
 
@@ -161,15 +163,18 @@ def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
     """Whether the checkpoint becomes the champion, and why, in words.
 
     The mean score is that of the draws that were judged, whatever the gates say of them: a checkpoint that has surely
-    fewer eligible draws is not promoted by it.
+    fewer eligible draws is not promoted by it. To be called not worse it has to rule out a loss on prompts that are too
+    rare to have been seen: where nearly all prompts agree, Student t takes no account of them.
     """
-    needed = promotion.margin if promotion.require == "better" else -promotion.margin
-    passes = comparison.low > needed
+    needed, low = promotion.margin, comparison.low
+    if promotion.require == "not_worse":
+        needed, low = -promotion.margin, low if comparison.unseen is None else min(low, comparison.unseen)
+    passes = low > needed
     verdict = {"better": "better", "not_worse": "not worse"}[promotion.require]
     if not passes:
         verdict = {"better": "not better", "not_worse": "may be worse"}[promotion.require]
     relation = ">" if passes else "is not wholly >"
-    shown = _shown(comparison.difference, comparison.low, comparison.high)
+    shown = _shown(comparison.difference, low, comparison.high)
     numbers = f"{comparison.metric} {shown} {relation} {needed:g} over {comparison.n} prompts"
     if comparison.metric == "mean_score" and (eligible := comparison.eligible):
         numbers += f"; eligible draws {_shown(eligible.value, eligible.low, eligible.high)}"
@@ -229,14 +234,22 @@ def _mean(values: Sequence[float], confidence: float, bounds: tuple[float, float
 def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Confidence interval of the mean of independent values: Student t, cut at the bounds.
 
-    When all values are equal t would claim certainty. Then what went unseen sets the width: something as frequent
-    as 1 - (alpha/2)^(1/n) may well be missing from n prompts, and may lie at a bound. With every prompt at a bound
-    this is the exact (Clopper-Pearson) interval. Without bounds nothing is known: (-inf, inf).
+    When all values are equal t would claim certainty. Then what went unseen sets the width: see `_unseen`. Where
+    nearly all are equal t is too narrow for what is rare and large: of differences that are 0 but for 2 prompts in 100
+    that are lost outright, an interval of 95 % over 100 prompts misses the mean 13 times in 100.
     """
     n, mean, alpha = len(values), float(values.mean()), 1 - confidence
-    lowest, highest = bounds or (-math.inf, math.inf)
+    bounds = bounds or (-math.inf, math.inf)
     if np.ptp(values) > 1e-12 * max(1.0, abs(mean)):  # more than rounding does
         half = float(stdtrit(n - 1, 1 - alpha / 2) * values.std(ddof=1) / math.sqrt(n))
-        return max(mean - half, lowest), min(mean + half, highest)
-    unseen = 1 - (alpha / 2) ** (1 / n)
-    return mean - unseen * (mean - lowest), mean + unseen * (highest - mean)
+        return max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    return _unseen(mean, n, confidence, bounds)
+
+
+def _unseen(mean: float, n: int, confidence: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The same interval for what n values would not show: something as frequent as 1 - (alpha/2)^(1/n), at a bound.
+
+    With every value at a bound this is the exact (Clopper-Pearson) interval. Without bounds it is (-inf, inf).
+    """
+    missing = 1 - ((1 - confidence) / 2) ** (1 / n)
+    return mean - missing * (mean - bounds[0]), mean + missing * (bounds[1] - mean)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rsft_pipeline import lineage
 from rsft_pipeline.devices import Device
@@ -173,18 +174,46 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
 
     _no_bars()
     _check_folder(Path(path))
-    model = auto_class(task).from_pretrained(
-        path,
-        dtype=torch.float32 if train else device.torch_dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
     if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{path}: a {type(model).__name__} keeps no keys and values, which draws would go on from")
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)
     return model.to(device.kind).eval()
+
+
+def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: Any):
+    """A model read from safetensors, every weight of it: Transformers would make those that are missing from nothing.
+
+    Args:
+        made_with: a class of transformers.
+        source: local folder, or hub id.
+        new_head: whether what stands above the encoder may be random. So may a pooler: nobody trains one before.
+        how: for `from_pretrained`.
+
+    Raises:
+        ModelError: weights are missing, or of another shape than the configuration says. OSError: no such model.
+    """
+    model, read = made_with.from_pretrained(
+        source,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # named below
+        **how,
+    )
+    lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
+    if new_head:
+        encoder = f"{model.base_model_prefix}."
+        lacking = {name for name in lacking if name.startswith(encoder) and "pooler" not in name}
+    if lacking:
+        some = ", ".join(sorted(lacking)[:3])
+        raise ModelError(
+            f"{source} has not all the weights of a {type(model).__name__}: {len(lacking)} are missing or of another "
+            f"shape ({some}{', …' if len(lacking) > 3 else ''}), and would be random. Is it a model for this task?"
+        )
+    return model
 
 
 def with_head(path: Path, labels: Sequence[str], seed: int):
@@ -201,14 +230,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
     _check_order(path, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto_class("classification").from_pretrained(
-            path,
-            **head(labels),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-        )
+        model = whole(auto_class("classification"), path, new_head=True, dtype=torch.float32, **head(labels))
     _pad_as_the_tokenizer(model, path)
     return model
 
@@ -296,6 +318,12 @@ _BEHIND_PADDING = {
 }
 
 
+def first_position(config) -> int:
+    """The position id of a text's first token."""
+    config = config.get_text_config(decoder=True)
+    return config.pad_token_id + 1 if config.model_type in _BEHIND_PADDING else 0
+
+
 def context_of(config) -> int | None:
     """The same of a configuration.
 
@@ -305,8 +333,8 @@ def context_of(config) -> int | None:
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and config.model_type in _BEHIND_PADDING:
-        context -= config.pad_token_id + 1
+    if context is not None:
+        context -= first_position(config)
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 

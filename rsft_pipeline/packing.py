@@ -23,7 +23,7 @@ import torch  # noqa: TID253
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 
-from rsft_pipeline import shared_prefix
+from rsft_pipeline import models, shared_prefix
 from rsft_pipeline.shared_prefix import Unsupported
 
 NAME = "rsft_packing"
@@ -74,7 +74,7 @@ def logits(
         raise Unsupported("its window is narrower than the longest row")
     inputs = {
         "input_ids": input_ids.flatten()[first][None],
-        "position_ids": (first % longest)[None],
+        "position_ids": (first % longest)[None] + models.first_position(inner.config),
         "use_cache": False,
         "packing": _bands(nodes, first),
     }
@@ -132,6 +132,8 @@ def packed_attention(
     """
     if others := sorted(k for k, given in kwargs.items() if given is not None and k not in shared_prefix.IGNORED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
+    if attention_mask is not None:
+        raise Unsupported("its attention takes a mask of its own")
     if packing is None:
         raise Unsupported("its layers do not hand on what its attention needs to know")
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # [nodes, heads, dimension]

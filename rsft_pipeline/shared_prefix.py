@@ -312,6 +312,8 @@ def shared_prefix_attention(
         raise Unsupported(f"its attention takes {', '.join(others)}")
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:
+        raise Unsupported("its attention takes a mask of its own")
     cache, layer = shared_prefix, shared_prefix.layers[module.layer_idx]
     if key.shape[1::2] != layer.keys.shape[1::2] or value.shape[1::2] != layer.values.shape[1::2]:
         raise Unsupported("it attends to other keys and values than it keeps")

@@ -7,7 +7,7 @@ likelihood of one (tasks/), or where weights are kept (models.py).
 A loop of our own and not transformers' Trainer, for four guarantees that can be read off the code:
 a sample's weight scales its gradient exactly; a step is normalised by the tokens of the whole step,
 so accumulation changes nothing; the order follows from the seed alone; and a run killed at any
-moment ends, when repeated, in the very weights of a run that was not.
+moment ends, when repeated on a CPU, in the very weights of a run that was not.
 
 Left out: several processes, gradient checkpointing, loss scaling for float16 (such devices train in
 float32).

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from rsft_pipeline import bootstrap, classes, models, prompts
 from rsft_pipeline.devices import Device
@@ -141,6 +147,41 @@ def test_an_encoder_gets_a_head_for_the_labels_that_follows_from_the_seed(tmp_pa
     assert models.base(recipe(), tmp_path) == made
     assert models.base(recipe(), tmp_path / "elsewhere").digest == made.digest
     assert models.base(recipe(seed="1"), tmp_path).digest != made.digest
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path, encoder):
+    for name, kind in (("causal", AutoModelForCausalLM), ("written", AutoModelForMaskedLM)):
+        kind.from_config(AutoConfig.for_model("bert", **BERT, is_decoder=name == "causal")).save_pretrained(
+            tmp_path / name
+        )
+    with pytest.raises(models.ModelError, match="has not all the weights of a BertForSequenceClassification"):
+        models.load(encoder, CPU, task="classification")
+    assert models.with_head(encoder, LABELS, 0).num_labels == 3
+    weights = load_file(tmp_path / "causal" / "model.safetensors")
+    del weights["bert.encoder.layer.0.output.dense.weight"]
+    save_file(weights, tmp_path / "causal" / "model.safetensors", {"format": "pt"})
+    for read in (lambda path: models.load(path, CPU), lambda path: models.with_head(path, LABELS, 0)):
+        with pytest.raises(models.ModelError, match=r"1 are missing .*bert.encoder.layer.0.output.dense.weight"):
+            read(tmp_path / "causal")
+
+
+def test_out_of_memory_halves_the_texts_read_at_once(model, monkeypatch, caplog):
+    seen, before = [], classification._logits
+
+    def logits(model, batch):
+        seen.append(len(batch["input_ids"]))
+        if seen[-1] > 1:
+            raise torch.OutOfMemoryError("the test's device is full")
+        return before(model, batch)
+
+    expected = classification.draw(model, Padding, requests(2), Sampling())
+    monkeypatch.setattr(classification, "_logits", logits)
+    made = classification.draw(model, Padding, requests(2), Sampling())
+    assert seen == [4, 2, 1, 1, 1, 1] and "going on with 1 texts at once" in caplog.text
+    assert [one.text for one in made] == [one.text for one in expected]
+    monkeypatch.setattr(classification, "_logits", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        classification.draw(model, Padding, requests(2), Sampling())
 
 
 def test_a_head_of_the_same_labels_in_another_order_is_not_renamed(tmp_path, recipe):

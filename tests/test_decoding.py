@@ -86,7 +86,7 @@ def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS)
 
 def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in decoding.plain(model, list(enumerate(draws)), shape, pad_id=0)]
+        return [drawn for _, drawn in sorted(decoding.plain(model, list(enumerate(draws)), shape, 0, len(draws)))]
 
 
 def teacher_forced(model, draw: Draw, token_ids: list[int], temperature: float = 1.0) -> float:
@@ -160,7 +160,7 @@ def test_draws_that_have_gone_the_same_way_are_computed_once(family, attention, 
         computed.clear()
         made = decode(model, draws, settings, pad_id=0, at_once=at_once)
         assert [one.token_ids for one in made] == [one.token_ids for one in expected]
-        assert [one.log_q for one in made] == pytest.approx([one.log_q for one in expected], abs=1e-4)
+        assert [one.log_q for one in made] == pytest.approx([one.log_q for one in expected], abs=3e-4)
         paths = [(draw.prompt_ids, *one.token_ids) for draw, one in zip(draws, made, strict=True)]
         steps = sum(len(path) - 2 for path in paths)  # the first token comes with the prompt
         ways = len({path[:end] for path in paths for end in range(2, len(path))})
@@ -441,7 +441,15 @@ def test_what_was_kept_for_draws_goes_with_them(monkeypatch):
 def test_a_cpu_without_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as full:
         torch.empty(2**55)
-    assert decoding._out_of_memory(full.value)
+    assert devices.out_of_memory(full.value)
+    assert devices.out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not devices.out_of_memory(MemoryError()) and not devices.out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_gpu_that_only_emulates_bf16_has_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert devices.resolve() == devices.Device("cuda", "float32")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
@@ -511,6 +519,59 @@ def test_a_model_that_cannot_share_is_drawn_from_plainly_with_a_note(config, rea
     assert reason in caplog.text
     for draw, drawn in zip(draws, made, strict=True):
         assert drawn.log_p == pytest.approx(teacher_forced(model, draw, drawn.token_ids), abs=1e-3)
-    monkeypatch.setattr(decoding, "_forced", None)  # a trial is made once
+    monkeypatch.setattr(decoding, "_rated", None)  # a trial is made once
     again = decode(model, draws, settings, pad_id=0, at_once=4)
     assert [one.token_ids for one in again] == [one.token_ids for one in made]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BartConfig(
+            **{"vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4},
+            **{"decoder_ffn_dim": 48, "is_decoder": True, "init_std": 0.5, "max_position_embeddings": 128},
+        ),
+        transformers.RobertaConfig(**{**SMALL, "is_decoder": True, "pad_token_id": 1}),
+        transformers.Gemma4TextConfig(
+            **{**SMALL, "num_hidden_layers": 3, "head_dim": 8, "global_head_dim": 16, "sliding_window": 8},
+            **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4},
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_draw_is_as_the_model_rates_it_beside_prompts_of_other_lengths(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    draws, settings = mixed_draws(4, 3), shape(max_tokens=5)
+    for draw, drawn in zip(draws, decode(model, draws, settings, pad_id=0), strict=True):
+        assert drawn.log_p == pytest.approx(teacher_forced(model, draw, drawn.token_ids), abs=1e-3)
+
+
+def test_a_model_that_keeps_what_it_read_elsewhere_is_not_drawn_from():
+    of_recurrent_gemma = {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "attention"]}
+    config = transformers.RecurrentGemmaConfig(**{**SMALL, "head_dim": 8, **of_recurrent_gemma})
+    with pytest.raises(RuntimeError, match="a RecurrentGemmaForCausalLM cannot be drawn from"):
+        decode(transformers.AutoModelForCausalLM.from_config(config).eval(), mixed_draws(), shape(), pad_id=0)
+
+
+def test_a_model_that_rates_its_own_draws_otherwise_is_not_drawn_from(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(decoding, "_rated", lambda *_: 0.0)
+    with pytest.raises(RuntimeError, match=r"a LlamaForCausalLM cannot be drawn from: its draws came out .* nats"):
+        decode(model, mixed_draws(1, 1), shape(), pad_id=0)
+
+
+@pytest.mark.parametrize("loop", ["shared", "plain"])
+def test_what_is_chosen_by_no_number_is_an_error(loop, monkeypatch):
+    model, draws = tiny("llama"), mixed_draws(2, 2)
+    decode(model, draws, shape(), pad_id=0)  # the trial that a model stands once
+    if loop == "plain":
+        monkeypatch.setattr(shared_prefix, "draw", shared_prefix_unsupported)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(RuntimeError, match=r"the logits of LlamaForCausalLM in torch.float32 are not numbers"):
+        decode(model, draws, shape(), pad_id=0)
+
+
+def shared_prefix_unsupported(*_):
+    raise shared_prefix.Unsupported("of the test")

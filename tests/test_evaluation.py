@@ -12,6 +12,7 @@ from rsft_pipeline.evaluation import (
     FinishedRound,
     PromptResult,
     compare,
+    interval,
     pass_at_k,
     promoted,
     stop_reason,
@@ -186,6 +187,28 @@ def test_an_identical_checkpoint_on_many_prompts_is_not_worse_and_not_better():
     identical = compare(same, same, "pass_at_1", k=1, confidence=0.95)
     assert not promoted(identical, Promotion(require="better"))[0]
     assert promoted(identical, Promotion(require="not_worse", margin=0.05))[0]
+
+
+def test_what_is_nearly_identical_is_not_more_surely_not_worse_than_what_is():
+    def verdict(n, worse):
+        before = [result(i, passes=4) for i in range(n)]
+        after = [result(i, passes=4 - (i < worse)) for i in range(n)]
+        compared = compare(before, after, "pass_at_1", k=1, confidence=0.95)
+        return promoted(compared, Promotion(require="not_worse", margin=0.01))
+
+    assert [verdict(100, worse)[0] for worse in (0, 1)] == [False, False]
+    assert [verdict(500, worse)[0] for worse in (0, 1)] == [True, True]
+    assert verdict(500, 500)[1].startswith("may be worse: pass_at_1 -0.")
+
+
+def test_an_interval_of_what_is_rare_and_large_misses_as_often_as_is_said():
+    chance, missed = np.random.default_rng(0), 0
+    for _ in range(2000):
+        lost = -(chance.random(100) < 0.02).astype(float)
+        lost[0] += chance.choice([-1, 1]) / 8  # one draw of eight
+        low, high = interval(lost, 0.95, (-1.0, 1.0))
+        missed += not low <= -0.02 <= high
+    assert 0.11 < missed / 2000 < 0.16
 
 
 def test_a_mean_score_of_fewer_eligible_draws_promotes_nobody():

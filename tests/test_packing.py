@@ -21,7 +21,7 @@ SAMPLES = [
 NODES = 22 + 7 + 2 + 4 + 0 + 4  # [1] is read once for four of them, [1, 5] for four, PROMPT and 9 once, the twin never
 LONGEST = 22
 
-PACKED = ["llama", "gpt2", "qwen2", "mistral", "gpt_neox"]
+PACKED = ["llama", "gpt2", "qwen2", "mistral", "gpt_neox", "roberta"]
 # Soft caps, no attention, no positions, layers that hand nothing on, a window.
 PADDED = ["gemma2", "mamba", "bloom", "nemotron", "short-sighted mistral"]
 
@@ -33,6 +33,8 @@ def tiny(kind: str):
         settings |= {"intermediate_size": 32, "num_key_value_heads": 2}
     if kind == "short-sighted mistral":
         kind, settings["sliding_window"] = "mistral", 8
+    if kind == "roberta":
+        settings |= {"intermediate_size": 32, "is_decoder": True, "pad_token_id": 0, "max_position_embeddings": 64}
     if kind == "gemma2":
         settings["head_dim"] = 4
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
@@ -80,7 +82,7 @@ def test_losses_and_gradients_are_those_of_each_sample_alone(kind):
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     alike = gradients(model, (weights * expected).sum())
     for name, gradient in gradients(model, (weights * losses).sum()).items():
-        assert (gradient - alike[name]).abs().max() <= 1e-5 * alike[name].abs().max(), name
+        assert (gradient - alike[name]).abs().max() <= 1e-5 * alike[name].abs().max() + 1e-8, name
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -95,6 +97,15 @@ def test_no_sample_sees_another(kind):
             *sample.prompt_ids,
             *sample.completion_ids[:-1],
         }
+
+
+def test_a_model_with_a_mask_of_its_own_is_not_packed():
+    """Doge's mask hangs on what comes later too, so that not even its own loss of a sample is that of a draw."""
+    settings = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2, "keep_window_size": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **settings)).eval()
+    seen = tokens_read(model)
+    causal.token_losses(model, causal.collate(SAMPLES, pad_id=0))
+    assert seen[-1] == len(SAMPLES) * LONGEST
 
 
 def test_another_neighbour_changes_no_loss():

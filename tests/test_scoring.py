@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -281,6 +282,15 @@ def test_rewards_are_those_of_each_pair_alone_whatever_the_batch(make, reward_mo
     assert max(expected) - min(expected) > 0.1
 
 
+def test_a_model_without_a_trained_head_gives_no_rewards(make, reward_model, tmp_path):
+    tokenizer, base = PreTrainedTokenizerFast.from_pretrained(reward_model), LlamaForSequenceClassification
+    base.from_pretrained(reward_model).model.save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+    made = make({"kind": "reward", "model": "headless"})
+    with pytest.raises(scoring.ScoringError, match=r"has not all the weights of a LlamaForSeq.* 1 are missing .*score"):
+        scoring.judges(made, CPU)
+
+
 def test_a_chat_prompt_and_its_completion_are_one_conversation_by_the_reward_models_own_template(
     make, reward_model, alone, tmp_path
 ):
@@ -357,6 +367,23 @@ def test_a_scorer_that_fails_on_everything_is_an_error_and_not_a_column_of_none(
     made = mine("return nothing")
     with pytest.raises(scoring.ScoringError, match="'mine' failed on every one of 2 samples: NameError"):
         scoring.score(scoring.judges(made, CPU), [sample("a"), sample("b")])
+
+
+def test_memory_that_runs_out_costs_no_score():
+    held, alive = [], []
+
+    def judge(samples):
+        batch = torch.zeros(len(samples))
+        alive.append(any(tensor() is not None for tensor in held))
+        held.append(weakref.ref(batch))
+        if len(samples) > 1 or samples[0].completion == "long":
+            raise torch.OutOfMemoryError("the test's device is full")
+        return [1.0]
+
+    assert scoring.score({"mine": judge}, [sample("a"), sample("b")]) == {"mine": [1.0, 1.0]}
+    assert alive == [False] * 3  # what the whole batch took is free when each is tried alone
+    with pytest.raises(scoring.ScoringError, match="'mine' ran out of memory on a single sample"):
+        scoring.score({"mine": judge}, [sample("a"), sample("long")])
 
 
 @pytest.mark.parametrize(

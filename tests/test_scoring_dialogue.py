@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -135,6 +136,13 @@ def sentences(tmp_path_factory, tokenizer, sizes):
         json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
     )
     return folder
+
+
+def test_a_text_is_wholly_like_itself_also_by_a_model_in_half_precision(judge, sentences, tmp_path):
+    shutil.copytree(sentences, tmp_path / "half")
+    BertModel.from_pretrained(sentences).bfloat16().save_pretrained(tmp_path / "half")
+    made = sample("abc", prompt="abc")
+    assert judge([made], kind="relevance", model=str(tmp_path / "half")) == pytest.approx([1.0], abs=1e-6)
 
 
 def test_relevance_is_the_cosine_of_mean_pooled_embeddings_whatever_the_batch(judge, sentences):

@@ -87,7 +87,7 @@ def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS)
 
 def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in decoding.plain(model, list(enumerate(draws)), shape, pad_id=0)]
+        return [drawn for _, drawn in sorted(decoding.plain(model, list(enumerate(draws)), shape, 0, len(draws)))]
 
 
 def teacher_forced(model, prompt_ids, token_ids) -> float:

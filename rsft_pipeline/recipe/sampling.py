@@ -51,9 +51,16 @@ class Sampling(Section):
     max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
     stop: list[str] = Field([], description="Extra stop tokens, each exactly one token of the tokenizer.")
     batch_size: int | None = Field(
-        None, ge=1, description="Draws under way at once, halved when memory runs out; default: what free memory holds."
+        None,
+        ge=1,
+        description="Draws under way at once, halved when memory runs out; default: what free memory holds. Of a "
+        "classifier, texts read at once; default: 64.",
     )
-    wave_size: int = Field(2048, ge=1, description="Candidates persisted together; the most that a kill can cost.")
+    wave_size: int = Field(
+        2048,
+        ge=1,
+        description="Candidates persisted together, in whole prompts and at least one; the most that a kill can cost.",
+    )
 
     @model_validator(mode="after")
     def _parts_agree(self):

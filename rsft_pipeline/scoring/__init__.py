@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsft_pipeline import functions, models
+from rsft_pipeline import devices, functions, models
 from rsft_pipeline.devices import Device
 from rsft_pipeline.lineage import digest, file_digest, set_digest
 from rsft_pipeline.recipe.recipe import Recipe
@@ -222,9 +222,10 @@ def _judged(label: str, judge: Judge, samples: Sequence[Sample]) -> list[float |
     try:
         returned = judge(samples)
     except Exception as error:
-        log.warning("scorer %r raised on %d samples; asking one by one: %r", label, len(samples), error)
-        return _one_by_one(label, judge, samples)
-    return _checked(label, returned, len(samples))
+        log.warning("scorer %r raised on %d samples; asking one by one: %s", label, len(samples), repr(error))
+    else:
+        return _checked(label, returned, len(samples))
+    return _one_by_one(label, judge, samples)  # outside the handler: a traceback keeps the batch's tensors alive
 
 
 def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[float | None]:
@@ -234,7 +235,12 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
         try:
             returned = judge([sample])
         except Exception as error:
-            failures[i] = error
+            if devices.out_of_memory(error):  # None would be recorded for good, and it may fit another time
+                raise ScoringError(
+                    f"scorer {label!r} ran out of memory on a single sample: {error}. Nothing is lost: run the round "
+                    "again where there is more memory free, or lower `sampling.max_tokens`"
+                ) from error
+            failures[i] = error.with_traceback(None)
             scores.append(None)
         else:
             scores += _checked(label, returned, 1, first=i)

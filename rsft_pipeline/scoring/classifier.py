@@ -6,7 +6,7 @@ Weights are read as safetensors only, and no code that comes with a model is run
 from collections.abc import Mapping, Sequence
 
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import context_of
+from rsft_pipeline.models import context_of, whole
 
 
 class Classifier:
@@ -17,17 +17,14 @@ class Classifier:
         revision: commit or tag on the hub.
 
     Raises:
-        OSError: no such model, or none with safetensors.
+        OSError: no such model, or none with safetensors. ModelError: one without a head that was trained.
     """
 
     def __init__(self, model: str, revision: str | None, device: Device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        source = {"revision": revision, "trust_remote_code": False}
-        self.tokenizer = AutoTokenizer.from_pretrained(model, **source)
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            model, use_safetensors=True, dtype=device.torch_dtype, **source
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        self.model = whole(AutoModelForSequenceClassification, model, revision=revision, dtype=device.torch_dtype)
         self.model.to(device.kind).eval()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

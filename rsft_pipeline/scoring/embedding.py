@@ -76,6 +76,7 @@ class Sentences:
                 f"the model {model} could not be loaded: {error}\n"
                 f"`model: /path/to/folder` uses one that is on this machine, `model: {HASHING}` does without"
             ) from error
+        self.model.float()  # in half precision a text would be less than like itself
         if hasattr(self.model.tokenizer, "truncation_side"):  # static embeddings cut nothing
             self.model.tokenizer.truncation_side = "left"  # of a long dialogue, the end matters
         self.batch_size = batch_size

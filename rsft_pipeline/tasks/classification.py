@@ -4,10 +4,12 @@ Belongs here: the same five functions as for models that write (tasks/__init__.p
 chooses. Does not: how the head came to be (models.py, bootstrap.py).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsft_pipeline.decoding import Shape, choose, right_padded, uniforms
+from rsft_pipeline import devices
+from rsft_pipeline.decoding import Shape, check_number, choose, right_padded, uniforms
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rsft_pipeline.training import Sample
+
+log = logging.getLogger(__name__)
 
 ROWS = 64  # texts read at once
 
@@ -26,18 +30,39 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, 1, frozenset())
     asked = sorted({request.prompt_ids for request in requests}, key=len)
     place = {prompt_ids: i for i, prompt_ids in enumerate(asked)}
-    rows = sampling.batch_size or ROWS
     with torch.inference_mode():
-        read = [
-            _logits(model, _padded(asked[i : i + rows], tokenizer.pad_token_id)) for i in range(0, len(asked), rows)
-        ]
+        logits = _read(model, asked, tokenizer.pad_token_id, sampling.batch_size or ROWS)
         row = torch.tensor([place[request.prompt_ids] for request in requests], device=model.device)
         u = torch.from_numpy(uniforms([request.seed for request in requests], 1)[:, 0]).to(model.device)
-        drawn = [each.tolist() for each in choose(torch.cat(read), row, u, shape)]
+        drawn = [each.tolist() for each in choose(logits, row, u, shape)]
+    for log_q in drawn[1]:
+        check_number(model, log_q)
     return [
         Candidate(request, model.config.id2label[label], [label], "stop", log_q, log_p)
         for request, label, log_q, log_p in zip(requests, *drawn, strict=True)
     ]
+
+
+def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> "Tensor":
+    """Logits of each prompt, [prompts, labels]. Out of memory, it goes on with half as many rows at once."""
+    import torch
+
+    read: list[Tensor] = []
+    start = 0
+    while start < len(prompts):
+        batch = prompts[start : start + rows]
+        try:
+            read.append(_logits(model, _padded(batch, pad_id)))
+            start += rows
+            continue
+        except RuntimeError as error:
+            if len(batch) == 1 or not devices.out_of_memory(error):
+                raise
+        # Outside the handler: a traceback would keep the failed batch's tensors alive.
+        rows = len(batch) // 2
+        devices.release(devices.Device(model.device.type, "float32"))
+        log.warning("out of memory: going on with %d texts at once", rows)
+    return torch.cat(read)
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
