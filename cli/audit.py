@@ -174,6 +174,8 @@ def tracked_root(made: dict[str, Any]) -> dict[str, str]:
         tags = usual_resources()["tracking"].client().get_run(made["mlflow_run_id"]).data.tags
     except (MlflowException, OSError):
         return {}
+    if tags.get("rsft.checkpoint") != made["checkpoint"]:  # the run's later one: an asset may be materialised twice
+        return {}
     return {"MLflow": tags["rsft.merkle_root"]} if "rsft.merkle_root" in tags else {}
 
 

@@ -101,6 +101,8 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
         asked = found.prompt
         source = _named(asked.source)
         node = tree.add(Text(f"asked by line {asked.line} of {source} ({asked.split}), prompt {asked.prompt_id}"))
+        for one in asked.earlier:
+            node.add(Text(f"read before from line {one['line']} of {_named(one['source'])}"))
         if asked.snapshot is not None:
             node.add(Text(f"as it was judged by, in snapshot {asked.snapshot}; it has changed since", style="yellow"))
         node.add(Text(_said(asked.text)))

@@ -68,6 +68,8 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
 
     figure = Figure(figsize=(7, 3.4))
     axes = figure.subplots()
+    known = ("policy_eval", "checkpoint_eval", "champion_eval")  # a round may have had no value of this metric
+    history = [row for row in history if all(json.loads(row[evaluated])[metric] for evaluated in known)]
     keys = ["base", *(row["round"] for row in history)]
     first = json.loads(history[0]["policy_eval"])
     made = [first, *(json.loads(row["checkpoint_eval"]) for row in history)]
@@ -150,7 +152,8 @@ def scores(store: Store, round_: "Round") -> ScoreFacts:
     rows = store.query(
         f"""SELECT s.scorer, s.version, count(*) AS judged, count(*) FILTER (s.value IS NULL) AS unjudged,
                 min(s.value) AS lowest, avg(s.value) AS mean, max(s.value) AS highest
-            FROM ({ROUND_CANDIDATES}) c JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe
+            FROM ({ROUND_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
             WHERE {OF_SCORERS} GROUP BY ALL ORDER BY s.scorer""",
         {**of_round(round_), "scorers": of_scorers(version_of)},
     )

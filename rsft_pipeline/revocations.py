@@ -8,8 +8,10 @@ that was there: these are looked up by id. What comes later is recognised when i
 (texts, scorers).
 """
 
+import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,7 @@ REASON = "revoked"  # of a decision, and of a row in quarantine
 
 _CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
 _PROMPTS = "SELECT what FROM revocations WHERE kind = 'prompt' AND recipe = $recipe"
+_CHECKPOINTS = "SELECT what FROM revocations WHERE kind = 'checkpoint'"
 # SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on, after `WITH` NAMED: DuckLake
 # opens the table once then, which takes longer than to read it.
 NAMED = "named AS MATERIALIZED (SELECT recipe, kind, what FROM revocations)"
@@ -31,6 +34,8 @@ ALLOWED = """
     AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND recipe = $recipe)
     AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
 
+# Prompts by a source that they had before, to be followed by `AND source = …`.
+READ_BEFORE = "SELECT prompt_id FROM earlier_sources WHERE recipe = $recipe"
 ANY = "SELECT 1 FROM revocations LIMIT 1"  # whether anything was revoked: mostly nothing, and this is answered soonest
 
 
@@ -42,6 +47,34 @@ def spellings(words: str) -> list[str]:
     escaped = json.dumps(words)[1:-1]
     capital = re.sub(r"\\u[0-9a-f]{4}", lambda match: f"\\u{match[0][2:].upper()}", escaped)
     return sorted({words, json.dumps(words, ensure_ascii=False)[1:-1], escaped, capital})
+
+
+def finder(words: str, encodings: Iterable[str]) -> Callable[[bytes], bool]:
+    """Whether bytes of a source have the words: in these encodings, as JSON or CSV may write them, or as JSON reads."""
+    written = {*spellings(words), *(each.replace("/", "\\/") for each in spellings(words)), words.replace('"', '""')}
+    patterns = {each.encode(encoding, "replace") for each in written for encoding in encodings}
+
+    def has(raw: bytes) -> bool:
+        if any(pattern in raw for pattern in patterns):
+            return True
+        try:
+            return _within(words, json.loads(raw))
+        except (ValueError, RecursionError):
+            return False
+
+    return has
+
+
+def _within(words: str, value: Any) -> bool:
+    """Whether a text of a JSON value has the words."""
+    match value:
+        case str():
+            return words in value
+        case list():
+            return any(_within(words, part) for part in value)
+        case dict():
+            return any(_within(words, part) for pair in value.items() for part in pair)
+    return False
 
 
 def without(store: Store, recipe: str, read: Ingest) -> Ingest:
@@ -63,7 +96,7 @@ def without(store: Store, recipe: str, read: Ingest) -> Ingest:
     out = [prompt for prompt in read.prompts if is_revoked(prompt)]
     copies = {f"the same text as line {prompt.line} of {prompt.source}" for prompt in out}
     refused = [
-        replace(row, raw=b"") if row.detail in copies or row.source in revoked["source"] else row
+        replace(row, raw=b"", detail="") if row.detail in copies or row.source in revoked["source"] else row
         for row in read.refused
     ]
     ids = {prompt.prompt_id for prompt in out}
@@ -141,11 +174,12 @@ def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
         if why := of_round(store, weights, {version: version for version in row["scorers"]}):
             return why
     rows = store.query(
-        f"""SELECT c.candidate_id, c.prompt_id FROM training_samples d
-            JOIN (SELECT candidate_id, prompt_id FROM candidates WHERE recipe = $recipe) c
+        f"""SELECT c.candidate_id, c.prompt_id, c.policy FROM training_samples d
+            JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
                 ON c.candidate_id = d.candidate_id
             WHERE d.recipe = $recipe AND d.checkpoint = $checkpoint
-              AND (c.candidate_id IN ({_CANDIDATES}) OR c.prompt_id IN ({_PROMPTS})) LIMIT 1""",
+              AND (c.candidate_id IN ({_CANDIDATES}) OR c.prompt_id IN ({_PROMPTS}) OR c.policy IN ({_CHECKPOINTS}))
+            LIMIT 1""",
         made,
     )
     ids = [id_ for row in rows for id_ in row.values()]
@@ -158,8 +192,25 @@ def lift(connection: duckdb.DuckDBPyConnection, digest: str) -> None:
     connection.execute("DELETE FROM revocations WHERE kind = 'checkpoint' AND what = ? AND cause IS NOT NULL", [digest])
 
 
-def said(row: dict[str, Any], what: str | None = None) -> str:
-    """A revocation in words."""
-    what = what or f"{row['kind']} {row['what']}"
-    because = f" with {row['cause']}" if row["cause"] else ""
-    return f"{what} was revoked{because} by {row['who']}: {row['why']}"
+def unspoken(kind: str, what: str) -> str:
+    """What something is called where a text must not stand: that by its hash, anything else by `what`."""
+    if kind != "text" or re.fullmatch("sha256 [0-9a-f]{64}", what):  # a text that was erased is called so already
+        return what
+    return f"sha256 {hashlib.sha256(what.encode()).hexdigest()}"
+
+
+def said(row: dict[str, Any], what: str | None = None, *, spoken: bool = False) -> str:
+    """A revocation in words.
+
+    Args:
+        what: what was revoked, where its kind and id do not say it.
+        spoken: whether a text may stand in them. Where they are kept it must not: it may have to be erased.
+    """
+
+    def called(kind: str, name: str) -> str:
+        name = name if spoken else unspoken(kind, name)
+        return f"{kind} {name if name.isprintable() else repr(name)}"
+
+    kind, _, name = (row["cause"] or "").partition(" ")
+    because = f" with {called(kind, name)}" if kind else ""
+    return f"{what or called(row['kind'], row['what'])} was revoked{because} by {row['who']}: {row['why']}"

@@ -19,6 +19,11 @@ CREATE TABLE IF NOT EXISTS prompts (
     dagster_run_id VARCHAR
 );
 
+-- Where a prompt was read from before, by another name of its source than it has now.
+CREATE TABLE IF NOT EXISTS earlier_sources (
+    recipe VARCHAR, prompt_id VARCHAR, source VARCHAR, line BIGINT, dagster_run_id VARCHAR
+);
+
 CREATE TABLE IF NOT EXISTS quarantine (
     recipe VARCHAR, source VARCHAR, line BIGINT,
     raw BLOB,                -- the row's bytes, untouched

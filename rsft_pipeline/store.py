@@ -9,8 +9,10 @@ writer that meets another retries. Only files are not merged while somebody read
 
 import fcntl
 import importlib.util
+import os
 import random
 import re
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -18,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -39,7 +41,8 @@ class Store:
     Args:
         catalog: what DuckLake attaches: `sqlite:/path/catalog.sqlite` or `postgres:dbname=…`.
         data: folder or object-store prefix of the Parquet files.
-        memory: most memory that DuckDB takes, e.g. `4GB`; beyond that it spills to the system's temporary folder.
+        memory: most memory that DuckDB takes, e.g. `4GB`; beyond that it spills to a folder beside the catalog (of one
+            in Postgres, to the system's temporary folder).
     """
 
     def __init__(self, catalog: str, data: str, *, memory: str | None = None):
@@ -48,10 +51,10 @@ class Store:
         self.catalog, self.data = catalog, data
         backend, _, file = catalog.partition(":")
         self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
-        # A folder of its own, which DuckDB makes when it needs it: by default every process would spill into the same
-        # files of the current folder.
-        spill = {"temp_directory": str(Path(tempfile.gettempdir()) / f"rsft-{uuid.uuid4().hex}")}
-        self._connection = duckdb.connect(config=spill | ({"memory_limit": memory} if memory else {}))
+        beside = Path(file).parent if backend == "sqlite" else Path(tempfile.gettempdir()) / f"rsft-{os.getuid()}"
+        self._spill = _spill(beside / "spill")
+        options = {"temp_directory": self._spill.name.removesuffix(LOCK)} | ({"memory_limit": memory} if memory else {})
+        self._connection = duckdb.connect(config=options)
         for extension in ("sqlite_scanner" if backend == "sqlite" else "postgres_scanner", "ducklake"):
             _load(self._connection, extension)
         options = [f"DATA_PATH {_quoted(data)}", "OVERRIDE_DATA_PATH true"]  # a home may have been moved
@@ -96,6 +99,8 @@ class Store:
 
     def close(self) -> None:
         self._connection.close()
+        Path(self._spill.name).unlink(missing_ok=True)
+        self._spill.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -224,8 +229,9 @@ class Store:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         tables = self.query("SELECT table_name FROM ducklake_table_info('lake')")
         listed = "SELECT data_file, delete_file FROM ducklake_list_files('lake', ?)"
-        present = {file for row in tables for one in self.query(listed, [row["table_name"]]) for file in one.values()}
-        return sorted(str(file) for file in Path(self.data).rglob("*.parquet") if str(file) not in present)
+        there = (file for row in tables for one in self.query(listed, [row["table_name"]]) for file in one.values())
+        present = {Path(file).resolve() for file in there if isinstance(file, str)}
+        return sorted(str(file) for file in Path(self.data).rglob("*.parquet") if file.resolve() not in present)
 
     def _patiently(self, attempt: Callable[[], T], patience: float = 60.0) -> T:
         """Try again while another process is writing, for up to a minute."""
@@ -241,6 +247,28 @@ class Store:
                         f"the store at {self.catalog} stayed locked for {patience:.0f} s: {error}"
                     ) from error
                 time.sleep(random.uniform(0.02, 0.2))
+
+
+LOCK = ".lock"
+
+
+def _spill(folder: Path) -> IO[bytes]:
+    """Name a folder for what does not fit into memory, and remove those that killed processes left: texts are in them.
+
+    By default every process would spill into the same files of the current folder.
+
+    Returns:
+        A locked file beside the folder, which DuckDB makes when it needs it: with `.lock` behind its name.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for lock in folder.glob(f"*{LOCK}"):
+        with suppress(OSError), open(lock, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not while its process goes on
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+    own = open(folder / f"{uuid.uuid4().hex}{LOCK}", "wb")  # noqa: SIM115 (locked while the store is open)
+    fcntl.flock(own, fcntl.LOCK_EX)
+    return own
 
 
 def columns(number: int, **values: Any) -> pa.Table:

@@ -72,7 +72,7 @@ def test_a_teacher_that_reads_otherwise_is_refused(home, instance, write_recipe)
     sampling = {**SAMPLING, "source": "teacher", "teacher": {"source": str(models.base(other, home).path)}}
     recipe = load(write_recipe(sampling=sampling))
     result = run(instance, recipe, "r000")
-    assert "another vocabulary than the policy" in failure_of(result, f"{recipe.name}__policy")
+    assert "another vocabulary than the policy" in failure_of(result, f"{recipe.name}__prompts")
 
 
 def test_references_are_rated_by_the_policy_and_marked(home, instance, write_recipe):  # noqa: F811

@@ -120,6 +120,8 @@ def test_exact_answers_compare_but_for_case_and_white_space():
         (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{3} and then \boxed{unclosed", "3"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"} {\boxed{a \boxed{b} c}} \boxed{d {e}", "b"),
+        (r"\boxed{" * 20_000 + "\nso x is 2", "2"),  # in no time that grows with the square
         ("first 1\n#### x^2\nthen 3", "x^2"),
         ("from $a$ we get $b + 1$, done", "b + 1"),
         (r"thus \[ x = 2 \]", "x = 2"),

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -159,13 +159,34 @@ def test_no_files_are_merged_while_somebody_reads(tmp_path):
             concurrent.futures.ThreadPoolExecutor().submit(other.value, listed).result(timeout=0.3)
 
 
+LARGE = "CREATE TEMP TABLE large AS SELECT sha256(n::VARCHAR) AS text FROM range(3000000) t(n)"
+
+
 def test_what_does_not_fit_into_memory_is_spilt_into_a_folder_of_its_own_that_goes(tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path / "here")
+    spill = tmp_path / "store" / "spill"
     with Store.at(tmp_path, memory="100MB") as store, store.connection() as connection:
-        connection.execute("CREATE TEMP TABLE large AS SELECT sha256(n::VARCHAR) AS text FROM range(3000000) t(n)")
-        assert [folder for folder in (tmp_path / "temporary").iterdir() if any(folder.iterdir())]
-    assert not list((tmp_path / "temporary").iterdir())
-    assert not list((tmp_path / "here").iterdir())
+        connection.execute(LARGE)
+        assert [folder for folder in spill.iterdir() if folder.is_dir() and any(folder.iterdir())]
+        assert spill.stat().st_mode & 0o077 == 0  # texts are in it
+    assert not list(spill.iterdir()) and not list((tmp_path / "here").iterdir())
+
+
+def test_what_a_killed_process_spilt_is_removed_by_the_next_and_nobody_elses(tmp_path):
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from rsft_pipeline.store import Store
+        with Store.at(Path({str(tmp_path)!r}), memory="100MB").connection() as connection:
+            connection.execute({LARGE!r})
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT)
+    spill = tmp_path / "store" / "spill"
+    assert killed.returncode == -signal.SIGKILL and any(folder.is_dir() for folder in spill.iterdir())
+    with Store.at(tmp_path, memory="100MB") as store, store.connection() as connection:
+        connection.execute(LARGE)
+        Store.at(tmp_path).close()
+        (folder,) = (one for one in spill.iterdir() if one.is_dir())  # this store's
+        assert connection.execute("SELECT count(*) FROM large").fetchone() == (3_000_000,) and any(folder.iterdir())

@@ -20,6 +20,7 @@ from rsft_pipeline.audit.ids import AuditError
 from web import drawing
 from web.show import render
 
+PAGE_OF = {"candidate": to.candidate, "prompt": to.prompt, "checkpoint": to.checkpoint}
 router = APIRouter(default_response_class=HTMLResponse)
 After = Annotated[str | None, Query()]
 
@@ -38,12 +39,12 @@ def _following(request: Request, page: browse.Page) -> str | None:
     """The address of the next page of a list."""
     if page.following is None:
         return None
-    return "?" + str(request.url.include_query_params(after=page.following).query)
+    return "?" + str(request.url.remove_query_params("verify").include_query_params(after=page.following).query)
 
 
 def _first(request: Request) -> str:
     """The address of the first page of a list."""
-    return "?" + str(request.url.remove_query_params("after").query)
+    return "?" + str(request.url.remove_query_params(["after", "verify"]).query)
 
 
 # --- rounds ----------------------------------------------------------------------------------
@@ -132,7 +133,12 @@ def _chain(found: tracing.Trace) -> drawing.Chain:
         page = to.prompt(recipe, asked.prompt_id)
         source = Node("source", asked.source, page, more=f"line {asked.line:,}")
         prompt_ = Node("prompt", asked.text or "erased", page, more=f"split {asked.split}")
-    this = Node("candidate", found.draw.text or "∅", kind="this", more=f"{found.round}, draw {found.draw.draw}")
+    this = Node(
+        "candidate",
+        "erased" if found.draw.text is None else found.draw.text or "∅",
+        kind="this",
+        more=f"{found.round}, draw {found.draw.draw}",
+    )
     columns, edges = [[source], [prompt_], [this]], [(source, prompt_), (prompt_, this)]
     for weight, title, column in zip((weights[:1], weights[1:][-1:]), ("policy", "base model"), (1, 0), strict=True):
         for one in weight:
@@ -253,7 +259,7 @@ def find(request: Request, q: str = "") -> Response:
     store, wanted = request.app.state.store, q.strip()
     with suppress(AuditError):
         thing = ids.thing(store, wanted)
-        if page := {"candidate": to.candidate, "prompt": to.prompt, "checkpoint": to.checkpoint}.get(thing.kind):
+        if page := PAGE_OF.get(thing.kind):
             return RedirectResponse(page(thing.recipes[0], thing.what))
     found = browse.prompts_with(store, wanted) if wanted else []
     return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found))
@@ -279,7 +285,8 @@ def revocations(request: Request, after: After = None) -> str:
 def confirm(request: Request, recipe: str, kind: str, what: str) -> str:
     """What revoking something would reach, before anybody does."""
     found = following.impact(request.app.state.store, _thing(request, recipe, kind, what))
-    return _page(request, "revoke.html", recipe=recipe, impact=found)
+    here = PAGE_OF[kind](recipe, what)
+    return _page(request, "revoke.html", recipe=recipe, impact=found, here=here)
 
 
 @router.post("/recipes/{recipe}/revoke/{kind}/{what}")
@@ -294,6 +301,6 @@ def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
 def _thing(request: Request, recipe: str, kind: str, what: str) -> ids.Thing:
     """Something that has a page here, by its whole id."""
     found = ids.thing(request.app.state.store, what, recipe)
-    if (found.kind, found.what) != (kind, what):
+    if kind not in PAGE_OF or (found.kind, found.what) != (kind, what):
         raise AuditError(f"{recipe} has no {kind} {what}.")
     return found

@@ -19,8 +19,11 @@ from rsft_pipeline.report import NAMES
 FOLDED = 280  # characters from which a text is folded
 CUT = 4_000  # characters of it on a page; the rest is a click away
 
-# Control characters but tab and line feed, and those that turn the direction of the text around them.
-_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]")
+# Control characters but tab and line feed, those that turn the direction of the text around them, and invisible ones.
+_ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff"
+    "\u00ad\u180e\u200b\u2060-\u2064\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def visible(text: str | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import MADE, descend
 from rsft_pipeline.audit.reading import at_once
-from rsft_pipeline.audit.trace import REVOKED
+from rsft_pipeline.audit.trace import EARLIER, REVOKED
 from rsft_pipeline.revocations import said
 from rsft_pipeline.store import Query, Store
 
@@ -291,15 +291,16 @@ _JUDGED = """
 
 
 def prompt(store: Store, recipe: str, prompt_id: str) -> dict | None:
-    """A prompt's row, or None."""
-    of = {"recipe": recipe, "id": prompt_id}
-    return next(iter(store.query("SELECT * FROM prompts WHERE recipe = $recipe AND prompt_id = $id", of)), None)
+    """A prompt's row, and as `earlier` where it was read from before under other names; or None."""
+    of = {"recipe": recipe, "prompt": prompt_id}
+    rows = store.query("SELECT * FROM prompts WHERE recipe = $recipe AND prompt_id = $prompt", of)
+    return {**rows[0], "earlier": store.query(EARLIER, of)} if rows else None
 
 
 def revoked(store: Store, recipe: str, prompt_id: str) -> list[str]:
     """The revocations of a prompt, in words."""
     sql = "SELECT * FROM revocations WHERE kind = 'prompt' AND recipe = $recipe AND what = $id"
-    return [said(row) for row in store.query(sql, {"recipe": recipe, "id": prompt_id})]
+    return [said(row, spoken=True) for row in store.query(sql, {"recipe": recipe, "id": prompt_id})]
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ def _weights(query: Query, recipe: str, digest: str) -> Weights:
         [row["round"] for row in rounds if digest in (row["policy"], row["drawn_from"])],
         [row["round"] for row in rounds if row["champion"] == digest],
         [row["champion"] for row in rounds if row["state"] == "finished"][-1:] == [digest],
-        [said(row) for row in revoked],
+        [said(row, spoken=True) for row in revoked],
     )
 
 
@@ -416,7 +417,7 @@ def _place(after: str, kind: type) -> tuple[Any, str]:
         if not isinstance(candidate_id, str) or isinstance(key, str) != (kind is str):
             raise ValueError
         return kind(key), candidate_id
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise AuditError("this page's address is not one that a list gave: begin at the first page") from None
 
 

@@ -161,7 +161,7 @@ _ROWS = """
     ), drawn AS (
         SELECT c.* FROM candidates c SEMI JOIN chosen t ON t.candidate_id = c.candidate_id WHERE c.recipe = $recipe
     ), asked AS (
-        SELECT n.prompt_id, n.source, n.line, t.content, CASE WHEN n.text IS NOT NULL THEN t.text END AS prompt,
+        SELECT n.prompt_id, t.source, t.line, t.content, CASE WHEN n.text IS NOT NULL THEN t.text END AS prompt,
             CASE WHEN n.text IS NOT NULL THEN t.reference END AS reference
         FROM prompts n JOIN (SELECT * FROM prompts {at}) t ON t.prompt_id = n.prompt_id
         WHERE n.recipe = $recipe AND t.recipe = $recipe

@@ -65,12 +65,19 @@ def named(kind: Kind, what: str, ids: Iterable[str]) -> Finding:
 
 
 def read(
-    store: Store, tables: Sequence[str], notes: Notes, work: Callable[[duckdb.DuckDBPyConnection, Notes], T]
+    store: Store,
+    tables: Sequence[str],
+    notes: Notes,
+    work: Callable[[duckdb.DuckDBPyConnection, Notes], T],
+    snapshot: int | None = None,
 ) -> T | None:
     """Do the work on a connection of its own, and add what it notes.
 
     Where one of the tables' files cannot be read, that is noted, and the answer is None. Where one was written anew
     but can be read, that is noted too, and the work is done on what it holds now: it can then say which rows changed.
+
+    Args:
+        snapshot: one that the work reads besides the newest.
 
     Raises:
         duckdb.Error: the work failed though each file is the one that the catalog knows.
@@ -84,7 +91,7 @@ def read(
     try:
         result, found = attempt(store)
     except duckdb.Error:
-        files = [file for table in tables for file in _files(store, table)]
+        files = [file for table in tables for file in _files(store, table, snapshot)]
         wrong = [file for file in files if file.wrong]
         if not wrong:
             raise
@@ -115,8 +122,11 @@ class _File:
     readable: bool
 
 
-def _files(store: Store, table: str) -> Iterator[_File]:
+def _files(store: Store, table: str, snapshot: int | None) -> Iterator[_File]:
     listed = store.query("SELECT * FROM ducklake_list_files('lake', ?)", [table])
+    if snapshot is not None:
+        then = "SELECT * FROM ducklake_list_files('lake', ?, snapshot_version => ?)"
+        listed += store.query(then, [table, snapshot])
     catalog = {
         row[f"{of}_file"]: tuple(row[f"{of}_file_{what}"] for what in ("size_bytes", "footer_size"))
         for row in listed

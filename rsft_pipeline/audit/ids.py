@@ -4,12 +4,12 @@ Belongs here: finding the one candidate, prompt, round … that an id, the begin
 means. Not: what is then asked about it.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.revocations import unspoken
 from rsft_pipeline.store import Query, Store
 
 Kind = Literal["candidate", "prompt", "source", "scorer", "checkpoint", "text"]
@@ -37,7 +37,7 @@ class Thing:
     @property
     def unspoken(self) -> str:
         """What it is called where a text must not stand: that by its hash, anything else by `what`."""
-        return f"sha256 {hashlib.sha256(self.what.encode()).hexdigest()}" if self.kind == "text" else self.what
+        return unspoken(self.kind, self.what)
 
 
 def recipes(store: Store) -> list[str]:
@@ -61,9 +61,13 @@ def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
     for kind, sql in [*(_BY_ID.items() if _hex(typed) else ()), *_NAMED.items()]:
         for row in query(sql, {**_range(typed), "recipe": recipe}):
             found.setdefault((kind, row["what"]), set()).add(row["recipe"])
-        if (kind, typed) in found:  # a hash, and the whole of it: nothing else has the same
+        if kind in _BY_ID and _hex(typed) and (kind, typed) in found:  # the whole of a hash: nothing else has the same
             return Thing(kind, typed, tuple(sorted(found[kind, typed])))
     (kind, what), there = _only(found, typed)
+    if kind == "scorer":  # a version means the same in every recipe, and is revoked in all
+        there = {
+            row["recipe"] for row in query("SELECT DISTINCT recipe FROM scores WHERE version = $what", {"what": what})
+        }
     return Thing(kind, what, tuple(sorted(there)))
 
 
@@ -80,7 +84,8 @@ _BY_ID = {  # the smallest table first
     "candidate": f"SELECT recipe, candidate_id AS what FROM candidates WHERE candidate_id {_RANGE} AND {_IN} LIMIT 99",
 }
 _NAMED = {
-    "source": f"SELECT DISTINCT recipe, source AS what FROM prompts WHERE source = $typed AND {_IN}",
+    "source": f"""SELECT recipe, source AS what FROM prompts WHERE source = $typed AND {_IN}
+        UNION SELECT recipe, source FROM earlier_sources WHERE source = $typed AND {_IN}""",
     "scorer": f"SELECT DISTINCT recipe, version AS what FROM scores WHERE scorer = $typed AND {_IN}",
 }
 
@@ -111,7 +116,10 @@ def text(store: Store, words: str, recipe: str | None = None) -> Thing:
     """A text, which any prompt or completion may contain. Raises AuditError for an empty one."""
     if not words.strip():
         raise AuditError("an empty text is in everything: give some words")
-    return Thing("text", words, tuple([recipe] if recipe else recipes(store)))
+    there = recipes(store)
+    if recipe and recipe not in there:
+        raise AuditError(f"no recipe here is called {recipe!r}; there is {', '.join(there) or 'none'}")
+    return Thing("text", words, tuple([recipe] if recipe else there))
 
 
 # --- candidates ------------------------------------------------------------------------------

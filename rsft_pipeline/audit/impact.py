@@ -113,17 +113,18 @@ def follow(query: Query, thing: Thing) -> Impact:
 
 # --- what is touched first ---------------------------------------------------------------------
 
+_ASKED = "SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe"
 _CANDIDATES = {
     "candidate": "candidate_id = $what",
     "prompt": "prompt_id = $what",
-    "source": "prompt_id IN (SELECT prompt_id FROM touched_prompts)",
-    "text": "contains(text, $what) OR prompt_id IN (SELECT prompt_id FROM touched_prompts)",
+    "source": f"prompt_id IN ({_ASKED})",
+    "text": f"contains(text, $what) OR prompt_id IN ({_ASKED})",
     "checkpoint": "policy = $what",
     "scorer": "candidate_id IN (SELECT candidate_id FROM scores WHERE recipe = $recipe AND version = $what)",
 }
 _PROMPTS = {
     "prompt": "prompt_id = $what",
-    "source": "source = $what",
+    "source": f"source = $what OR prompt_id IN ({revocations.READ_BEFORE} AND source = $what)",
     "text": """list_bool_or(list_transform($spellings,
         lambda words: contains(concat_ws(chr(10), text, reference, fields, messages), words)))""",
 }
@@ -172,7 +173,7 @@ _COUNTS = """SELECT
 _DECIDED = {
     "candidate": "candidate_id = $what",
     "prompt": "prompt_id = $what",
-    "source": "prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)",
+    "source": f"prompt_id IN ({_ASKED})",
     "scorer": "round IN (SELECT round FROM rounds WHERE recipe = $recipe AND contains(scorers, $what))",
     **dict.fromkeys(("text", "checkpoint"), f"candidate_id IN ({_TOUCHED})"),
 }
@@ -181,11 +182,15 @@ _TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
     WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
 # The rounds whose verdict counted it: the prompt, whichever weights answered, or the answer, by the weights that gave
 # it. Of a scorer, those that went by this version.
-_VERDICTS = """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
-        prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)
+_VERDICTS = (
+    """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
+        prompt_id IN ("""
+    + _ASKED
+    + """)
         OR (checkpoint, prompt_id) IN (
             SELECT (policy, prompt_id) FROM touched WHERE recipe = $recipe AND split = 'eval')
     ) {} ORDER BY round"""
+)
 _EVALUATED = {
     **dict.fromkeys(_CANDIDATES, _VERDICTS.format("")),
     "scorer": _VERDICTS.format(

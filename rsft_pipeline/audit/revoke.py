@@ -8,7 +8,6 @@ that are run again, in older snapshots of the store.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import duckdb
 
@@ -80,8 +79,11 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
     if thing.kind == "text":
         touched = "SELECT recipe, candidate_id FROM touched"
         rows += [(recipe, "candidate", one, name) for recipe, one in connection.execute(touched).fetchall()]
+    # What somebody revoked for its own sake is written down also where it had been reached by something else before.
     there = set(connection.execute("SELECT recipe, kind, what FROM revocations").fetchall())
-    new = [dict(zip(("recipe", "kind", "what", "cause"), row, strict=True)) for row in rows if row[:3] not in there]
+    direct = set(connection.execute("SELECT recipe, kind, what FROM revocations WHERE cause IS NULL").fetchall())
+    rows = [row for row in rows if row[:3] not in (there if row[3] else direct)]
+    new = [dict(zip(("recipe", "kind", "what", "cause"), row, strict=True)) for row in rows]
     (now,) = connection.execute("SELECT now()").fetchone()
     insert(
         connection, "revocations", [{**row, "who": who, "why": why, "revoked_at": now, "erased": erased} for row in new]
@@ -109,9 +111,7 @@ def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int
     done = {"prompts": 0, "candidates": 0, "quarantine": 0}
     for recipe in thing.recipes:
         of = {"recipe": recipe}
-        refused = connection.execute(f"SELECT count(*) FROM quarantine WHERE {_COPIES}", {**of, **_kind(thing)})
-        done["quarantine"] += refused.fetchone()[0]
-        connection.execute(f"UPDATE quarantine SET raw = ''::BLOB, detail = '' WHERE {_COPIES}", {**of, **_kind(thing)})
+        done["quarantine"] += _erase_refused(connection, thing, recipe)
         for table, sets, ids in (
             ("prompts", "text = NULL, messages = NULL, reference = NULL, fields = NULL", "touched_prompts"),
             ("candidates", "text = NULL, token_ids = NULL", "touched"),
@@ -124,15 +124,28 @@ def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int
     return done
 
 
-# Rows that were refused: of the source, with the text, or as copies of a prompt.
-_COPIES = """recipe = $recipe AND octet_length(raw) > 0 AND (
-    ($kind = 'source' AND source = $what)
-    OR ($kind = 'text' AND list_bool_or(list_transform($spellings,
-        lambda words: contains(decode(raw, 'replace'), words))))
-    OR detail IN (SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p
-                  WHERE p.recipe = $recipe
-                    AND p.prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)))"""
-
-
-def _kind(thing: Thing) -> dict[str, Any]:
-    return {"kind": thing.kind, "what": thing.what, "spellings": revocations.spellings(thing.what)}
+def _erase_refused(connection: duckdb.DuckDBPyConnection, thing: Thing, recipe: str) -> int:
+    """The same of rows that were refused: of the source, with the text, or as copies of a prompt. Returns how many."""
+    of = {"recipe": recipe}
+    copies = connection.execute(
+        """SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p WHERE p.recipe = $recipe
+           AND p.prompt_id IN (SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe)""",
+        of,
+    ).fetchall()
+    encodings = connection.execute(
+        "SELECT DISTINCT settings::JSON ->> '$.prompts.encoding' FROM rounds WHERE recipe = $recipe", of
+    ).fetchall()
+    has = revocations.finder(thing.what, {"utf-8", *(encoding for (encoding,) in encodings if encoding)})
+    rows = connection.execute(
+        "SELECT rowid, source, raw, detail FROM quarantine WHERE recipe = $recipe AND octet_length(raw) > 0", of
+    ).fetchall()
+    found = [
+        rowid
+        for rowid, source, raw, detail in rows
+        if (thing.kind == "source" and source == thing.what)
+        or (detail,) in copies
+        or (thing.kind == "text" and (has(raw) or thing.what in (detail or "")))
+    ]
+    sql = "UPDATE quarantine SET raw = ''::BLOB, detail = '' WHERE recipe = $recipe AND list_contains($rows, rowid)"
+    connection.execute(sql, {**of, "rows": found})
+    return len(found)

@@ -28,8 +28,9 @@ class Prompt:
 
     prompt_id: str
     split: str
-    source: str
+    source: str  # as it was read last, and so is the line
     line: int
+    earlier: list[dict[str, Any]]  # source, line and dagster_run_id, by which it was read under other names before
     text: str | None  # None: erased
     reference: str | None
     fields: dict[str, Any] | None
@@ -164,7 +165,8 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     if round_ is None:
         gaps.append("its round is not recorded")
     later = any(row["recipe"] == recipe and row["data"] == "all_rounds" for row in made)
-    trained = query(_TRAINED, {**of, "last": rounds[-1]["round"] if later and rounds else drawn["round"]})
+    last = max((row["round"] for row in rounds if later and row["recipe"] == recipe), default=drawn["round"])
+    trained = query(_TRAINED, {**of, "last": last})
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
     prompt, scores = _first(query(_PROMPT.format(at=""), of)), query(_SCORES, of)
@@ -197,6 +199,7 @@ def _first(rows: list[dict]) -> dict | None:
 
 _PROMPT = """SELECT prompt_id, split, source, line, text, reference, fields, content, active, dagster_run_id
     FROM prompts {at} WHERE recipe = $recipe AND prompt_id = $prompt"""
+EARLIER = "SELECT source, line, dagster_run_id FROM earlier_sources WHERE recipe = $recipe AND prompt_id = $prompt"
 _ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, checkpoint, champion, scorers,
         coalesce(evaluation_scorers, scorers) AS evaluation_scorers, settings,
         settings::JSON ->> '$.model.source' AS base, settings::JSON ->> '$.sampling.teacher.source' AS teacher
@@ -222,7 +225,7 @@ def _prompt(
         row = next(judged_by, row)
         if row["snapshot"] is None:
             gaps.append("its prompt has changed since it was judged, and is shown as it is now")
-    return Prompt(**{**row, "fields": row["fields"] and json.loads(row["fields"])})
+    return Prompt(**{**row, "fields": row["fields"] and json.loads(row["fields"])}, earlier=query(EARLIER, of))
 
 
 def _snapshots(query: Query) -> set[int]:
@@ -390,4 +393,4 @@ REVOKED = """SELECT DISTINCT kind, what, cause, who, why FROM revocations
 
 
 def _revoked(query: Query, recipe: str, ids: list[str]) -> list[str]:
-    return [said(row) for row in query(REVOKED, {"recipe": recipe, "ids": ids})] if query(ANY) else []
+    return [said(row, spoken=True) for row in query(REVOKED, {"recipe": recipe, "ids": ids})] if query(ANY) else []

@@ -24,7 +24,7 @@ from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.revocations import ALLOWED, ANY, NAMED
 from rsft_pipeline.steps.rows import training_rows
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import NEWEST_SNAPSHOT, Store
 
 TABLES = ("rounds", "decisions", "candidates", "prompts", "revocations")  # what a training set is read from
 
@@ -89,8 +89,10 @@ def verify(
     recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
+    kept = store.query("SELECT snapshot_id FROM lake.snapshots() WHERE snapshot_id = ?", [made["snapshot"]])
+    then = made["snapshot"] if kept else None
     tables = (*TABLES, "training_samples")
-    root = read(store, tables, note, lambda connection, note: _rows(connection, made, meta, note))
+    root = read(store, tables, note, lambda connection, note: _rows(connection, made, meta, then, note), then)
     return Verification(
         made["recipe"],
         made["round"],
@@ -163,28 +165,39 @@ def _meta(folder) -> dict[str, Any]:
 _ROW = "hash(candidate_id, round, weight, score, token_ids, prompt, chat, text)"
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], meta: Mapping[str, Any], note: Notes) -> str:
-    """Compare the training set that was recorded with the rows at the snapshot and of now. Returns the root of then."""
+def _rows(
+    connection: duckdb.DuckDBPyConnection,
+    made: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    then: int | None,
+    note: Notes,
+) -> str:
+    """Compare the training set that was recorded with the rows at the snapshot and of now. Returns the root of then.
+
+    Args:
+        then: the snapshot that it was trained from, where that is still there.
+    """
+    (now,) = connection.execute(NEWEST_SNAPSHOT).fetchone()
     of = {"recipe": made["recipe"], "round": made["round"]}
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE recorded AS SELECT candidate_id, leaf FROM training_samples "
-        "WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint",
+        f"""CREATE OR REPLACE TEMP TABLE recorded AS
+            SELECT candidate_id, leaf FROM training_samples AT (VERSION => {int(now)})
+            WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint""",
         {**of, "checkpoint": made["checkpoint"]},
     )
-    kept = "SELECT count(*) FROM lake.snapshots() WHERE snapshot_id = ?"
-    there = connection.execute(kept, [made["snapshot"]]).fetchone() != (0,)
-    with as_of(connection, TABLES):
+    there = then is not None
+    with as_of(connection, TABLES, now):
         revoked = _revoked(connection, made)
         others = _others(connection, made, revoked)
     if not there and others:
         return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
-    with as_of(connection, TABLES, made["snapshot"] if there else None):
-        then = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
-        settings = _recorded(connection.execute(then, of).fetchone()[0])
+    with as_of(connection, TABLES, then if there else now):
+        recorded = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
+        settings = _recorded(connection.execute(recorded, of).fetchone()[0])
         rows, given = training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
         chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
-    with as_of(connection, TABLES):
+    with as_of(connection, TABLES, now):
         root = _then(connection, meta, set() if there else revoked, note)
         if not there:
             note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))

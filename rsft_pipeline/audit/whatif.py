@@ -113,7 +113,10 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         section, _, name = key.partition(".")
         if section != "acceptance" or not name:
             raise AuditError(f"--set {key}: only the rule can be asked about, as acceptance.x=value")
-        given[name] = yaml.safe_load(text)
+        try:
+            given[name] = yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise AuditError(f"--set {key}: {text!r} is not YAML: {error}") from None
     if given.get("rule", rule["rule"]) != rule["rule"]:
         rule = {name: rule[name] for name in Rule.model_fields}
     try:

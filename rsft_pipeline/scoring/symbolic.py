@@ -82,13 +82,16 @@ def final_expression(text: str) -> str:
 
 def _boxed(text: str) -> str | None:
     """The content of the last \\boxed{…} whose braces close."""
-    for opening in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for brace in re.finditer(r"\\[{}]|[{}]", text[opening.end() :]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[opening.end() : opening.end() + brace.start()].strip()
-    return None
+    found = (-1, -1)
+    open_: list[tuple[bool, int]] = []  # whether it is a box's brace, and where its content begins
+    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if brace[0] == "{" or brace[0].startswith(r"\boxed"):
+            open_.append((brace[0] != "{", brace.end()))
+        elif brace[0] == "}" and open_:
+            boxed, begin = open_.pop()
+            found = max(found, (begin, brace.start())) if boxed else found
+    begin, end = found
+    return text[begin:end].strip() if begin >= 0 else None
 
 
 def _start() -> subprocess.Popen:

@@ -8,6 +8,8 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import pyarrow as pa
+
 from rsft_pipeline import lineage, models, prompts, revocations
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import Show
@@ -77,6 +79,9 @@ def ingest(
         if now != revoked:
             return False
         ids = [row["prompt_id"] for row in usable]
+        connection.register("read_now", pa.Table.from_pylist([{n: row[n] for n in _PLACE} for row in usable]))
+        connection.execute(_EARLIER, [recipe.name])
+        connection.unregister("read_now")
         connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe.name])
         connection.execute(
             "DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe.name, ids]
@@ -92,6 +97,13 @@ def ingest(
 
 
 _REVOKED = "SELECT kind, what FROM revocations WHERE recipe = ? ORDER BY ALL"
+
+
+_PLACE = ("prompt_id", "source")
+_EARLIER = """INSERT INTO earlier_sources BY NAME
+    SELECT p.recipe, p.prompt_id, p.source, p.line, p.dagster_run_id FROM prompts p
+    JOIN read_now n ON n.prompt_id = p.prompt_id AND n.source <> p.source WHERE p.recipe = ?
+    EXCEPT SELECT recipe, prompt_id, source, line, dagster_run_id FROM earlier_sources"""
 
 
 def settings(recipe: Recipe) -> str:

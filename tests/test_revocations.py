@@ -1,0 +1,229 @@
+"""Revocations and provenance where there are several recipes, attempts and moments: on a store written row by row."""
+
+import json
+
+import letters_store as letters
+import pytest
+
+from rsft_pipeline import lineage, revocations
+from rsft_pipeline.audit import ids, verify
+from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.impact import impact
+from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.trace import trace
+from rsft_pipeline.home import Home
+from rsft_pipeline.prompts import Ingest, Refused
+from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.steps.ingest import ingest
+from rsft_pipeline.store import Store
+
+WORDS = {"who": "Ada", "why": "asked to"}
+ALL_ROUNDS = {"training": {"data": "all_rounds"}, "scorers": list(letters.SCORERS.values())}
+
+
+@pytest.fixture
+def store(tmp_path):
+    with letters.write(tmp_path) as made:
+        yield made
+
+
+def copy(store: Store, recipe: str) -> None:
+    """Another recipe, whose prompts, scorers and base are the same."""
+    for table in ("prompts", "candidates", "decisions", "rounds", "training_samples", "checkpoints", "scores"):
+        rows = store.query(f"SELECT * FROM {table} WHERE recipe = ?", [letters.RECIPE])
+        for row in rows:
+            row["recipe"] = recipe
+            for name in {"candidate_id", "checkpoint", "champion"} & row.keys():
+                row[name] = lineage.digest([recipe, row[name]])
+        store.append(table, rows)
+
+
+def test_what_a_later_round_learned_is_traced_whatever_other_recipes_there_are(store):
+    one, second = letters.candidate_id("r000", 8, 0), letters.CHECKPOINTS["r001"]
+    base = "parent = ?, policy = ?, drawn_from = ?"
+    store.commit(
+        lambda c: c.execute(
+            f"UPDATE checkpoints SET meta = ?, {base} WHERE round = 'r001'",
+            [json.dumps(ALL_ROUNDS), *[letters.BASE] * 3],
+        )
+    )
+    learned = {"recipe": letters.RECIPE, "round": "r001", "checkpoint": second, "candidate_id": one, "weight": 1.0}
+    store.append("training_samples", [learned])
+    store.append("rounds", [{"recipe": "zeta", "round": "r000", "state": "finished", "settings": "{}"}])
+    assert {row.round for row in trace(store, one).learned} == {"r000", "r001"}
+
+
+def test_a_source_reaches_in_each_recipe_the_prompts_that_it_brought_there(store):
+    copy(store, "zeta")
+    of = "recipe = 'zeta' AND prompt_id <> ?"
+    store.commit(
+        lambda c: c.execute(f"UPDATE prompts SET source = 'own.jsonl' WHERE {of}", [letters.prompt_id(letters.PROMPTS)])
+    )
+    store.commit(
+        lambda c: c.execute(
+            "UPDATE prompts SET source = 'letters.jsonl' WHERE recipe = 'zeta' AND prompt_id = ?",
+            [letters.prompt_id(3)],
+        )
+    )
+    thing = ids.thing(store, "letters.jsonl")
+    assert thing.recipes == (letters.RECIPE, "zeta")
+    assert revoke(store, thing, **WORDS, erase=True).erased["candidates"] == 176 + 8
+    kept = "SELECT count(*) FROM candidates WHERE recipe = 'zeta' AND text IS NOT NULL"
+    assert store.value(kept) == 176 - 8
+
+
+def test_a_source_is_found_by_the_name_it_had_when_it_was_read(home, write_recipe):
+    def read(name: str, *words: str) -> None:
+        source = {"source": name, "template": "{q}", "eval_fraction": 0.5}
+        path = write_recipe(prompts=source, scoring={"scorers": [{"kind": "length", "at_most": 1}]})
+        path.with_name(name).write_text("\n".join(json.dumps({"q": word}) for word in words))
+        ingest(store, load(path), Home.here(), f"read {name}", lambda *_: None)
+
+    words = [a + b for a in "abc" for b in "abc"]
+    with Store.at(home) as store:
+        read("people.jsonl", *words)
+        read("licensed.jsonl", "ff", *words)
+        read("licensed.jsonl", "ff", "gg", *words)
+        (prompt,) = store.query("SELECT * FROM prompts WHERE text = 'ab'")
+        drawn = {"recipe": "letters_loop", "round": "r000", "split": "train", "prompt_id": prompt["prompt_id"]}
+        store.append("candidates", [{**drawn, "candidate_id": "c" * 32, "text": "b", "draw": 0}])
+        found = trace(store, "c" * 32).prompt
+        assert (found.source, found.line) == ("licensed.jsonl", 4)
+        assert found.earlier == [{"source": "people.jsonl", "line": 2, "dagster_run_id": "read people.jsonl"}]
+        for name, prompts in (("people.jsonl", 9), ("licensed.jsonl", 11)):
+            assert impact(store, ids.thing(store, name)).prompts == prompts
+        revoke(store, ids.thing(store, "people.jsonl"), **WORDS)
+        assert store.value("SELECT count(*) FROM prompts WHERE active") == 2
+
+
+def test_what_was_reached_before_may_be_revoked_for_its_own_sake_too(store):
+    checkpoint = letters.CHECKPOINTS["r000"]
+    revoke(store, ids.thing(store, letters.prompt_id(3)), **WORDS)
+    revoke(store, ids.thing(store, checkpoint), who="Bob", why="it leaked")
+    rows = store.query("SELECT who, cause FROM revocations WHERE what = ? ORDER BY who", [checkpoint])
+    assert rows == [{"who": "Ada", "cause": f"prompt {letters.prompt_id(3)}"}, {"who": "Bob", "cause": None}]
+    store.commit(lambda connection: revocations.lift(connection, checkpoint))
+    assert "was revoked by Bob: it leaked" in revocations.of_weights(store, checkpoint)
+
+
+def test_a_text_is_named_by_its_hash_where_that_is_kept(store):
+    revoke(store, ids.text(store, "answer 9 0"), **WORDS)
+    checkpoint = letters.CHECKPOINTS["r000"]
+    for why in (
+        revocations.of_weights(store, checkpoint),
+        revocations.of_checkpoint(store, letters.RECIPE, checkpoint),
+    ):
+        assert "answer 9 0" not in why and "was revoked with text sha256 " in why
+    spoken = trace(store, letters.candidate_id("r000", 9, 0)).revoked
+    assert any("text answer 9 0" in words for words in spoken)
+
+
+def test_what_would_move_the_cursor_is_escaped_in_words(store):
+    row = {"kind": "source", "what": "\x1b[2Ja.jsonl", "cause": None, "who": "me", "why": "because"}
+    assert "\x1b" not in revocations.said(row) and "\\x1b[2Ja.jsonl" in revocations.said(row)
+
+
+def test_a_text_of_a_recipe_that_is_not_there_is_refused(store):
+    for ask in (ids.text, ids.containing):
+        with pytest.raises(AuditError, match="no recipe here is called 'leters'; there is letters"):
+            ask(store, "answer", "leters")
+
+
+def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
+    store.commit(lambda c: c.execute('UPDATE rounds SET settings = \'{"prompts": {"encoding": "latin-1"}}\''))
+    of = {"recipe": letters.RECIPE, "line": 1, "reason": "too long", "detail": ""}
+    refused = {
+        "a.csv": b'7,"she said ""my name is Jane Roe"" twice"',
+        "b.txt": "Jürgen Müller, Köln".encode("latin-1"),
+        "c.txt": "Jürgen Müller, Köln".encode(),
+        "d.jsonl": rb'{"q": "see https:\/\/jane.example\/secret"}',
+        "e.jsonl": rb'{"q": ["J\u00fcrgen M\u00FCller, K\u00f6ln"]}',
+        "f.txt": b"somebody else",
+    }
+    store.append("quarantine", [{**of, "source": source, "raw": raw} for source, raw in refused.items()])
+    for text in ('she said "my name is Jane Roe" twice', "Jürgen Müller, Köln", "https://jane.example/secret"):
+        revoke(store, ids.text(store, text), **WORDS, erase=True)
+    left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%'")
+    assert left == [{"source": "f.txt"}]
+
+
+def test_of_an_erased_source_nothing_comes_back_with_what_was_refused(store):
+    revoke(store, ids.thing(store, "letters.jsonl"), **WORDS, erase=True)
+    refused = Refused(
+        "letters.jsonl", 3, b'{"a": "Jane Roe"}', "no label", "the reference is 'Jane Roe'; labels are a, b"
+    )
+    read = revocations.without(store, letters.RECIPE, Ingest([], [refused], 1, "digest"))
+    assert "Jane" not in repr(read.refused) and len(read.refused) == 1
+
+
+def test_a_checkpoint_that_learned_from_a_teacher_in_an_earlier_round_is_not_promoted_once_that_is_revoked(store):
+    teacher, second = lineage.digest("teacher"), letters.CHECKPOINTS["r001"]
+    store.commit(
+        lambda c: [
+            c.execute("UPDATE candidates SET policy = ? WHERE round = 'r000' AND split = 'train'", [teacher]),
+            c.execute("UPDATE rounds SET drawn_from = ? WHERE round = 'r000'", [teacher]),
+            c.execute("UPDATE checkpoints SET drawn_from = ? WHERE round = 'r000'", [teacher]),
+            c.execute(
+                "UPDATE checkpoints SET parent = ?, policy = ?, drawn_from = ? WHERE round = 'r001'", [letters.BASE] * 3
+            ),
+        ]
+    )
+    learned = {"recipe": letters.RECIPE, "round": "r001", "checkpoint": second, "weight": 1.0}
+    store.append("training_samples", [{**learned, "candidate_id": letters.candidate_id("r000", 8, 0)}])
+    revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": teacher, "who": "me", "why": "licence"}
+    store.append("revocations", [revoked])  # while r001 was training
+    assert f"checkpoint {teacher} was revoked" in revocations.of_checkpoint(store, letters.RECIPE, second)
+
+
+def test_a_scorers_version_is_followed_in_every_recipe_that_has_it(store):
+    copy(store, "zeta")
+    thing = ids.thing(store, "answer", letters.RECIPE)
+    assert thing.recipes == (letters.RECIPE, "zeta")
+    assert impact(store, thing).candidates == 2 * impact(store, ids.thing(store, "letters.jsonl", "zeta")).candidates
+
+
+def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):
+    store.commit(
+        lambda c: c.execute("UPDATE prompts SET source = 'answer' WHERE prompt_id = ?", [letters.prompt_id(1)])
+    )
+    with pytest.raises(AuditError, match="'answer' could be scorer version-answer, source answer"):
+        ids.thing(store, "answer")
+
+
+# --- verify ------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_that_only_an_older_snapshot_has_is_a_finding(store, tmp_path):
+    def files():
+        listed = store.query("SELECT data_file FROM ducklake_list_files('lake', 'decisions')")
+        return {row["data_file"] for row in listed}
+
+    before = files()
+    again = store.query("SELECT * FROM decisions WHERE round = 'r000'")
+    store.replace("decisions", again, recipe=letters.RECIPE, round="r000")
+    (old,) = before - files()
+    with open(old, "r+b") as file:
+        file.seek(4)
+        file.write(b"\0" * 196)
+    made = verify.find(store, letters.CHECKPOINTS["r000"])
+    found = verify.verify(store, made, Home(tmp_path)).findings
+    assert any(one.kind == "file" and old in one.what for one in found)
+
+
+def test_verify_is_of_one_moment(store, tmp_path, monkeypatch):
+    made, before, calls = verify.find(store, letters.CHECKPOINTS["r000"]), verify.as_of, []
+
+    def revoked_meanwhile(connection, tables, snapshot=None):
+        calls.append(snapshot)
+        if len(calls) == 3:
+            revoke(store, ids.thing(store, letters.prompt_id(8)), **WORDS)
+        return before(connection, tables, snapshot)
+
+    def different():
+        return [
+            finding.what for finding in verify.verify(store, made, Home(tmp_path)).findings if finding.kind == "data"
+        ]
+
+    quiet = different()
+    monkeypatch.setattr(verify, "as_of", revoked_meanwhile)
+    assert different() == quiet and calls[0] == calls[2] != calls[1]
