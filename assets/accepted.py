@@ -27,14 +27,15 @@ def accepted(recipe: Recipe) -> dg.AssetsDefinition:
             metadata={
                 "dagster/partition_row_count": facts.accepted,
                 "accepted": facts.accepted,
-                **{name: value for name, value in numbers.items() if value is not None},
+                "acceptance_rate": facts.rate,
                 "distinct_accepted": facts.distinct,
                 "prompts_with_accepted": facts.prompts,
-                "rule": dg.MetadataValue.json(parameters),
                 "reasons": dg.MetadataValue.md(facts.reasons),
+                "examples": dg.MetadataValue.md(facts.examples),
                 "efficiency": dg.MetadataValue.md(facts.efficiency_table),
                 **({"coverage": dg.MetadataValue.md(facts.coverage_table)} if facts.coverage_table else {}),
-                "examples": dg.MetadataValue.md(facts.examples),
+                "rule": dg.MetadataValue.json(parameters),
+                **{name: value for name, value in numbers.items() if value is not None},
                 "audit": dg.MetadataValue.url(pages.audit(pages.round_(recipe.name, round_.key))),
             },
         )

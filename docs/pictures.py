@@ -1,9 +1,7 @@
 """Make the README's pictures from a home that ran the demo: rounds plot, asset graph, accepted set, audit pages.
 
 make demo && make ui                       # in one terminal
-.venv/bin/rsft audit ui                    # in another
-.venv/bin/pip install -c constraints.txt -e '.[test]'
-.venv/bin/python docs/pictures.py          # in a third; needs Chromium (Debian: apt-get install chromium)
+.venv/bin/python docs/pictures.py          # in another; needs Chromium (Debian: apt-get install chromium)
 """
 
 import shutil
