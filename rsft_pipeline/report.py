@@ -68,8 +68,7 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
 
     figure = Figure(figsize=(7, 3.4))
     axes = figure.subplots()
-    known = ("policy_eval", "checkpoint_eval", "champion_eval")  # a round may have had no value of this metric
-    history = [row for row in history if all(json.loads(row[evaluated])[metric] for evaluated in known)]
+    history = [row for row in history if measured(row, metric)]
     keys = ["base", *(row["round"] for row in history)]
     first = json.loads(history[0]["policy_eval"])
     made = [first, *(json.loads(row["checkpoint_eval"]) for row in history)]
@@ -97,6 +96,11 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
     axes.spines["top"].set_visible(False)
     rates.spines["top"].set_visible(False)
     return _png(figure)
+
+
+def measured(row: Mapping[str, Any], metric: str) -> bool:
+    """Whether a round has the metric: one that was judged by another may have had no value for it."""
+    return all(json.loads(row[evaluated])[metric] for evaluated in ("policy_eval", "checkpoint_eval", "champion_eval"))
 
 
 def _end(estimate: Mapping[str, Any], end: str) -> float:

@@ -10,7 +10,7 @@ import letters_store as letters
 import pytest
 from fastapi.testclient import TestClient
 
-from rsft_pipeline import lineage
+from rsft_pipeline import lineage, report, rounds
 from rsft_pipeline.audit import browse, words
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
@@ -283,6 +283,18 @@ def test_read_only_pages_change_nothing(ask, store):
         for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
             assert client.request(method, "/").status_code == 403
     assert store.snapshot() == before
+
+
+def test_a_round_without_a_value_of_the_metric_of_now_is_left_out_of_the_plots(tmp_path):
+    settings = json.loads(letters.RECIPE_AS_RUN.model_dump_json())
+    settings["promotion"]["metric"] = "mean_score"
+    lacking = json.dumps({"pass_at_1": letters.ESTIMATE, "pass_at_k": letters.ESTIMATE, "mean_score": None})
+    with letters.write(tmp_path) as store, TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        store.commit(lambda c: c.execute("UPDATE rounds SET settings = ?", [json.dumps(settings)]))
+        store.commit(lambda c: c.execute("UPDATE rounds SET checkpoint_eval = ? WHERE round = 'r000'", [lacking]))
+        page = client.get("/")
+        assert page.status_code == 200 and "r001: 0.500" in page.text and "r000: 0.500" not in page.text
+        assert report.rounds_plot("letters", "mean_score", rounds.history(store, "letters")).startswith(b"\x89PNG")
 
 
 def test_only_a_form_of_this_server_revokes(tmp_path):

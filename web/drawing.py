@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rsft_pipeline.audit.browse import Distribution
+from rsft_pipeline.report import measured
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RoundsPlot:
 
 def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | None:
     """The plot of a recipe's rounds that came to an end; None while there is none."""
-    done = [row for row in history if row["state"] != "started" and _measured(row, metric)]
+    done = [row for row in history if row["state"] != "started" and measured(row, metric)]
     if not done:
         return None
     width, height, left, right, top, bottom = 1120, 250, 46, 10, 12, 220
@@ -96,11 +97,6 @@ def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | No
         ],
         bar,
     )
-
-
-def _measured(row: Mapping[str, Any], metric: str) -> bool:
-    """Whether a round has the metric: one that was judged by another may have had no value for it."""
-    return all(json.loads(row[summary])[metric] for summary in ("policy_eval", "checkpoint_eval", "champion_eval"))
 
 
 # --- scores ----------------------------------------------------------------------------------
