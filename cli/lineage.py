@@ -284,6 +284,7 @@ NOT_REACHED = (
     "the source itself, which the next round reads again",
     "the weights that learned it, in checkpoints/ and wherever they were copied",
     "examples in the metadata of Dagster's events, and MLflow's artifacts",
+    "a base model that was made here or warmed up, in models/, and its corpus",
     "exports and backups",
 )
 

@@ -238,6 +238,11 @@ def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, A
     return rows if only is None else [row for row in rows if row["round"] in only]
 
 
+def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
+    sql = "SELECT round, state FROM rounds WHERE recipe = ? AND state <> 'finished' ORDER BY round"
+    return store.query(sql, [recipe])
+
+
 def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
     every = rounds.history(store, recipe)
     return {
@@ -259,6 +264,7 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
             }
             for row in _rows(store, recipe, only)
         ],
+        "unfinished": {row["round"]: row["state"] for row in _unfinished(store, recipe)},
         "champion": every[-1]["champion"] if every else None,
         "stopped": rounds.why_stopped(store, recipe),
     }
@@ -273,11 +279,12 @@ def _values(summary: str) -> dict[str, float | None]:
 
 def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
+    if only is None:
+        for row in _unfinished(store, recipe):
+            state = {"started": "begun, not finished", "revoked": "revoked"}[row["state"]]
+            words = f"{recipe} {row['round']}: {state}; `rsft run` takes it up"
+            console.print(words, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if not rows:
-        if only is None:
-            begun = store.query("SELECT round, state FROM rounds WHERE recipe = ? ORDER BY round", [recipe])
-            states = ", ".join(f"{row['round']} {row['state']}" for row in begun)
-            console.print(f"{recipe}: no finished round: {states}", highlight=False, soft_wrap=True)
         return
     table = Table(
         title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE, pad_edge=False

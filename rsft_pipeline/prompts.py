@@ -168,7 +168,8 @@ def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
     """Those of the texts that ask what a held-out prompt asks.
 
     A text is taken for a prompt as the policy reads it, for the message of a chat prompt that has all of its columns,
-    or for a column alone. Where it can be split into columns in several ways, one that is held out is enough.
+    or, of a prompt with one column, for that alone. Where it can be split into columns in several ways, one that is
+    held out is enough.
 
     Args:
         tokenizer: the policy's; None where it has no chat template.
@@ -178,7 +179,8 @@ def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
     wordings = _wordings(recipe.prompts, columns, tokenizer)
 
     def readings(text: str) -> Iterator[list[str]]:
-        yield [text]
+        if len(columns) == 1:  # the column alone
+            yield [text]
         for wording in wordings:
             yield from ([values[name] for name in columns] for values in _readings(wording, text))
 

@@ -282,6 +282,7 @@ def _base(recipe: Recipe, home: Home, digest: str | None) -> Weights:
     if digest not in (None, base.digest):
         raise RoundError(
             f"{recipe.name}: these rounds started from the base model {digest}, but `model:` now gives "
-            f"{base.digest}: put it back, or copy the recipe under another name"
+            f"{base.digest}: put it back, or copy the recipe under another name. (A warm-up goes by its corpus "
+            "too, and by what the section `prompts` holds out of it.)"
         )
     return Weights(base.digest, base.path, "base")

@@ -64,10 +64,12 @@ def test_status_names_the_rounds_where_none_is_finished(home):
     with Store.at(home) as store:
         store.append("rounds", begun)
     status = rsft("status", "one", "--json")
-    assert "one: no finished round: r000 revoked, r001 started" in status.stdout
+    assert "one r000: revoked; `rsft run` takes it up" in status.stdout
+    assert "one r001: begun, not finished; `rsft run` takes it up" in status.stdout
     assert json.loads(status.stdout.splitlines()[-1]) == {
         "recipe": "one",
         "rounds": [],
+        "unfinished": {"r000": "revoked", "r001": "started"},
         "champion": None,
         "stopped": None,
     }

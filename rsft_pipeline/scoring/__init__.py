@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,7 @@ def _judged(label: str, judge: Judge, samples: Sequence[Sample]) -> list[float |
 
 def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[float | None]:
     scores: list[float | None] = []
-    failures: dict[int, Exception] = {}
+    failures: dict[int, str] = {}
     for i, sample in enumerate(samples):
         try:
             returned = judge([sample])
@@ -240,7 +241,7 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
                     f"scorer {label!r} ran out of memory on a single sample: {error}. Nothing is lost: run the round "
                     "again where there is more memory free, or lower `sampling.max_tokens`"
                 ) from error
-            failures[i] = error.with_traceback(None)
+            failures[i] = _told(error)
             scores.append(None)
         else:
             scores += _checked(label, returned, 1, first=i)
@@ -248,11 +249,17 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
         i, error = next(iter(failures.items()))
         # A scorer that fails on everything is broken, or what it asks is down: None would be recorded for good.
         if 1 < len(failures) == len(samples):
-            raise ScoringError(f"scorer {label!r} failed on every one of {len(samples)} samples: {error!r}") from error
+            raise ScoringError(f"scorer {label!r} failed on every one of {len(samples)} samples: {error}")
         log.warning(
-            "scorer %r cannot judge %d of %d samples; sample %d: %r", label, len(failures), len(samples), i, error
+            "scorer %r cannot judge %d of %d samples; sample %d: %s", label, len(failures), len(samples), i, error
         )
     return scores
+
+
+def _told(error: Exception) -> str:
+    """An error, and where it was raised, without what the traceback keeps alive."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error!r} ({Path(place.filename).name}, line {place.lineno}, in {place.name})"
 
 
 def _checked(label: str, returned: Any, count: int, first: int = 0) -> list[float | None]:
