@@ -238,6 +238,14 @@ def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, A
     return rows if only is None else [row for row in rows if row["round"] in only]
 
 
+def _refused(store: Store, recipe: str) -> str:
+    """How many rows of the sources are no prompts, and why, in words; empty where all are."""
+    sql = "SELECT reason, count(*) AS n FROM quarantine WHERE recipe = ? GROUP BY reason ORDER BY n DESC, reason"
+    reasons = store.query(sql, [recipe])
+    named = ", ".join(f"{row['n']:,} {row['reason']}" for row in reasons)
+    return f"rows refused: {named} (Quarantine, in the audit pages)" if reasons else ""
+
+
 def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
     sql = "SELECT round, state FROM rounds WHERE recipe = ? AND state <> 'finished' ORDER BY round"
     return store.query(sql, [recipe])
@@ -279,6 +287,8 @@ def _values(summary: str) -> dict[str, float | None]:
 
 def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     rows = _rows(store, recipe, only)
+    if refused := _refused(store, recipe):
+        console.print(f"{recipe}: {refused}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     if only is None:
         for row in _unfinished(store, recipe):
             state = {"started": "begun, not finished", "revoked": "revoked"}[row["state"]]

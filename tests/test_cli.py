@@ -63,7 +63,9 @@ def test_status_names_the_rounds_where_none_is_finished(home):
     ]
     with Store.at(home) as store:
         store.append("rounds", begun)
+        store.append("quarantine", [{"recipe": "one", "reason": reason} for reason in ("empty", "too long", "empty")])
     status = rsft("status", "one", "--json")
+    assert "one: rows refused: 2 empty, 1 too long (Quarantine, in the audit pages)" in status.stdout
     assert "one r000: revoked; `rsft run` takes it up" in status.stdout
     assert "one r001: begun, not finished; `rsft run` takes it up" in status.stdout
     assert json.loads(status.stdout.splitlines()[-1]) == {
