@@ -241,7 +241,13 @@ def revoke(
         instance = _instance()
         if forget:
             _check_idle(instance)
-        done = revoking.revoke(store, _thing(store, thing, text, recipe), who=by, why=why, erase=erase)
+        found = _thing(store, thing, text, recipe)
+        if found.kind == "source" and len(found.recipes) > 1:
+            raise AuditError(
+                f"{found.words} is in {', '.join(found.recipes)}, and each may have a file of its own by that name: "
+                "say whose with --recipe, one after the other"
+            )
+        done = revoking.revoke(store, found, who=by, why=why, erase=erase)
         left = store.forget() if forget else []
         _tell(instance, store, done)
     answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}

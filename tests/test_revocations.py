@@ -4,7 +4,9 @@ import json
 
 import letters_store as letters
 import pytest
+from typer.testing import CliRunner
 
+from cli import audit, main  # noqa: F401 (main puts the commands of lineage.py into audit's)
 from rsft_pipeline import lineage, revocations
 from rsft_pipeline.audit import ids, verify
 from rsft_pipeline.audit.ids import AuditError
@@ -70,6 +72,16 @@ def test_a_source_reaches_in_each_recipe_the_prompts_that_it_brought_there(store
     assert revoke(store, thing, **WORDS, erase=True).erased["candidates"] == 176 + 8
     kept = "SELECT count(*) FROM candidates WHERE recipe = 'zeta' AND text IS NOT NULL"
     assert store.value(kept) == 176 - 8
+
+
+def test_whose_source_is_revoked_has_to_be_said_where_several_recipes_have_one_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path))
+    with letters.write(tmp_path) as store:
+        copy(store, "zeta")
+    done = CliRunner().invoke(audit.app, ["revoke", "letters.jsonl", "--by", "Ada", "--why", "asked to"])
+    assert "'letters.jsonl' is in letters, zeta" in str(done.exception) and "--recipe" in str(done.exception)
+    with Store.at(tmp_path) as store:
+        assert store.query("SELECT * FROM revocations") == []
 
 
 def test_a_source_is_found_by_the_name_it_had_when_it_was_read(home, write_recipe):
