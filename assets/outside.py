@@ -22,8 +22,7 @@ def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> d
     for version in client.search_model_versions(f"name = '{recipe}'"):
         if (digest := version.tags.get("rsft.checkpoint")) in wanted:
             known = client.get_model_version(recipe, version.version)  # a search tells no aliases
-            there = version.run_id and tracking.there(version.run_id)
-            state = client.get_run(version.run_id).info.status if there else None
+            state = tracking.state(version.run_id) if version.run_id else None
             found[digest] = {"version": version.version, "aliases": list(known.aliases), "run": state}
     return found
 
@@ -81,7 +80,7 @@ def _tag(tracking: Tracking, recipe: str, reached: dict[str, Touched], reason: s
     """Tag runs and registered versions. Returns whether any is registered."""
     client = tracking.client()
     for run in {one.mlflow_run_id for one in reached.values() if one.mlflow_run_id}:
-        if tracking.there(run):
+        if tracking.state(run):
             tracking.tags(run, revoked=reason)
     versions = client.search_model_versions(f"name = '{recipe}'")
     for version in versions:

@@ -29,8 +29,8 @@ def ui(
         ["dagster._daemon", "run", *workspace],
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
-    ports = {"Dagster": port, "audit": audit_port}
-    if not pages.remote_tracking():
+    ports, remote = {"Dagster": port, "audit": audit_port}, pages.remote_tracking()
+    if not remote:
         database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
         commands.append(["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)])
         ports["MLflow"] = mlflow_port
@@ -39,7 +39,7 @@ def ui(
     how = {"start_new_session": True, "env": environment(ports)}
     processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
     print(*(f"{name:<8} http://{HOST}:{ports[name]}" for name in pages.SERVERS if name in ports), sep="\n")
-    if remote := pages.remote_tracking():
+    if remote:
         print(f"{'MLflow':<8} {remote}")
     print("Ctrl-C stops them all.", flush=True)
     try:

@@ -34,7 +34,7 @@ class Tracking(dg.ConfigurableResource):
         from mlflow.entities import Param
 
         client = self.client()
-        if instead_of and self.there(instead_of) and client.get_run(instead_of).info.status == "RUNNING":
+        if instead_of and self.state(instead_of) == "RUNNING":
             client.set_terminated(instead_of, "KILLED")
         run_id = client.create_run(self._experiment(client, recipe), run_name=f"{recipe}/{round_key}").info.run_id
         values = {_allowed(name): str(value)[:6000] for name, value in _flat(params)}
@@ -59,14 +59,15 @@ class Tracking(dg.ConfigurableResource):
             client.rename_experiment(found.experiment_id, f"{recipe} in {found.artifact_location}")
         return client.create_experiment(recipe, artifact_location=artifacts)
 
-    def there(self, run_id: str) -> bool:
-        """Whether MLflow has the run, and nobody has deleted it there."""
+    def state(self, run_id: str) -> str | None:
+        """The status of a run; None where MLflow does not have it, or somebody has deleted it there."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client().get_run(run_id).info.lifecycle_stage == "active"
+            run = self.client().get_run(run_id).info
         except MlflowException:  # its database was lost, or is another
-            return False
+            return None
+        return run.status if run.lifecycle_stage == "active" else None
 
     def curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
         """A metric over steps."""

@@ -182,15 +182,11 @@ _TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
     WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
 # The rounds whose verdict counted it: the prompt, whichever weights answered, or the answer, by the weights that gave
 # it. Of a scorer, those that went by this version.
-_VERDICTS = (
-    """SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
-        prompt_id IN ("""
-    + _ASKED
-    + """)
+_VERDICTS = f"""SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
+        prompt_id IN ({_ASKED})
         OR (checkpoint, prompt_id) IN (
             SELECT (policy, prompt_id) FROM touched WHERE recipe = $recipe AND split = 'eval')
-    ) {} ORDER BY round"""
-)
+    ) {{}} ORDER BY round"""
 _EVALUATED = {
     **dict.fromkeys(_CANDIDATES, _VERDICTS.format("")),
     "scorer": _VERDICTS.format(
