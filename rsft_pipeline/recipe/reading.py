@@ -8,7 +8,7 @@ import copy
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ _MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # 
 def _explain(error: ValidationError, path: Path) -> str:
     lines = [f"{path}: this recipe cannot run:"]
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))) or "recipe"
+        where = (
+            ".".join(name for name, _ in _walked(problem["loc"]) if name and not _MEMBER.fullmatch(name)) or "recipe"
+        )
         message = problem["msg"].removeprefix("Value error, ")
         match problem["type"]:
             case "extra_forbidden":
@@ -165,17 +167,26 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that an error's location points into."""
-    sections: list[Any] = [Recipe]
-    for part in location:
-        found: list[Any] = []
-        for section in sections:
-            if isinstance(section, type) and issubclass(section, Section):
-                if part in section.model_fields:
-                    found += _sections_in(section.model_fields[part].annotation)
-                elif part in {v for f in section.model_fields.values() for v in typing.get_args(f.annotation)}:
-                    found.append(section)  # pydantic names the chosen member of a tagged union in the path
-        sections = found or sections
+    _, sections = [("", [Recipe]), *_walked(location)][-1]
     return sorted({name for section in sections for name in section.model_fields})
+
+
+def _walked(location: tuple[int | str, ...]) -> Iterator[tuple[str, list[type[Section]]]]:
+    """The parts of an error's location, each with the sections that it may point into.
+
+    Of sections told apart by a tag, such as rules, pydantic names the one that is meant: a part without a name here.
+    """
+    sections: list[type[Section]] = [Recipe]
+    for part in location:
+        tagged = [section for section in sections if part in _tags(section)] if len(sections) > 1 else []
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = tagged or [found for field in fields for found in _sections_in(field.annotation)] or sections
+        yield "" if tagged else str(part), sections
+
+
+def _tags(section: type[Section]) -> set[str]:
+    annotations = [field.annotation for field in section.model_fields.values()]
+    return {typing.get_args(one)[0] for one in annotations if typing.get_origin(one) is typing.Literal}
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
