@@ -195,7 +195,7 @@ def stop_reason(stop: Stop, history: Sequence[FinishedRound], metric: Metric) ->
     if stop.target is not None and value is not None and value >= stop.target:
         return f"target reached: the champion's {metric} is {value:.3f}, and {stop.target:g} is enough"
     if len(history) >= stop.rounds:
-        return f"rounds used up: {len(history)} of {stop.rounds} finished"
+        return f"rounds used up: {len(history)} finished, {stop.rounds} allowed"
     since_promotion = next((i for i, r in enumerate(reversed(history)) if r.promoted), len(history))
     if stop.patience is not None and since_promotion >= stop.patience:
         return f"patience used up: no promotion in the last {since_promotion} rounds"

@@ -110,7 +110,10 @@ def test_sensors_run_two_recipes_to_their_stop_and_new_prompts_start_another_rou
 
         wait_for(lambda: finished("first") == finished("second") == ["r000", "r001"])
         # Both sensors look once more, and the stop rule holds.
-        loops, stopped = ("first_next_round", "second_next_round"), ["stopped: rounds used up: 2 of 2 finished"] * 2
+        loops, stopped = (
+            ("first_next_round", "second_next_round"),
+            ["stopped: rounds used up: 2 finished, 2 allowed"] * 2,
+        )
         wait_for(lambda: last_ticks(instance, *loops) == stopped, patience=60)
         assert len(instance.get_runs()) == 4
         assert all(run.tags[process.TAG].endswith(run.run_id) for run in instance.get_runs())  # should one be killed

@@ -91,7 +91,7 @@ def test_the_schedule_starts_the_next_round_until_a_stop_rule_holds(home, write_
         with Store.at(home) as store:
             for n in range(recipe.stop.rounds):
                 store.append("rounds", [{**finished, "round": f"r{n:03d}", "champion_eval": evaluated}])
-        assert "rounds used up: 5 of 5" in tick().skip_message
+        assert "rounds used up: 5 finished, 5 allowed" in tick().skip_message
 
 
 def test_new_files_are_asked_about_again_until_their_round_is_finished(home, write_recipe, tmp_path):

@@ -257,7 +257,7 @@ def test_the_loop_goes_on_while_nothing_is_reached():
 
 def test_the_loop_ends_after_the_last_round():
     assert stop_reason(Stop(rounds=2), history(True), "pass_at_1") is None
-    assert stop_reason(Stop(rounds=2), history(True, True), "pass_at_1") == "rounds used up: 2 of 2 finished"
+    assert stop_reason(Stop(rounds=2), history(True, True), "pass_at_1") == "rounds used up: 2 finished, 2 allowed"
 
 
 def test_the_loop_ends_when_patience_does():

@@ -466,7 +466,7 @@ def test_a_round_by_settings_that_are_refused_since_says_so_and_the_history_stay
         store.commit(lambda connection: connection.execute("UPDATE rounds SET settings = ?", [json.dumps(settings)]))
         with pytest.raises(rounds.RoundError, match=r"r000 ran with settings that are refused by now: .*`draws: 1`"):
             rounds.record(store, recipe, "r000")
-        assert rounds.why_stopped(store, recipe.name) == "rounds used up: 1 of 1 finished"
+        assert rounds.why_stopped(store, recipe.name) == "rounds used up: 1 finished, 1 allowed"
 
 
 def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
