@@ -43,9 +43,10 @@ def ingest(
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
         left_out = sum(row.reason == revocations.REASON for row in read.refused)
         besides = f" ({left_out} more were revoked)" if left_out else ""
+        or_else = "" if left_out or sides else ", or change prompts.eval_fraction"
         raise prompts.PromptError(
             f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
-            "prompts, or change prompts.eval_fraction"
+            f"prompts{or_else}"
         )
     usable = [
         {
