@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -17,11 +19,15 @@ HOST = "127.0.0.1"
 
 
 def ui(
-    port: Annotated[int, typer.Option(help="Port of Dagster's web server.")] = 3000,
-    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
-    audit_port: Annotated[int, typer.Option(help="Port of the audit pages.")] = 5001,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Dagster's web server.")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's UI.")] = 5000,
+    audit_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the audit pages.")] = 5001,
 ) -> None:
     """Start Dagster (web server and daemon), MLflow and the audit pages on 127.0.0.1; Ctrl-C stops them all."""
+    ports, remote = {"Dagster": port, "audit": audit_port}, pages.remote_tracking()
+    if not remote:
+        ports["MLflow"] = mlflow_port
+    _check_free(ports)
     _instance()
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     commands = [
@@ -29,11 +35,9 @@ def ui(
         ["dagster._daemon", "run", *workspace],
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
-    ports, remote = {"Dagster": port, "audit": audit_port}, pages.remote_tracking()
     if not remote:
         database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
         commands.append(["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)])
-        ports["MLflow"] = mlflow_port
     for ended in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         signal.signal(ended, lambda *_: sys.exit(0))
     how = {"start_new_session": True, "env": environment(ports)}
@@ -49,8 +53,7 @@ def ui(
     except KeyboardInterrupt:
         pass
     finally:
-        for process in processes:
-            _end(process)
+        _end(processes)
 
 
 def environment(ports: dict[str, int]) -> dict[str, str]:
@@ -58,14 +61,30 @@ def environment(ports: dict[str, int]) -> dict[str, str]:
     return {pages.SERVERS[server][0]: f"http://{HOST}:{port}" for server, port in ports.items()} | os.environ
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Stop a server with everything it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-            process.wait(timeout=10)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def _check_free(ports: dict[str, int]) -> None:
+    """See that each server gets a port of its own that nobody has. Raises OSError, naming the option."""
+    options = {"Dagster": "--port", "MLflow": "--mlflow-port", "audit": "--audit-port"}
+    for server, port in ports.items():
+        if others := [other for other, its in ports.items() if its == port and other != server]:
+            raise OSError(f"{options[server]} and {options[others[0]]} are both {port}: give each its own")
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just closed is free
+            try:
+                tried.bind((HOST, port))
+            except OSError as error:
+                raise OSError(
+                    f"port {port}, for {server}, cannot be had ({error.strerror}): is `rsft ui` running already? "
+                    f"Another is given with {options[server]}"
+                ) from None
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Stop the servers with everything that they started."""
+    for how, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
+        deadline = time.monotonic() + patience
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
