@@ -20,20 +20,25 @@ _console: Console | None = None
 
 
 def watch() -> None:
-    """Draw bars on this process's standard error from now on, even while steps' output is captured."""
+    """Show progress on this process's standard error from now on, even while steps' output is captured."""
     global _console
-    if sys.stderr.isatty():
-        _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+    _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
 
 
 @contextmanager
 def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
     """Report the progress of a piece of work: yields `show(done, note="", total=None)`.
 
-    A terminal shows a bar with the note behind it; otherwise the log gets a line at most every ten seconds.
+    A terminal that is watched shows a bar with the note behind it; otherwise there is a line every ten seconds at
+    most, on standard error where that is watched, and else in the log.
     """
-    if _console is None:
-        yield _lines(what, total, log)
+    if _console is None or not _console.is_terminal:
+        say = (
+            log.info
+            if _console is None
+            else lambda line: _console.print(line, soft_wrap=True, highlight=False, markup=False)
+        )
+        yield _lines(what, total, say)
         return
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=_console) as bar:
@@ -43,13 +48,13 @@ def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
         )
 
 
-def _lines(what: str, total: int | None, log: logging.Logger) -> Show:
+def _lines(what: str, total: int | None, say: Callable[[str], None]) -> Show:
     of, last = total, time.monotonic()
 
     def show(done: int, note: str = "", total: int | None = None) -> None:
         nonlocal last
         if time.monotonic() - last >= LINE_EVERY:
             last = time.monotonic()
-            log.info("%s: %d of %s %s", what, done, total or of or "?", note)
+            say(f"{what}: {done} of {total or of or '?'} {note}".rstrip())
 
     return show
