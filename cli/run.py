@@ -7,7 +7,10 @@ recorded in the same instance.
 import json
 import logging
 import os
+import re
+import sys
 import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resources import pages
-from rsft_pipeline import prompts, rounds, scoring
+from rsft_pipeline import models, prompts, rounds, scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
@@ -51,7 +54,7 @@ def run(
     watch()
     with Home.here().lock("instance", wait=True):
         instance = _instance()
-    finished = []
+    finished, failure = [], None
     while rounds_ is None or len(finished) < rounds_:
         with _store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
@@ -63,12 +66,17 @@ def run(
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
                 raise RecipeError(f"another `rsft run {loaded.name}` is under way in {Home.here().path}")
-            _execute(instance, loaded, round_key, overrides)
+            failure = _execute(instance, loaded, round_key, overrides)
+        if failure:
+            break
         finished.append(round_key)
     with _store() as store:
         _show(store, loaded.name, finished)
         if json_:
-            print(json.dumps(_summary(store, loaded.name, finished)))
+            told = {"failed": asdict(failure)} if failure else {}
+            print(json.dumps(_summary(store, loaded.name, finished) | told))
+    if failure:
+        raise typer.Exit(130 if failure.interrupted else 1)
 
 
 def status(
@@ -81,7 +89,7 @@ def status(
         names = [Path(recipe).stem] if recipe else there
         for name in names:
             if name not in there:
-                raise RecipeError(f"{name} has no rounds yet: rsft run {recipe or name}")
+                raise RecipeError(f"{_find(recipe).stem} has no rounds yet: rsft run {recipe}")
             _show(store, name, None)
         if not names:
             console.print("no rounds yet: rsft run arithmetic")
@@ -105,8 +113,17 @@ def schema() -> None:
 # --- running -----------------------------------------------------------------------------------
 
 
-def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> None:
-    import dagster as dg
+@dataclass(frozen=True)
+class Failure:
+    """A round that did not finish, and why."""
+
+    round: str
+    interrupted: bool
+    why: list[str]  # each step that failed, or check that stopped the round, and what it says
+    dagster_run_id: str
+
+
+def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> Failure | None:
 
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
@@ -127,31 +144,54 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
             partition_key=round_key,
             run_id=run_id,
             tags=tags,
-            run_config={"loggers": {"console": {"config": {"log_level": "WARNING"}}}},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # what fails is told below
             raise_on_error=False,
         )
     )
-    if not result.success:
-        _fail(dg, result, recipe, round_key)
+    return None if result.success else _failed(result, recipe, round_key)
 
 
-def _fail(dg, result, recipe: Recipe, round_key: str) -> None:
-    failures = [e for e in result.all_events if e.event_type == dg.DagsterEventType.STEP_FAILURE]
-    if any(e.step_failure_data.error.cls_name == "DagsterExecutionInterruptedError" for e in failures):
+def _failed(result, recipe: Recipe, round_key: str) -> Failure:
+    """Tell why a round failed: what each step raised, or the check that ended it."""
+    import dagster as dg
+
+    checks = [check for check in result.get_asset_check_evaluations() if not check.passed]
+    why = [
+        f"check {check.check_name}: {check.description}"
+        for check in checks
+        if check.severity == dg.AssetCheckSeverity.ERROR
+    ]
+    errors = []
+    for event in result.filter_events(lambda event: event.is_step_failure):
+        error = event.step_failure_data.error
+        raised = error.cause or error  # it says more to people than what Dagster makes of it
+        errors.append(raised)
+        if raised.cls_name != "DagsterAssetCheckFailedError":  # the check says why itself
+            why.append(f"{event.step_key}: {re.sub(OURS, '', raised.message).strip()}")
+    failure = Failure(round_key, any(map(_interrupted, errors)), why, result.run_id)
+    if failure.interrupted:
         console.print(f"{recipe.name} {round_key} was interrupted: run it again to go on", style="yellow")
-        raise typer.Exit(130)
+        return failure
+    for error in errors:
+        if not re.match(f"{OURS}|dagster", error.message):  # not told for people: a developer has to see where it is
+            print("".join(error.stack), file=sys.stderr)
     console.print(f"{recipe.name} {round_key} failed", style="bold red")
-    for event in result.all_events:
-        if event.event_type == dg.DagsterEventType.STEP_FAILURE:
-            error = event.step_failure_data.error
-            raised = error.cause or error  # what the step raised says more to people than what that came of
-            console.print(f"  {event.step_key}: {raised.message.strip()}", style="red", markup=False, soft_wrap=True)
-        if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
-            checked = event.asset_check_evaluation_data
-            if not checked.passed and checked.severity == dg.AssetCheckSeverity.ERROR:
-                console.print(f"  check {checked.check_name}: {checked.description}", style="red", markup=False)
-    console.print(f"  whole log: rsft ui, run {result.run_id}", markup=False)
-    raise typer.Exit(1)
+    for line in why:
+        console.print(f"  {line}", style="red", markup=False, soft_wrap=True)
+    console.print(f"  whole log: rsft ui, run {failure.dagster_run_id}", markup=False, soft_wrap=True)
+    return failure
+
+
+OURS = r"rsft_pipeline\.[\w.]+: "  # how an error of the project's own is told, before what it says
+
+
+def _interrupted(error) -> bool:
+    """Whether a step failed because of a signal: of one that comes while DuckDB works, it makes an error of its own."""
+    while error:
+        if error.cls_name == "DagsterExecutionInterruptedError" or "Query interrupted" in error.message:
+            return True
+        error = error.cause or error.context
+    return False
 
 
 def _instance():
@@ -191,28 +231,32 @@ def _checked(recipe: Recipe) -> Recipe:
     from definitions import build
 
     try:
+        _check_name(recipe)
         prompts.check(recipe)
-        for config in recipe.scoring.scorers:
-            scoring.version(config, recipe)
+        prompts.check_rows(recipe)
+        scoring.check(recipe)
+        models.check(recipe)
         dg.Definitions.validate_loadable(build([recipe]))
-    except (ValueError, dg.DagsterError) as error:
+    except (ValueError, models.ModelError, dg.DagsterError) as error:
         raise RecipeError(f"{recipe.file}: {error}") from error
     return recipe
 
 
 def _linked(recipe: Recipe) -> Recipe:
     """Make a recipe from elsewhere known to this home, so that Dagster's UI shows it."""
-    usual = reading.RECIPES / recipe.file.name
     link = Home.here().recipes / recipe.file.name
-    if recipe.file == usual.resolve():
-        return recipe
-    if usual.exists() or (link.is_symlink() and link.resolve() != recipe.file and link.exists()):
-        taken = usual if usual.exists() else link.resolve()
-        raise RecipeError(f"{recipe.file}: a recipe called {recipe.name!r} is already {taken}; rename this file")
-    if not link.is_symlink() or link.resolve() != recipe.file:
+    if recipe.file != (reading.RECIPES / recipe.file.name).resolve() and link.resolve() != recipe.file:
         link.unlink(missing_ok=True)
         link.symlink_to(recipe.file)
     return recipe
+
+
+def _check_name(recipe: Recipe) -> None:
+    """See that no other recipe has the recipe's name, by which this home keeps its rounds."""
+    for folder in (reading.RECIPES, Home.here().recipes):
+        other = folder / recipe.file.name
+        if other.exists() and other.resolve() != recipe.file:
+            raise RecipeError(f"a recipe called {recipe.name!r} is already {other.resolve()}; rename this file")
 
 
 def _unlimited(recipe: Recipe) -> Recipe:

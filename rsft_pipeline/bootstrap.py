@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
@@ -36,6 +37,17 @@ The weights `{parent}`, made ready for the recipe `{recipe}`: labels {labels}, {
 """
 
 OnStep = Callable[[int, int, float, int], None]
+
+
+def check(recipe: Recipe) -> None:
+    """See that the recipe's warm-up can be: that its corpus is one, and that such a model has the sizes it is given.
+
+    Raises:
+        ModelError: a corpus or configuration that cannot be used.
+    """
+    _corpus(recipe, recipe.model.bootstrap or recipe.model.warm_up)
+    if recipe.model.bootstrap:
+        _sizes(recipe.model.bootstrap)
 
 
 def build(recipe: Recipe, root: Path, on_step: OnStep) -> models.Checkpoint:
@@ -211,7 +223,7 @@ def _corpus(recipe: Recipe, settings: WarmUp) -> list[dict[str, str]]:
     if file.is_file():
         rows = _json_lines(file)
     elif ":" in source:
-        rows = functions.load(source, recipe.folder)()
+        rows = functions.rows(source, recipe.folder)
     else:
         raise models.ModelError(
             f"the warm-up's `corpus` is {source!r}: there is no file {file}, and it is not `module:function`"
@@ -292,19 +304,10 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
     )
 
 
-def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
-    """A model of the configuration with random weights that follow from the seed."""
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, GenerationConfig
+def _sizes(settings: Bootstrap) -> tuple[str, dict[str, Any]]:
+    """The type of model and its sizes, each of which it has to know."""
+    from transformers import AutoConfig
 
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if recipe.task == "seq2seq":
-        special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     sizes = dict(settings.config)
     model_type = sizes.pop("model_type", None)
     if model_type is None:
@@ -321,6 +324,23 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
                 f"model.bootstrap.config.{name}: {model_type} has no such setting."
                 f"{f' Did you mean {near[0]!r}?' if near else ''}"
             )
+    return model_type, sizes
+
+
+def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
+    """A model of the configuration with random weights that follow from the seed."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, GenerationConfig
+
+    model_type, sizes = _sizes(settings)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if recipe.task == "seq2seq":
+        special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         try:

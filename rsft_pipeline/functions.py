@@ -10,9 +10,11 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rsft_pipeline.lineage import digest, file_digest
 
@@ -34,6 +36,29 @@ def load(reference: str, folder: Path) -> Callable:
         FunctionError: not of that form, no such module, a module that fails to import, no such function.
     """
     return _found(reference, Path(folder))[1]
+
+
+def rows(reference: str, folder: Path) -> Iterator[Any]:
+    """What the function that `module:function` names yields, called with nothing.
+
+    Raises:
+        FunctionError: as `load` does, or the function failed, or it returned what has no rows.
+    """
+    function = load(reference, folder)
+    try:
+        returned = function()
+        if isinstance(returned, Iterable):
+            yield from returned
+            return
+    except Exception as error:
+        raise FunctionError(f"{reference} failed: {told(error)}") from error
+    raise FunctionError(f"{reference} has to yield rows, and returned a {type(returned).__name__}")
+
+
+def told(error: Exception) -> str:
+    """An error of a user's function and where it was raised, without what the traceback keeps alive."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}, in {place.name})"
 
 
 def version(reference: str, folder: Path) -> str:

@@ -71,6 +71,22 @@ def base(
     return bootstrap.prepare(recipe, found, root, on_step) if wanted.warm_up or wanted.labels else found
 
 
+def check(recipe: Recipe) -> None:
+    """See that the models that the recipe names can be had, before one is made or loaded. A hub is not asked.
+
+    Raises:
+        ModelError: a folder that is not there or holds no weights, or what a model would be made of is not right.
+    """
+    if recipe.model.bootstrap or recipe.model.warm_up:
+        from rsft_pipeline import bootstrap
+
+        bootstrap.check(recipe)
+    named = {"model": recipe.model, "sampling.teacher": recipe.sampling.teacher}
+    for field, wanted in named.items():
+        if wanted and wanted.source != "bootstrap" and (folder := _local(recipe, field, wanted.source)):
+            _check_folder(folder)
+
+
 def bases(home: Path) -> Path:
     """The folder of the base models that were made on this machine."""
     return Path(home) / "models"
@@ -107,13 +123,19 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
 
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
     """A model of a recipe's field: a local folder, or from the hub. Raises ModelError, naming the field."""
-    folder = recipe.path(source)
-    if not folder.is_dir():
-        if source.startswith(("/", ".", "~")):
-            raise ModelError(f"{field}.source is {source!r}: there is no folder {folder}")
-        folder = _download(field, source, revision)
+    folder = _local(recipe, field, source) or _download(field, source, revision)
     _check_folder(folder)
     return Checkpoint(content_digest(folder), folder)
+
+
+def _local(recipe: Recipe, field: str, source: str) -> Path | None:
+    """The folder that a source means; None for one that the hub is to have."""
+    folder = recipe.path(source)
+    if folder.is_dir():
+        return folder
+    if source.startswith(("/", ".", "~")):
+        raise ModelError(f"{field}.source is {source!r}: there is no folder {folder}")
+    return None
 
 
 def _download(field: str, model_id: str, revision: str | None) -> Path:

@@ -21,7 +21,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,8 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
             raise PromptError(_nothing_usable(section.source, refused))
         if len(prompts) == section.limit:
             break
+    if recipe.group_by and not any(recipe.group_by in prompt.fields for prompt in prompts):
+        raise PromptError(_no_group(recipe.group_by, prompts[0]))
     content = (lineage.digest([p.prompt_id, p.text, p.reference, p.fields, p.split]) for p in prompts)
     return Ingest(prompts, refused, len(prompts) + len(refused), lineage.set_digest(content))
 
@@ -162,6 +164,27 @@ def check(recipe: Recipe) -> None:
             pass
         case _ if not path.is_file():
             raise PromptError(f"prompts.source is {name!r}: there is no file {path}")
+
+
+def check_rows(recipe: Recipe) -> None:
+    """See that there is a row that can be a prompt, as far as that can be told without a tokenizer. A hub is not asked.
+
+    Of a good source that is seen at its first rows.
+
+    Raises:
+        PromptError: no row is usable, or none of those has the column of `group_by`.
+    """
+    if _format(recipe) == "hub":
+        return
+    _check_encoding(recipe.prompts.encoding)
+    refused, last = [], None
+    for row in chain(_source(recipe), _inbox(recipe)):
+        match _outcome(row, recipe, None, math.inf):
+            case Refused() as outcome:
+                refused.append(outcome)
+            case Prompt() as last if recipe.group_by in (None, *last.fields):
+                return
+    raise PromptError(_no_group(recipe.group_by, last) if last else _nothing_usable(recipe.prompts.source, refused))
 
 
 def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
@@ -253,7 +276,7 @@ def _outcome(row: _Row | Refused, recipe: Recipe, tokenizer, longest: float) -> 
     if section.messages is not None:
         messages = [{"role": m.role, "content": part} for m, part in zip(section.messages, filled, strict=True)]
         text = render(tokenizer, messages)
-    elif section.too_long == "cut":
+    elif section.too_long == "cut" and longest < math.inf:
         text = _cut(tokenizer, text, longest)
     question = lineage.question(values.values())
     split = "eval" if lineage.in_eval_split(question, section.eval_fraction) else "train"
@@ -686,16 +709,12 @@ def _from_hub(recipe: Recipe) -> Iterator[_Row]:
 
 def _from_function(reference: str, folder: Path) -> Iterator[_Row]:
     try:
-        function = functions.load(reference, folder)
+        for number, fields in enumerate(functions.rows(reference, folder), 1):
+            if not isinstance(fields, Mapping):
+                raise PromptError(f"{reference} yields rows as dicts; row {number} is a {type(fields).__name__}")
+            yield _Row(reference, number, None, fields)
     except functions.FunctionError as error:
         raise PromptError(f"prompts.source: {error}") from error
-    rows = function()
-    if not isinstance(rows, Iterable):
-        raise PromptError(f"prompts.source: {reference} has to yield rows, and returned a {type(rows).__name__}")
-    for number, fields in enumerate(rows, 1):
-        if not isinstance(fields, Mapping):
-            raise PromptError(f"{reference} yields rows as dicts; row {number} is a {type(fields).__name__}")
-        yield _Row(reference, number, None, fields)
 
 
 def _nothing_usable(source: str, refused: list[Refused]) -> str:
@@ -707,3 +726,7 @@ def _nothing_usable(source: str, refused: list[Refused]) -> str:
         f"prompts.source: none of the {len(refused)} rows of {source} is usable ({counts}). "
         f"The first, line {first.line}: {first.detail}"
     )
+
+
+def _no_group(column: str, prompt: Prompt) -> str:
+    return f"group_by: no prompt has a column {column!r}; there is {', '.join(map(repr, prompt.fields)) or 'none'}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,17 @@ from rsft_pipeline.store import Store
 def rsft(*words, cwd=None):
     command = [sys.executable, "-m", "cli.main", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ, timeout=300, check=False)
+
+
+NO_REFERENCE = {"scorers": [{"kind": "regex", "pattern": "a"}]}
+SLOW = """
+import os, signal, threading, duckdb
+
+def rows():
+    yield {"question": "ab"}  # `rsft run` reads no further before it begins
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    duckdb.sql("SELECT sum(hash(range)) FROM range(1_000_000_000_000)").fetchall()
+"""
 
 
 @pytest.fixture
@@ -80,16 +92,54 @@ def test_status_names_the_rounds_where_none_is_finished(home):
 def test_stop_rules_end_a_run_and_say_why(path):
     done = rsft("run", path, "--set", "stop.rounds=1", "--json")
     assert len(json.loads(done.stdout.splitlines()[-1])["rounds"]) == 1
-    assert "rounds used up: 1 of 1" in done.stdout
+    assert "rounds used up: 1 finished, 1 allowed" in done.stdout
     again = rsft("run", path, "--set", "stop.rounds=1", "--json")
     assert json.loads(again.stdout.splitlines()[-1])["rounds"] == []
 
 
 def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
-    done = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0")
+    done = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--json")
+    assert done.returncode == 1
+    *lines, last = done.stdout.splitlines()
+    assert lines[0] == "letters_loop r000 failed"
+    assert lines[1].startswith("  check something_accepted: nothing was accepted (below threshold:")
+    told = json.loads(last)
+    assert told["rounds"] == [] and told["unfinished"] == {"r000": "started"}
+    assert told["failed"]["round"] == "r000" and not told["failed"]["interrupted"]
+    assert told["failed"]["why"] == [lines[1].strip()]
+    assert told["failed"]["dagster_run_id"] in lines[2]
+    assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
+
+
+def test_an_error_that_is_not_of_the_project_comes_with_its_stack(path, monkeypatch):
+    monkeypatch.setenv("RSFT_MLFLOW", f"sqlite:///{path}/mlflow.db")  # in a folder that is a file
+    done = rsft("run", path, "--rounds", "1")
     assert done.returncode == 1
     assert "letters_loop r000 failed" in done.stdout
-    assert "nothing was accepted (below threshold:" in " ".join(done.stdout.split())
+    assert "tracking.py" in done.stderr
+
+
+def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, write_recipe):
+    path = write_recipe(prompts={"source": "slow:rows", "template": "{question}"}, scoring=NO_REFERENCE)
+    (path.parent / "slow.py").write_text(SLOW)
+    done = rsft("run", path, "--rounds", "1", "--json")
+    assert done.returncode == 130
+    assert "letters_loop r000 was interrupted: run it again to go on" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["failed"]["interrupted"]
+
+
+def test_progress_is_told_where_there_is_no_terminal(home, tmp_path):
+    script = """
+        import logging, sys
+        from rsft_pipeline import progress
+        progress.watch()
+        progress.LINE_EVERY = 0
+        with progress.track("r000 draws", None, logging.getLogger()) as show:
+            show(3, "waves", 9)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "r000 draws: 3 of 9 waves\n" and not done.stdout
 
 
 def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monkeypatch):
@@ -112,6 +162,14 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monke
         (("check", "arithmetic", "--set", "model.revision=2024-02-30"), "is not YAML"),
         (("check", "~nobody_of_that_name/x.yaml"), "home directory"),
         (("check", "arithmetic", "--set", "scoring.scorers.²=1"), "expected a list position"),
+        (("check", "arithmetic", "--set", "prompts.template=what is {sum}?"), "no column 'sum'; there is 'question'"),
+        (("check", "arithmetic", "--set", "group_by=sum"), "group_by: no prompt has a column 'sum'"),
+        (("check", "arithmetic", "--set", "model.bootstrap.corpus=no.jsonl"), "there is no file"),
+        (("check", "arithmetic", "--set", "model.bootstrap.config.hidden=8"), "llama has no such setting"),
+        (("check", "arithmetic", "--set", "model={source: /nowhere}"), "there is no folder /nowhere"),
+        (("check", "stories", "--set", "prompts.source=arithmetic:sums"), "no column 'opening'"),
+        (("status", "sentimnt"), "Did you mean 'sentiment'?"),
+        (("ui", "--port", "4999", "--audit-port", "4999"), "--port and --audit-port are both 4999"),
     ],
 )
 def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, expected):
@@ -173,6 +231,18 @@ def test_a_process_that_ends_does_not_look_for_garbage():
 
 
 def test_two_recipes_of_one_name_are_refused(home, write_recipe):
-    done = rsft("run", write_recipe(name="arithmetic"))
+    for command in ("run", "check"):
+        done = rsft(command, write_recipe(name="arithmetic"))
+        assert done.returncode == 2
+        assert "a recipe called 'arithmetic' is already" in done.stderr
+
+
+def test_a_port_that_somebody_has_is_named_before_anything_starts(home):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = rsft("ui", "--mlflow-port", port)
     assert done.returncode == 2
-    assert "a recipe called 'arithmetic' is already" in done.stderr
+    assert f"port {port}, for MLflow, cannot be had" in done.stderr and "--mlflow-port" in done.stderr
+    assert not (home / "dagster").exists()

@@ -361,7 +361,7 @@ def test_a_sample_on_which_a_scorer_fails_gets_none_and_shifts_no_other(mine, ca
         scores = scoring.score(scoring.judges(made, CPU), [sample(c) for c in ("1", "0", "2", "?", "4")])
     assert scores == {"mine": [1.0, None, 0.5, None, 0.25]}
     assert [r.getMessage() for r in caplog.records][1:] == [
-        "scorer 'mine' cannot judge 2 of 5 samples; sample 1: ZeroDivisionError('division by zero') "
+        "scorer 'mine' cannot judge 2 of 5 samples; sample 1: ZeroDivisionError: division by zero "
         "(judges.py, line 2, in <listcomp>)"
     ]
 

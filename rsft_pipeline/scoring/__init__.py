@@ -8,10 +8,10 @@ A scorer takes samples and returns as many floats, or None for «cannot judge»,
 """
 
 import importlib.metadata
+import inspect
 import logging
 import math
 import numbers
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,25 @@ class Sample:
 
 
 Judge = Callable[[Sequence[Sample]], list[float | None]]
+
+
+def check(recipe: Recipe) -> None:
+    """See that all that the recipe's scorers name is there, before anything is loaded for them.
+
+    Raises:
+        ScoringError: a file, package, model or function is not there, or a function does not take its `arguments`.
+    """
+    for config in recipe.scoring.scorers:
+        version(config, recipe)
+        if config.kind == "function":
+            function = functions.load(config.function, recipe.folder)
+            try:
+                inspect.signature(function).bind([], **config.arguments)
+            except TypeError as error:
+                raise ScoringError(
+                    f"scorer {config.label!r}: {config.function} is called with a list of samples and "
+                    f"{config.arguments or 'no arguments'}: {error}"
+                ) from None
 
 
 def judges(recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) -> dict[str, Judge]:
@@ -241,7 +260,7 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
                     f"scorer {label!r} ran out of memory on a single sample: {error}. Nothing is lost: run the round "
                     "again where there is more memory free, or lower `sampling.max_tokens`"
                 ) from error
-            failures[i] = _told(error)
+            failures[i] = functions.told(error)
             scores.append(None)
         else:
             scores += _checked(label, returned, 1, first=i)
@@ -254,12 +273,6 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
             "scorer %r cannot judge %d of %d samples; sample %d: %s", label, len(failures), len(samples), i, error
         )
     return scores
-
-
-def _told(error: Exception) -> str:
-    """An error, and where it was raised, without what the traceback keeps alive."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} ({Path(place.filename).name}, line {place.lineno}, in {place.name})"
 
 
 def _checked(label: str, returned: Any, count: int, first: int = 0) -> list[float | None]:
