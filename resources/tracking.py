@@ -17,6 +17,8 @@ from pydantic import Field
 from resources import pages
 from rsft_pipeline.home import Home
 
+DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # that MLflow can keep runs in
+
 
 class Tracking(dg.ConfigurableResource):
     """Writes rounds to MLflow and moves the `champion` alias of its model registry."""
@@ -46,14 +48,16 @@ class Tracking(dg.ConfigurableResource):
         return run_id
 
     def _experiment(self, client, recipe: str) -> str:
-        artifacts = None if self.uri else (Home.here().mlflow / "artifacts" / recipe).as_uri()
+        # Of a database that no server stands before, MLflow would put artifacts into the current folder.
+        served = self.uri and not self.uri.startswith(DATABASES)
+        artifacts = None if served else (Home.here().mlflow / "artifacts" / recipe).as_uri()
         found = client.get_experiment_by_name(recipe)
         if found and found.lifecycle_stage == "deleted":  # it keeps its name, and cannot be renamed as it is
             client.restore_experiment(found.experiment_id)
             client.rename_experiment(found.experiment_id, f"{recipe}, deleted, {found.experiment_id}")
             client.delete_experiment(found.experiment_id)
             found = None
-        if found and artifacts in (None, found.artifact_location):
+        if found and (self.uri or artifacts == found.artifact_location):
             return found.experiment_id
         if found:  # the home has been moved: MLflow would go on writing to where it was
             client.rename_experiment(found.experiment_id, f"{recipe} in {found.artifact_location}")

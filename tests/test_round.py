@@ -1,6 +1,7 @@
 """Rounds in Dagster, in process, on a two-layer model: the whole loop with the real store and MLflow."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import definitions
 from assets.outside import tell
 from assets.shared import OVERRIDES, key, rounds_of
 from automation.jobs import job_name
+from resources.tracking import Tracking
 from rsft_pipeline import gates, lineage, models, prompts, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
@@ -477,6 +479,16 @@ def test_a_home_can_be_moved(home, instance, recipe, monkeypatch):
     assert run(instance, recipe, "r001").success
     assert not home.exists()  # nothing is written to where it was
     assert len(list(moved.glob("mlflow/artifacts/*/*/artifacts/meta.json"))) == 2
+
+
+def test_homes_that_share_a_tracking_database_share_experiments_too(home, tmp_path, monkeypatch, tracking_database):
+    shared = Tracking(uri=f"sqlite:///{shutil.copy(tracking_database, tmp_path / 'shared.db')}")
+    runs = [shared.begin("one", "r000", instead_of=None, params={})]
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "other"))
+    runs.append(shared.begin("one", "r001", instead_of=None, params={}))
+    (experiment,) = {shared.client().get_run(run).info.experiment_id for run in runs}
+    artifacts = shared.client().get_experiment(experiment).artifact_location
+    assert artifacts == (home / "mlflow" / "artifacts" / "one").as_uri()  # and not wherever the process was started
 
 
 def test_tidying_up_in_mlflow_stops_no_round_and_no_revocation(home, instance, recipe):
