@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from cli.main import app
+from rsft_pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -50,3 +51,16 @@ def named(command, words):
         name, *words = words
         commands = [commands[0].commands[one] for one in name.split("|")]
     return commands, words
+
+
+def test_every_query_that_is_shown_can_be_asked(ran):
+    shown = 0
+    with Store.at(ran / "home") as store:
+        candidate = store.value("SELECT min(candidate_id) FROM training_samples")
+        told = {"recipe": "letters_loop", "candidate": candidate, "term": "a", "prompt": "nobody", "round": "r000"}
+        for page in PAGES:
+            for sql in re.findall(r"```sql\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+                asked = set(re.findall(r"\$(\w+)", re.sub(r"'[^']*'", "", sql)))
+                store.query(sql, {name: told[name] for name in asked})
+                shown += 1
+    assert shown > 8
