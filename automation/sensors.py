@@ -14,7 +14,7 @@ from automation.jobs import job_name
 from automation.runs import busy, due, failures
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
-from rsft_pipeline.prompts import inbox_files
+from rsft_pipeline.prompts.sources import inbox_files
 from rsft_pipeline.recipe.recipe import Recipe
 
 ATTEMPTS = 3  # at a round, before a person has to look

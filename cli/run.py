@@ -233,7 +233,6 @@ def _checked(recipe: Recipe) -> Recipe:
     try:
         _check_name(recipe)
         prompts.check(recipe)
-        prompts.check_rows(recipe)
         scoring.check(recipe)
         models.check(recipe)
         dg.Definitions.validate_loadable(build([recipe]))

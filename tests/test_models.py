@@ -19,7 +19,7 @@ from transformers import (
 from rsft_pipeline import bootstrap, lineage, models, prompts, training
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
-from rsft_pipeline.prompts import encode
+from rsft_pipeline.prompts import encode, templates
 from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
 from rsft_pipeline.recipe.prompts import Prompts
 from rsft_pipeline.recipe.reading import load
@@ -458,10 +458,10 @@ def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(
     out = {f"{place} / {n}" for place, n in asked if lineage.in_eval_split(lineage.question([place, n]), 0.25)}
     assert prompts.held_out(asking(tmp_path, template="{place} / {n}"), kept) == out
     # A column that comes twice is the same text twice: this is no such prompt.
-    assert not any("n" in one for one in prompts._readings("{place} {n}: {place}", "York 3: Cork"))
-    ways = [list(one.values()) for one in prompts._readings("{place} {n}", "New York 3")]
+    assert not any("n" in one for one in templates.readings("{place} {n}: {place}", "York 3: Cork"))
+    ways = [list(one.values()) for one in templates.readings("{place} {n}", "New York 3")]
     assert ways == [["New", "York 3"], ["New York", "3"]]
-    assert [list(one.values()) for one in prompts._readings("{a}{b}", "xy")] == [["", "xy"], ["x", "y"], ["xy", ""]]
+    assert [list(one.values()) for one in templates.readings("{a}{b}", "xy")] == [["", "xy"], ["x", "y"], ["xy", ""]]
 
 
 @pytest.mark.parametrize(

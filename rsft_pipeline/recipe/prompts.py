@@ -1,6 +1,6 @@
 """The section `prompts`: where prompts come from and how a row becomes one.
 
-Not: reading them (rsft_pipeline/prompts.py).
+Not: reading them (rsft_pipeline/prompts).
 """
 
 from typing import Literal

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rsft_pipeline import models, prompts
 from rsft_pipeline.devices import Device
+from rsft_pipeline.prompts import templates
 from rsft_pipeline.tasks import causal, seq2seq
 from rsft_pipeline.training import Sample
 
@@ -56,7 +57,7 @@ class Likelihood:
 
     def _prompt(self, prompt: str, messages: list[dict] | None) -> list[int]:
         if messages is not None:
-            prompt = prompts.render(self.tokenizer, messages)
+            prompt = templates.render(self.tokenizer, messages)
         return prompts.encode(self.tokenizer, prompt, messages is not None, self.name)
 
     def _fits(self, sample: Sample) -> bool:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from rsft_pipeline import prompts
 from rsft_pipeline.devices import Device
+from rsft_pipeline.prompts import templates
 from rsft_pipeline.scoring.classifier import Classifier
 
 
@@ -39,4 +39,4 @@ class Reward:
 
     def _conversation(self, messages: list[dict], completion: str) -> str:
         reply = {"role": "assistant", "content": completion}
-        return prompts.render(self.classifier.tokenizer, [*messages, reply], finished=True)
+        return templates.render(self.classifier.tokenizer, [*messages, reply], finished=True)

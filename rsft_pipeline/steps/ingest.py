@@ -1,6 +1,6 @@
 """Ingest: a recipe's prompts into the store, and the rows that cannot be prompts into quarantine.
 
-Belongs here: what is kept of the prompts that are there already. Not: how a row becomes a prompt (prompts.py), nor
+Belongs here: what is kept of the prompts that are there already. Not: how a row becomes a prompt (prompts/), nor
 which prompts a round asks (draw.py).
 """
 
@@ -30,7 +30,7 @@ def ingest(
     Args:
         round_key: the round that they are read for; None for those to come.
     """
-    prompts.check(recipe)  # before a model is made or fetched for them
+    prompts.sources.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]

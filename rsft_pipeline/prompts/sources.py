@@ -1,0 +1,324 @@
+"""Sources: the rows of a file, a data set or a function, one by one, each with the place that it came from.
+
+Belongs here: reading every kind of source, and the inbox. Not: what becomes of a row (the package itself).
+
+A row that cannot be read is refused with its bytes, and the rows behind it are read all the same.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsft_pipeline import functions
+from rsft_pipeline.recipe.recipe import Recipe
+
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class PromptError(ValueError):
+    """A source that cannot be read, or that has no usable row: the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that cannot be a prompt.
+
+    The reason is one of: `not UTF-8` (or whichever encoding the recipe names), `broken JSON`, `broken CSV`,
+    `not storable` (a value that JSON cannot keep, such as bytes or half a surrogate pair), `missing column`
+    (or null in it), `no label` (a reference that a classifier cannot give), `empty`, `too long`, `duplicate`, and
+    for a whole file of the inbox `unreadable file`.
+    """
+
+    source: str
+    line: int  # as in Prompt; 0 for a whole file
+    raw: bytes  # the line or lines without the last line feed; where there are none, the row as JSON or as Arrow has it
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read."""
+
+    source: str
+    line: int
+    raw: bytes | None  # None: the source has no bytes of its own
+    fields: Mapping[str, Any]
+
+    def refused(self, reason: str, detail: str) -> Refused:
+        raw = self.raw
+        if raw is None:
+            raw = json.dumps(dict(self.fields), ensure_ascii=True, default=repr, skipkeys=True).encode()
+        return Refused(self.source, self.line, raw, reason, detail)
+
+
+def check(recipe: Recipe) -> None:
+    """See that the source is there, before a model is loaded or made for it. A hub is not asked.
+
+    Raises:
+        PromptError: a missing file or folder, an unknown format, or a function that cannot be loaded.
+    """
+    name, path = recipe.prompts.source, recipe.path(recipe.prompts.source)
+    match kind_of(recipe):
+        case "function":
+            try:
+                functions.load(name, recipe.folder)
+            except functions.FunctionError as error:
+                raise PromptError(f"prompts.source: {error}") from error
+        case "hub":
+            pass
+        case "dataset" if not path.is_dir():
+            raise PromptError(f"prompts.source is {name!r}: there is no folder {path}")
+        case "dataset":
+            pass
+        case _ if not path.is_file():
+            raise PromptError(f"prompts.source is {name!r}: there is no file {path}")
+
+
+def rows(recipe: Recipe) -> Iterator[Row | Refused]:
+    """The rows of the recipe's source. Raises PromptError where it cannot be read."""
+    section = recipe.prompts
+    name, path = section.source, recipe.path(section.source)
+    match kind := kind_of(recipe):
+        case "function":
+            return _from_function(name, recipe.folder)
+        case "hub":
+            return _from_hub(recipe)
+        case "dataset":
+            return _from_folder(path, name, section.hub_split)
+        case _:
+            return _from_file(path, name, kind, section.encoding)
+
+
+def kind_of(recipe: Recipe) -> str:
+    """The recipe's format, or what `auto` makes of the source's name."""
+    if recipe.prompts.format != "auto":
+        return recipe.prompts.format
+    name, path = recipe.prompts.source, recipe.path(recipe.prompts.source)
+    if functions.REFERENCE.fullmatch(name):
+        return "function"
+    if path.is_dir():
+        return "dataset"
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
+    if path.exists():
+        raise PromptError(
+            f"prompts.source: the format of {path} cannot be told from its name "
+            f"(known: {', '.join(SUFFIXES)}): set prompts.format"
+        )
+    return "hub"
+
+
+def inbox_files(recipe: Recipe) -> list[Path]:
+    """The files of the inbox, by name; hidden ones and sub-folders are not looked at."""
+    if recipe.prompts.inbox is None or not (folder := recipe.path(recipe.prompts.inbox)).is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def inbox(recipe: Recipe) -> Iterator[Row | Refused]:
+    """The rows of every file in the inbox. A file that cannot be read stops no round: it is refused."""
+    for path in inbox_files(recipe):
+        printable = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+        name = f"{recipe.prompts.inbox.rstrip('/')}/{printable}"
+        kind = SUFFIXES.get(path.suffix.lower())
+        if kind is None:
+            yield Refused(name, 0, b"", "unreadable file", f"its name ends in none of {', '.join(SUFFIXES)}")
+            continue
+        try:
+            yield from _from_file(path, name, kind, recipe.prompts.encoding)
+        except PromptError as error:
+            yield Refused(name, 0, b"", "unreadable file", str(error))
+
+
+def _from_file(path: Path, name: str, kind: str, encoding: str) -> Iterator[Row | Refused]:
+    reader = {"jsonl": _jsonl, "csv": _csv, "text": _text_lines, "parquet": _parquet}[kind]
+    try:
+        yield from reader(path, name, encoding)
+    except OSError as error:
+        raise PromptError(f"prompts: {path} cannot be read: {error.strerror or error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Physical lines, split at line feeds only (str.splitlines also splits inside text, as at U+0085)."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            yield number, raw.removesuffix(b"\n")
+
+
+def _decode(number: int, raw: bytes, encoding: str, errors: str = "strict") -> str:
+    text = raw.decode(encoding, errors)
+    return text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is not text
+
+
+def _undecodable(name: str, number: int, raw: bytes, encoding: str, error: UnicodeDecodeError) -> Refused:
+    detail = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+    return Refused(name, number, raw, f"not {encoding.upper()}", detail)
+
+
+def check_encoding(encoding: str) -> None:
+    """See that lines can be told apart before they are decoded. Raises PromptError."""
+    try:
+        by_lines = b"\n".decode(encoding) == "\n"
+    except LookupError:
+        raise PromptError(f"prompts.encoding: {encoding!r} is not a text encoding that Python knows") from None
+    except UnicodeError:
+        by_lines = False
+    if not by_lines:
+        raise PromptError(f"prompts.encoding: {encoding!r} cannot be read line by line; convert the file to UTF-8")
+
+
+def _jsonl(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
+    for number, raw in _lines(path):
+        if not raw.strip():
+            yield Refused(name, number, raw, "empty", "a blank line")
+            continue
+        try:
+            fields = json.loads(_decode(number, raw, encoding))
+        except UnicodeDecodeError as error:
+            yield _undecodable(name, number, raw, encoding, error)
+        except (ValueError, RecursionError) as error:
+            yield Refused(name, number, raw, "broken JSON", str(error))
+        else:
+            if isinstance(fields, dict):
+                yield Row(name, number, raw, fields)
+            else:
+                yield Refused(name, number, raw, "broken JSON", f"a {type(fields).__name__}, not an object")
+
+
+def _text_lines(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
+    for number, raw in _lines(path):
+        try:
+            yield Row(name, number, raw, {"text": _decode(number, raw, encoding).removesuffix("\r")})
+        except UnicodeDecodeError as error:
+            yield _undecodable(name, number, raw, encoding, error)
+
+
+def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
+    """CSV with a header. A record may span lines inside quotes; one that is broken costs its first line only."""
+    csv.field_size_limit(sys.maxsize)  # by itself it is 128 KiB, past which a cell's lines would be rows
+    lines = _lines(path)
+    given_back: deque[tuple[int, bytes]] = deque()
+    header: list[str] | None = None
+
+    def take(record: list[tuple[int, bytes]]) -> Iterator[str]:
+        """Lines for csv.reader, which takes as many as a record needs; noted in `record`."""
+        while line := given_back.popleft() if given_back else next(lines, None):
+            record.append(line)
+            yield _decode(*line, encoding, errors="surrogateescape") + "\n"
+
+    while True:
+        record: list[tuple[int, bytes]] = []
+        values, problem = [], ""
+        try:
+            values = next(csv.reader(take(record), strict=True))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # A quote that is never closed takes the following lines with it: they get another chance.
+            given_back.extendleft(reversed(record[1:]))
+            del record[1:]
+            problem = str(error)
+        number, raw = record[0][0], b"\n".join(raw for _, raw in record)
+        try:
+            for line in record:
+                _decode(*line, encoding)
+        except UnicodeDecodeError as error:
+            if header is None:
+                raise PromptError(f"prompts: the header of {path} is not {encoding.upper()}") from None
+            yield _undecodable(name, number, raw, encoding, error)
+            continue
+        if header is None:
+            if problem or len(set(values)) < max(len(values), 1):
+                raise PromptError(f"prompts: {path} begins with no header of distinct names: {problem or values}")
+            header = values
+        elif problem or (values and len(values) != len(header)):
+            problem = problem or f"{len(values)} fields, the header has {len(header)}"
+            yield Refused(name, number, raw, "broken CSV", problem)
+        elif not values:
+            yield Refused(name, number, raw, "empty", "a blank line")
+        else:
+            yield Row(name, number, raw, dict(zip(header, values, strict=True)))
+
+
+def _parquet(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise PromptError(f"prompts: {path} has columns of one name: {names}")
+            for batch in file.iter_batches():
+                for fields, written in _converted(batch):
+                    number += 1
+                    if isinstance(fields, Exception):
+                        yield Refused(name, number, written, "not storable", str(fields))
+                    else:
+                        yield Row(name, number, None, fields)
+    except pyarrow.ArrowException as error:
+        raise PromptError(f"prompts: {path} is not readable as Parquet, after row {number}: {error}") from None
+
+
+def _converted(batch) -> Iterator[tuple[dict[str, Any] | Exception, bytes]]:
+    """Each row of an Arrow batch as Python has it, or why it cannot, with what Arrow writes of it."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # a date out of range, bytes that are not UTF-8, a time zone that nobody knows: in which row?
+        rows = [batch.slice(i, 1) for i in range(batch.num_rows)]
+    for row in rows:
+        if isinstance(row, dict):
+            yield row, b""
+            continue
+        try:
+            yield row.to_pylist()[0], b""
+        except Exception as error:
+            columns = zip(row.schema.names, row.columns, strict=True)
+            yield error, "\n".join(f"{column}: {values.to_string()}" for column, values in columns).encode()
+
+
+def _from_folder(path: Path, name: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise PromptError(f"prompts.source: {path} is not a folder made by `datasets`: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise PromptError(f"prompts.hub_split: {path} has no split {split!r}; there is {', '.join(loaded)}")
+        loaded = loaded[split]
+    yield from (Row(name, number, None, fields) for number, fields in enumerate(loaded, 1))
+
+
+def _from_hub(recipe: Recipe) -> Iterator[Row]:
+    import datasets
+
+    section = recipe.prompts
+    try:
+        loaded = datasets.load_dataset(section.source, name=section.hub_config, split=section.hub_split)
+    except Exception as error:
+        raise PromptError(
+            f"prompts.source: there is no file {recipe.path(section.source)}, and no data set {section.source!r} "
+            f"(split {section.hub_split!r}) could be loaded from the hub: {error}\n"
+            "To use data that is on this machine: --set prompts.source=/path/to/file (or module:function)"
+        ) from None
+    yield from (Row(section.source, number, None, fields) for number, fields in enumerate(loaded, 1))
+
+
+def _from_function(reference: str, folder: Path) -> Iterator[Row]:
+    try:
+        for number, fields in enumerate(functions.rows(reference, folder), 1):
+            if not isinstance(fields, Mapping):
+                raise PromptError(f"{reference} yields rows as dicts; row {number} is a {type(fields).__name__}")
+            yield Row(reference, number, None, fields)
+    except functions.FunctionError as error:
+        raise PromptError(f"prompts.source: {error}") from error

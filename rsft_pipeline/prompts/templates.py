@@ -1,0 +1,102 @@
+"""Templates: texts with {column} placeholders, filled in, and read back out of what they made.
+
+Belongs here: the recipe's template or messages as text, the chat template among it. Not: which values fill them in
+(the package itself), nor token ids.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from rsft_pipeline.prompts.sources import PromptError
+from rsft_pipeline.recipe.prompts import Prompts
+
+# Not str.format, whose {column.attribute} and {column[0]} reach into values.
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def placeholders(template: str) -> list[str]:
+    """The names of the columns, in order, as often as they stand there."""
+    return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
+
+
+def parts(section: Prompts) -> list[str]:
+    """The texts with placeholders that a prompt is made of."""
+    return [section.template] if section.messages is None else [message.content for message in section.messages]
+
+
+def whole(section: Prompts, columns: Sequence[str], tokenizer) -> list[str]:
+    """The templates that make a text of all columns: the prompt as the policy reads it, and messages that have all."""
+    if section.messages is None:
+        return [section.template]
+    # Where a chat template puts the columns is seen by marks in their place.
+    marks = {name: f"\ue000{i}\ue001" for i, name in enumerate(columns)}
+    marked = [{"role": m.role, "content": fill(m.content, marks)} for m in section.messages]
+    rendered = render(tokenizer, marked).replace("{", "{{").replace("}", "}}")
+    for name, mark in marks.items():
+        rendered = rendered.replace(mark, f"{{{name}}}")
+    return [rendered, *(content for content in parts(section) if {*columns} <= {*placeholders(content)})]
+
+
+def readings(template: str, text: str) -> Iterator[dict[str, str]]:
+    """Every way to split a text into the columns that the template may have made it of.
+
+    `New York 3` may be `{place} {number}` of `New` and `York 3`, and of `New York` and `3`.
+    """
+    literals, columns, end = [""], [], 0  # what stands before, between and behind the columns
+    for match in _PLACEHOLDER.finditer(template):
+        literals[-1] += template[end : match.start()]
+        end = match.end()
+        if match[1] is None:
+            literals[-1] += match[0][0]
+        else:
+            columns.append(match[1])
+            literals.append("")
+    literals[-1] += template[end:]
+    if not columns or not text.startswith(literals[0]) or not text.endswith(literals[-1]):
+        return
+    latest = [len(text) - len(literals[-1])]  # where each column has to end, for what stands behind it to follow
+    for literal in reversed(literals[1:-1]):
+        latest.insert(0, text.rfind(literal, 0, latest[0]))
+        if latest[0] < 0:
+            return
+    behind = [re.compile(f"(?={re.escape(literal)})") for literal in literals[1:-1]]
+    behind += [re.compile(rf"(?={re.escape(literals[-1])}\Z)")]
+
+    def read(i: int, start: int, values: dict[str, str]) -> Iterator[dict[str, str]]:
+        if i == len(columns):
+            yield values
+            return
+        for found in behind[i].finditer(text, start):
+            if found.start() > latest[i]:
+                return
+            value = text[start : found.start()]
+            if values.get(columns[i], value) == value:
+                yield from read(i + 1, found.start() + len(literals[i + 1]), {**values, columns[i]: value})
+
+    yield from read(0, len(literals[0]), {})
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with {column} replaced, {{ and }} as literal braces; values are not searched again."""
+    return _PLACEHOLDER.sub(lambda match: match[0][0] if match[1] is None else values[match[1]], template)
+
+
+# Some chat templates write today's date. With their clock stopped, a row is the same prompt on every day:
+# otherwise its id would change at midnight, and a held-out prompt could move to the training split.
+_STOPPED_CLOCK = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
+
+
+def render(tokenizer, messages: list[dict], finished: bool = False) -> str:
+    """The conversation up to where the assistant speaks; the whole of it where it is finished.
+
+    By the tokenizer's chat template; without one, a line `role: content` for each message and then `assistant:`.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        return "\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])
+    template = _STOPPED_CLOCK + tokenizer.get_chat_template()
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=not finished
+        )
+    except Exception as error:
+        raise PromptError(f"prompts.messages: the tokenizer's chat template refuses these roles: {error}") from error
