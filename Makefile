@@ -8,7 +8,7 @@ PEERS := benchmarks/peers/.venv
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt rsft_pipeline/cpu_attention.c
+$(VENV)/installed: pyproject.toml constraints.txt rsft_pipeline/decoding/cpu_attention.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "rsft-pipeline needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -28,7 +28,8 @@ import transformers
 
 from benchmarks.results import FOLDER, bars, publish, table
 from rsft_pipeline import decoding
-from rsft_pipeline.decoding import Draw, Shape
+from rsft_pipeline.decoding import Draw, Shape, plain
+from rsft_pipeline.decoding.memory import state_bytes
 
 # As long as GSM8K's test questions: their characters at 16 evenly spaced quantiles, 4 to a token, and 40
 # tokens of chat template.
@@ -117,7 +118,7 @@ class Work:
     def plain_loop(self) -> int:
         """This project's loop for models that cannot share: ended rows leave, each row has its own prefix."""
         with torch.inference_mode():
-            drawn = list(decoding.plain(self.model, list(enumerate(self.asked)), self.shape, 0, len(self.asked)))
+            drawn = list(plain.draw(self.model, list(enumerate(self.asked)), self.shape, 0, len(self.asked)))
         return sum(len(one.token_ids) for _, one in drawn)
 
     def generate(self) -> int:
@@ -234,8 +235,8 @@ def _bytes_floor(work: Work, tokens: int) -> float:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if not model.config.tie_word_embeddings:  # of the input embedding only the rows' own vectors are read
         weights -= model.get_input_embeddings().weight.nbytes
-    prefixes = decoding.state_bytes(model, prompt_tokens)
-    suffixes = rows * decoding.state_bytes(model, 1) * steps / 2  # half as long on average
+    prefixes = state_bytes(model, prompt_tokens)
+    suffixes = rows * state_bytes(model, 1) * steps / 2  # half as long on average
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _time(lambda: target.copy_(source), 20)
@@ -282,8 +283,8 @@ def measure(name: str, case: Case, device: str, turns: int, ways: list[str]) -> 
         "draws": case.draws,
         "tokens": case.tokens,
         "stop_share": case.stop_share,
-        "state_bytes_per_draw": decoding.state_bytes(model, case.tokens),
-        "state_bytes_per_prefix_token": decoding.state_bytes(model, 1),
+        "state_bytes_per_draw": state_bytes(model, case.tokens),
+        "state_bytes_per_prefix_token": state_bytes(model, 1),
         "ways": {},
         "errors": {},
         "floor_seconds": [],

@@ -23,8 +23,8 @@ import torch  # noqa: TID253
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 
-from rsft_pipeline import models, shared_prefix
-from rsft_pipeline.shared_prefix import Unsupported
+from rsft_pipeline import models
+from rsft_pipeline.decoding.attention import IGNORED, Unsupported, attention_of, windows
 
 NAME = "rsft_packing"
 PADDING = 1.25  # longest over shortest row that attention reads as one batch
@@ -70,7 +70,7 @@ def logits(
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     longest = nodes.shape[1]
-    if any(window is not None and window < longest for window in shared_prefix.windows(inner)):
+    if any(window is not None and window < longest for window in windows(inner)):
         raise Unsupported("its window is narrower than the longest row")
     inputs = {
         "input_ids": input_ids.flatten()[first][None],
@@ -78,7 +78,7 @@ def logits(
         "use_cache": False,
         "packing": _bands(nodes, first),
     }
-    with shared_prefix.attention_of(inner, NAME):
+    with attention_of(inner, NAME):
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             return model(**inputs, logits_to_keep=wanted).logits[0]
         return model(**inputs).logits[0, wanted]
@@ -130,7 +130,7 @@ def packed_attention(
     Raises:
         Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
     """
-    if others := sorted(k for k, given in kwargs.items() if given is not None and k not in shared_prefix.IGNORED):
+    if others := sorted(k for k, given in kwargs.items() if given is not None and k not in IGNORED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
     if attention_mask is not None:
         raise Unsupported("its attention takes a mask of its own")

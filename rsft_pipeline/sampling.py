@@ -2,7 +2,7 @@
 
 A candidate's id is known before it is drawn (lineage.candidate_id), so a wave that was persisted is
 never drawn again and one that was not is drawn whole. Not here: how tokens come out of a model
-(decoding.py) and where candidates are kept (store.py).
+(decoding/) and where candidates are kept (store.py).
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 import torch
 
-from rsft_pipeline import cpu_attention
+from rsft_pipeline.decoding import cpu_attention
 
 PLACES, LONGEST, COLUMNS = 3, 48, 21
 LENGTHS = [48, 1, 30]
@@ -29,7 +29,7 @@ def test_it_was_compiled_where_there_is_a_compiler():
 def test_what_cannot_be_loaded_is_named_and_done_without(tmp_path, monkeypatch, caplog):
     file = tmp_path / "_cpu_attention.so"
     file.write_text("made for another machine")
-    found = importlib.machinery.ModuleSpec("rsft_pipeline._cpu_attention", None, origin=str(file))
+    found = importlib.machinery.ModuleSpec("rsft_pipeline.decoding._cpu_attention", None, origin=str(file))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     assert cpu_attention._library.__wrapped__() is None
     assert str(file) in caplog.text and "install the project again" in caplog.text

@@ -12,8 +12,11 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import cpu_attention, decoding, devices, shared_prefix
-from rsft_pipeline.decoding import Draw, Shape, choose, decode, uniforms
+from rsft_pipeline import decoding, devices
+from rsft_pipeline.decoding import Draw, Shape, attention, cache, cpu_attention, decode, shared_prefix
+from rsft_pipeline.decoding.draws import choose, uniforms
+from rsft_pipeline.decoding.memory import draws_at_once, state_bytes
+from rsft_pipeline.decoding.plain import draw as draw_plainly
 
 VOCABULARY = 48
 STOPS = frozenset({1, 2})
@@ -86,7 +89,7 @@ def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS)
 
 def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in sorted(decoding.plain(model, list(enumerate(draws)), shape, 0, len(draws)))]
+        return [drawn for _, drawn in sorted(draw_plainly(model, list(enumerate(draws)), shape, 0, len(draws)))]
 
 
 def teacher_forced(model, draw: Draw, token_ids: list[int], temperature: float = 1.0) -> float:
@@ -108,7 +111,7 @@ def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(
 ):
     compiled = attention == "compiled" and cpu_attention._library() is not None  # also where it is not worth it
     monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: compiled)
-    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
+    monkeypatch.setitem(cache.BLOCK, "cpu", 4)  # suffixes of several blocks
     model, draws, settings = tiny(family), mixed_draws(), shape()
     made = decode(model, draws, settings, pad_id=0, at_once=capacity)
 
@@ -152,7 +155,7 @@ def test_steps_taken_before_the_host_looks_again_change_nothing(attention, monke
 def test_draws_that_have_gone_the_same_way_are_computed_once(family, attention, monkeypatch):
     compiled = attention == "compiled" and cpu_attention._library() is not None
     monkeypatch.setattr(cpu_attention, "usable", lambda device, dtype: compiled)
-    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)
+    monkeypatch.setitem(cache.BLOCK, "cpu", 4)
     model, draws, settings = tiny(family), mixed_draws(draws=24), shape(temperature=0.3)
     expected = plain(model, draws, settings)
     computed = rows_computed(model, monkeypatch)
@@ -422,9 +425,9 @@ def test_out_of_memory_with_a_single_row_is_raised(monkeypatch):
 
 def test_what_was_kept_for_draws_goes_with_them(monkeypatch):
     caches = []
-    before = shared_prefix.SharedPrefixCache.__init__
+    before = cache.SharedPrefixCache.__init__
     monkeypatch.setattr(
-        shared_prefix.SharedPrefixCache,
+        cache.SharedPrefixCache,
         "__init__",
         lambda self, *sizes: (before(self, *sizes), caches.append(weakref.ref(self)))[0],
     )
@@ -464,15 +467,15 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
 def test_state_bytes_count_what_is_allocated():
     model, draws, settings = tiny("llama"), mixed_draws(5, 6), shape(max_tokens=33)
     # 2 (keys, values) · 2 layers · 2 heads · dimension 8 · 4 bytes = 256 bytes a token
-    assert decoding.state_bytes(model, 1) == 256
+    assert state_bytes(model, 1) == 256
     loop = shared_prefix.Loop(model, list(enumerate(draws)), settings, 0, 30)
-    with torch.inference_mode(), shared_prefix.attention_of(model):
+    with torch.inference_mode(), attention.attention_of(model):
         for _ in loop.run():
             pass
     suffixes = sum(layer.keys.nbytes + layer.values.nbytes for layer in loop.cache.layers)
     prefixes = sum(layer.prefix_keys.nbytes + layer.prefix_values.nbytes for layer in loop.cache.layers)
-    assert suffixes == 30 * decoding.state_bytes(model, 32)  # the last token is never fed back
-    assert prefixes == 5 * decoding.state_bytes(model, 32)  # 17 tokens, in whole vectors of 16
+    assert suffixes == 30 * state_bytes(model, 32)  # the last token is never fed back
+    assert prefixes == 5 * state_bytes(model, 32)  # 17 tokens, in whole vectors of 16
 
 
 def test_draws_at_once_follow_free_memory(monkeypatch):
@@ -482,7 +485,7 @@ def test_draws_at_once_follow_free_memory(monkeypatch):
     for fits, expected in ((10.5, 10), (0.1, 1), (1e6, 4096)):
         free = {"free": int(fits * each / 0.5)}
         monkeypatch.setattr(devices, "memory", lambda device, free=free: free)
-        assert decoding.draws_at_once(model, draws, settings) == expected
+        assert draws_at_once(model, draws, settings) == expected
 
 
 # --- models that cannot share -----------------------------------------------------------------
@@ -574,4 +577,4 @@ def test_what_is_chosen_by_no_number_is_an_error(loop, monkeypatch):
 
 
 def shared_prefix_unsupported(*_):
-    raise shared_prefix.Unsupported("of the test")
+    raise attention.Unsupported("of the test")

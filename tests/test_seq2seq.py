@@ -11,8 +11,11 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import decoding, lineage, models, prompts, shared_encoder, shared_prefix, tasks, training
-from rsft_pipeline.decoding import Draw, Shape, decode
+from rsft_pipeline import lineage, models, prompts, tasks, training
+from rsft_pipeline.decoding import Draw, Shape, cache, decode, shared_encoder, shared_prefix
+from rsft_pipeline.decoding.attention import attention_of
+from rsft_pipeline.decoding.memory import state_bytes
+from rsft_pipeline.decoding.plain import draw as draw_plainly
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.recipe.model import Lora, Model
@@ -87,7 +90,7 @@ def shape(temperature=1.0, top_p=1.0, top_k=None, max_tokens=20, stop_ids=STOPS)
 
 def plain(model, draws, shape):
     with torch.inference_mode():
-        return [drawn for _, drawn in sorted(decoding.plain(model, list(enumerate(draws)), shape, 0, len(draws)))]
+        return [drawn for _, drawn in sorted(draw_plainly(model, list(enumerate(draws)), shape, 0, len(draws)))]
 
 
 def teacher_forced(model, prompt_ids, token_ids) -> float:
@@ -103,7 +106,7 @@ def teacher_forced(model, prompt_ids, token_ids) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_p_is_that_of_a_plain_forward_pass_and_tokens_are_the_plain_loops(family, monkeypatch, caplog):
-    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)  # suffixes of several blocks
+    monkeypatch.setitem(cache.BLOCK, "cpu", 4)  # suffixes of several blocks
     model, draws, settings = tiny(family), mixed_draws(), shape()
     made = decode(model, draws, settings, pad_id=0, at_once=7)
 
@@ -140,7 +143,7 @@ def test_steps_taken_before_the_host_looks_again_change_nothing(family, monkeypa
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_draws_that_have_gone_the_same_way_are_computed_once(family, monkeypatch):
-    monkeypatch.setitem(shared_prefix.BLOCK, "cpu", 4)
+    monkeypatch.setitem(cache.BLOCK, "cpu", 4)
     model, draws, settings = tiny(family), mixed_draws(draws=24), shape(temperature=0.5)
     expected = plain(model, draws, settings)
     decode(model, draws[:1], settings, pad_id=0)  # the trial that a model stands once
@@ -254,18 +257,18 @@ def test_out_of_memory_halves_the_rows_and_loses_no_draw_made(monkeypatch, caplo
 def test_state_bytes_count_what_is_allocated(family, layers):
     model, draws, settings = tiny(family), mixed_draws(5, 6), shape(max_tokens=32)
     # 2 (keys, values) · the decoder's layers · 4 heads · dimension 8 · 4 bytes
-    assert decoding.state_bytes(model, 1) == 2 * layers * 4 * 8 * 4
+    assert state_bytes(model, 1) == 2 * layers * 4 * 8 * 4
     loop = shared_encoder.Loop(model, list(enumerate(draws)), settings, 0, 30)
     with (
         torch.inference_mode(),
-        shared_prefix.attention_of(model, shared_encoder.NAME),
+        attention_of(model, shared_encoder.NAME),
         shared_encoder._own_positions(model),
     ):
         assert len(list(loop.run())) == 30
     suffixes = sum(layer.keys.nbytes + layer.values.nbytes for layer in loop.cache.layers)
     prefixes = sum(layer.prefix_keys.nbytes + layer.prefix_values.nbytes for layer in loop.cache.layers)
-    assert suffixes == 30 * decoding.state_bytes(model, 32)  # the start token, and all drawn but the last
-    assert prefixes == 5 * decoding.state_bytes(model, 32)  # 17 tokens and the start, in whole vectors of 16
+    assert suffixes == 30 * state_bytes(model, 32)  # the start token, and all drawn but the last
+    assert prefixes == 5 * state_bytes(model, 32)  # 17 tokens and the start, in whole vectors of 16
 
 
 def test_a_family_that_was_not_compared_is_drawn_from_plainly_with_a_note(caplog):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsft_pipeline.decoding import right_padded
+from rsft_pipeline.padding import right_padded
 from rsft_pipeline.tasks import writing
 from rsft_pipeline.tasks.writing import IGNORED
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsft_pipeline import devices
-from rsft_pipeline.decoding import Shape, check_number, choose, right_padded, uniforms
+from rsft_pipeline.decoding.draws import Shape, check_number, choose, uniforms
+from rsft_pipeline.padding import right_padded
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 

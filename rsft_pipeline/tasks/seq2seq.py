@@ -4,14 +4,14 @@ A sample's prompt is the encoder's input, its completion the decoder's targets. 
 starts from is no part of either: it comes from the model's configuration whenever the model is fed.
 
 Belongs here: what is particular to feeding such a model. Does not: what all models that write have in
-common (writing.py), how their draws share an encoding (shared_encoder.py), how a step adds up (training.py).
+common (writing.py), how their draws share an encoding (decoding/shared_encoder.py), how a step adds up (training.py).
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rsft_pipeline import models
-from rsft_pipeline.decoding import right_padded
+from rsft_pipeline.padding import right_padded
 from rsft_pipeline.tasks import writing
 from rsft_pipeline.tasks.writing import IGNORED
 

@@ -1,7 +1,7 @@
 """Writing: what the tasks whose models write text have in common, whichever kind of model writes it.
 
 Belongs here: draws made into candidates, a given text as the tokens that it would have been written in,
-and likelihoods added up. Does not: the decoding loop (decoding.py), which candidates are drawn
+and likelihoods added up. Does not: the decoding loop (decoding/), which candidates are drawn
 (sampling.py), and how a kind of model is fed (causal.py, seq2seq.py).
 """
 

@@ -1,9 +1,8 @@
-"""The attention of shared_prefix.py on a CPU, compiled: one pass over memory instead of an operation after another.
+"""The attention of attention.py on a CPU, compiled: one pass over memory instead of an operation after another.
 
-Belongs here: how cpu_attention.c is called. Does not: what is kept, and the same in PyTorch's operations
-(shared_prefix.py), which runs on other devices, in other precisions, without AVX-512, and where the C file was not
-compiled.
-It is when the project is installed, if there is a C compiler.
+Belongs here: how cpu_attention.c is called. Does not: what is kept (cache.py), and the same in PyTorch's operations
+(attention.py), which runs on other devices, in other precisions, without AVX-512, and where the C file was not
+compiled. It is when the project is installed, if there is a C compiler.
 
 This module imports torch; import it inside functions.
 """
@@ -34,7 +33,7 @@ class _Arrays(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    found = importlib.util.find_spec("rsft_pipeline._cpu_attention")
+    found = importlib.util.find_spec("rsft_pipeline.decoding._cpu_attention")
     if found is None or found.origin is None:
         log.info("drawing on the CPU is slower than it could be: cpu_attention.c was not compiled at installation")
         return None

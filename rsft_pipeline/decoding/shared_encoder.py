@@ -2,8 +2,8 @@
 
 Belongs here: what shared_prefix.py's loop needs for an encoder-decoder. The *prefix* of a prompt is
 then what the decoder's cross-attention reads, its keys and values of the encoder's states; a row's
-*suffix* is the decoder's own, and begins with the start token. Does not: the loop itself and its two
-products of attention (shared_prefix.py), what a draw is and how a token is chosen (decoding.py).
+*suffix* is the decoder's own, and begins with the start token. Does not: the loop itself
+(shared_prefix.py), its two products of attention (attention.py), what a draw is and how a token is chosen (draws.py).
 
 Rows of different age share a batch. Models take a token's position from the length of their cache:
 ours gives each row its own, which T5's relative bias and BART's position embeddings both follow.
@@ -24,15 +24,12 @@ from transformers.cache_utils import Cache, DynamicLayer  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput  # noqa: TID253
 
-from rsft_pipeline import models, shared_prefix
-from rsft_pipeline.decoding import Draw, Drawn, Shape, right_padded
-from rsft_pipeline.shared_prefix import (
-    SharedPrefixCache,
-    SharedPrefixLayer,
-    Unsupported,
-    over_prefix,
-    over_suffix,
-)
+from rsft_pipeline import models
+from rsft_pipeline.decoding import shared_prefix
+from rsft_pipeline.decoding.attention import Unsupported, attention_of, mask, over_prefix, over_suffix
+from rsft_pipeline.decoding.cache import SharedPrefixCache, SharedPrefixLayer
+from rsft_pipeline.decoding.draws import Draw, Drawn, Shape
+from rsft_pipeline.padding import right_padded
 
 NAME = "rsft_shared_encoder"
 
@@ -44,7 +41,7 @@ FAMILIES = {"t5", "mt5", "umt5", "bart", "mbart", "plbart", "marian", "pegasus",
 
 
 class SharedEncoderLayer(SharedPrefixLayer):
-    """As in shared_prefix.py. Column 0 of a prefix is no key of the prompt but the decoder's of its start token."""
+    """As in cache.py. Column 0 of a prefix is no key of the prompt but the decoder's of its start token."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
@@ -161,7 +158,7 @@ def shared_encoder_attention(
 
 
 AttentionInterface.register(NAME, shared_encoder_attention)
-AttentionMaskInterface.register(NAME, shared_prefix._mask)
+AttentionMaskInterface.register(NAME, mask)
 
 
 @contextlib.contextmanager
@@ -195,7 +192,7 @@ def draw(
     if model.config.model_type not in FAMILIES:
         raise Unsupported(f"its attention was compared with no {model.config.model_type}'s")
     loop = Loop(model, draws, shape, pad_id, at_once)
-    with shared_prefix.attention_of(model, NAME), _own_positions(model), contextlib.closing(loop.cache):
+    with attention_of(model, NAME), _own_positions(model), contextlib.closing(loop.cache):
         yield from loop.run()
 
 

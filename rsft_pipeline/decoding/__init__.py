@@ -1,0 +1,141 @@
+"""Decoding: many draws of token ids from a model that writes, with their log-probabilities.
+
+Each draw's randomness is its own stream, fixed by its seed, so a draw does not depend on which others
+share its batch (beyond the rounding of the matrix products). Each prompt is read once, however many
+draws it has, and those that have chosen the same tokens so far are computed once (shared_prefix.py;
+shared_encoder.py for encoder-decoders); draws that have ended make room for others. Models whose
+attention cannot be shared so are drawn from by the plain loop (plain.py).
+
+Belongs here: which loop draws from a model, seen by a trial, and going on with less where memory ends.
+
+Left out on purpose: beam search, penalties and everything else that is not a draw from a stated
+distribution; `log_q` could not be given for them.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rsft_pipeline import devices, models
+from rsft_pipeline.decoding import plain
+from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, check_number
+from rsft_pipeline.decoding.memory import draws_at_once
+
+log = logging.getLogger(__name__)
+
+# Tokens by which a loop is tried on a model, and nats per token by which these may be off what one pass over them all
+# gives: rounding is 1e-5 in float32 and a tenth in half precision, another attention whole nats.
+TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
+
+
+def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once: int | None = None) -> list[Drawn]:
+    """Make the draws, in their order.
+
+    Out of memory, it goes on with half as many at once; draws already made are kept.
+
+    Args:
+        model: a causal or an encoder-decoder language model of Transformers, in evaluation mode.
+        draws: all draws to make; those of the same prompt share its prefix.
+        shape: temperature, top-k, top-p (applied in this order, as in Transformers), length, stops.
+        pad_id: any valid token id, for padding that is masked.
+        at_once: draws at once; default: as many as free memory holds, see `draws_at_once`.
+
+    Raises:
+        RuntimeError: when not even one draw fits into memory, the model's logits are no numbers, or draws do not come
+            out as the model itself rates them.
+    """
+    import torch
+
+    if not draws:
+        return []
+    made: dict[int, Drawn] = {}
+    at_once = at_once or draws_at_once(model, draws, shape)
+    with torch.inference_mode():
+        while len(made) < len(draws):
+            waiting = [(i, draw) for i, draw in enumerate(draws) if i not in made]
+            try:
+                for number, drawn in _loop(model, waiting, shape, pad_id, at_once):
+                    check_number(model, drawn.log_q)
+                    made[number] = drawn
+                continue
+            except RuntimeError as error:
+                if at_once == 1 or not devices.out_of_memory(error):
+                    raise
+            # Outside the handler: a traceback would keep the failed batch's tensors alive.
+            at_once = min(at_once, len(waiting)) // 2 or 1
+            devices.release(devices.Device(model.device.type, "float32"))
+            log.warning("out of memory: going on with %d draws at once", at_once)
+    return [made[i] for i in range(len(draws))]
+
+
+def _loop(
+    model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
+) -> Iterator[tuple[int, Drawn]]:
+    from rsft_pipeline.decoding import shared_encoder, shared_prefix
+    from rsft_pipeline.decoding.attention import Unsupported
+
+    shared = shared_encoder if model.config.is_encoder_decoder else shared_prefix
+    asked = [draw for _, draw in draws]
+    try:
+        if wrong := _tried(model, shared.draw, asked, min(TRIAL, shape.max_tokens), pad_id):
+            raise Unsupported(wrong)
+        yield from shared.draw(model, draws, shape, pad_id, at_once)
+    except Unsupported as reason:
+        log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
+        try:
+            wrong = _tried(model, plain.draw, asked, min(TRIAL, shape.max_tokens), pad_id)
+        except RuntimeError as error:
+            if devices.out_of_memory(error):
+                raise
+            wrong = str(error)
+        if wrong:
+            raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}") from None
+        yield from plain.draw(model, draws, shape, pad_id, at_once)
+
+
+# model → loop → nats per token by which its draws are off
+_apart: weakref.WeakKeyDictionary[Any, dict[Callable, float]] = weakref.WeakKeyDictionary()
+
+
+def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_id: int) -> str | None:
+    """Draw a few tokens, and compare their log-probability with the model's own: no list of families is complete.
+
+    Two draws share the longest prompt; one has another of that length, and one a shorter, padded where loops pad.
+
+    Returns:
+        What is wrong, in words; None where the loop serves this model.
+    """
+    off = _apart.setdefault(model, {})
+    if loop not in off:
+        prompts = sorted((draw.prompt_ids for draw in draws), key=len)
+        longest = prompts[-1]
+        shorter = prompts[0] if len(prompts[0]) < len(longest) else longest[1:] or longest
+        trial = [Draw(longest, 0), Draw(longest, 1), Draw(longest[::-1], 2), Draw(shorter, 3)]
+        shape = Shape(1.0, 1.0, None, tokens, frozenset())
+        drawn = dict(loop(model, list(enumerate(trial)), shape, pad_id, len(trial)))
+        for one in drawn.values():
+            check_number(model, one.log_q)
+        apart = [abs(drawn[i].log_p - _rated(model, one.prompt_ids, drawn[i].token_ids)) for i, one in enumerate(trial)]
+        off[loop] = float(np.max(apart)) / tokens  # one that is no number is the largest
+    if off[loop] <= TOLERANCE.get(str(model.dtype), 0.25):
+        return None
+    return f"its draws came out {off[loop]:.2g} nats a token from what the model gives them"
+
+
+def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Log-probability of these tokens behind the prompt, in one pass that is told nothing and keeps nothing."""
+    import torch
+
+    read = [*prompt] if model.config.is_encoder_decoder else [*prompt, *tokens[:-1]]
+    given = {"input_ids": torch.tensor([read], device=model.device)}
+    if model.config.is_encoder_decoder:
+        written = [models.start_id(model), *tokens[:-1]]
+        given["decoder_input_ids"] = torch.tensor([written], device=model.device)
+    else:
+        given["logits_to_keep"] = len(tokens)
+    logits = model(**given).logits[0, -len(tokens) :].float()
+    chosen = torch.tensor(tokens, device=model.device)[:, None]
+    return logits.log_softmax(-1).gather(-1, chosen).sum().item()
