@@ -14,6 +14,7 @@ from rsft_pipeline.card import card
 from rsft_pipeline.evaluation import Comparison, Summary
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import picture, table
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps import draw, evaluate
@@ -53,7 +54,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             by_class = report.classes(lake, round_, contest) if labelled else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             measured = asdict(outcome.summaries["checkpoint"])
-            models.write_card(path, card(models.read_meta(path), measured, outcome.verdict))
+            checkpoints.write_card(path, card(checkpoints.read_meta(path), measured, outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             champion = contest.checkpoint if outcome.promoted else contest.champion
             tracking.crown(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))

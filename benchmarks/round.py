@@ -59,6 +59,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
     from rsft_pipeline import models, tasks, training
     from rsft_pipeline.devices import Device
     from rsft_pipeline.lineage import in_eval_split, question
+    from rsft_pipeline.models.trainable import select_trainable
     from rsft_pipeline.prompts import encode
     from rsft_pipeline.recipe.reading import find, load
     from rsft_pipeline.sampling import Asked, Request
@@ -90,7 +91,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
     before = draw(model, held_out, made.evaluation.draws)
     done("evaluation")
     model = models.load(base.path, device, train=True)
-    model, _, _ = models.select_trainable(model, made.model, made.seed)
+    model, _, _ = select_trainable(model, made.model, made.seed)
     samples = [
         training.Sample(one.request.candidate_id, list(one.request.prompt_ids), one.token_ids) for one in right.values()
     ]

@@ -2,7 +2,7 @@
 
 Either a small model from nothing, so that a recipe can run without a hub, or a model from elsewhere with
 a head for the recipe's labels or a supervised warm-up. Belongs here: the tokenizer, the fresh weights and
-the warm-up corpus. Does not: the loop (training.py) or how a checkpoint is written (models.py). All is
+the warm-up corpus. Does not: the loop (training.py) or how a checkpoint is written (models/checkpoints.py). All is
 made on the CPU, where two builds give the same bits.
 """
 
@@ -17,6 +17,9 @@ from typing import Any
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import checkpoints
+from rsft_pipeline.models.checkpoints import Checkpoint
+from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Bootstrap, WarmUp
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.training import Training
@@ -50,7 +53,7 @@ def check(recipe: Recipe) -> None:
         _sizes(recipe.model.bootstrap)
 
 
-def build(recipe: Recipe, root: Path, on_step: OnStep) -> models.Checkpoint:
+def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
     """The recipe's bootstrapped model: made on first use, found again afterwards.
 
     Args:
@@ -74,10 +77,10 @@ def build(recipe: Recipe, root: Path, on_step: OnStep) -> models.Checkpoint:
     facts = _warm_up(recipe, settings, model, tokenizer, corpus, rows, root / "bootstrap" / key, key, on_step)
     meta = {"kind": "bootstrap", **facts, "bootstrap": settings.model_dump(mode="json")}
     card = CARD.format(model_type=model.config.model_type, rows=len(rows), recipe=recipe.name)
-    return _remember(root, key, models.save(model, tokenizer, root, meta, card))
+    return _remember(root, key, checkpoints.save(model, tokenizer, root, meta, card))
 
 
-def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnStep) -> models.Checkpoint:
+def prepare(recipe: Recipe, found: Checkpoint, root: Path, on_step: OnStep) -> Checkpoint:
     """A model from elsewhere with the recipe's labels and warm-up: made on first use, found again afterwards.
 
     The warm-up trains what `model.train` says, and the head of a classification model.
@@ -104,7 +107,7 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
         model = models.load(found.path, CPU, train=True, task=recipe.task)
     facts = {"recipe": recipe.name, "rows": 0}
     if settings:
-        model, _, _ = models.select_trainable(model, recipe.model, recipe.seed)
+        model, _, _ = select_trainable(model, recipe.model, recipe.seed)
         facts = _warm_up(recipe, settings, model, tokenizer, corpus, rows, root / "bootstrap" / key, key, on_step)
     meta = {"kind": "prepared", **facts, "parent": found.digest, "labels": labels, "warm_up": told}
     card = PREPARED_CARD.format(
@@ -114,7 +117,7 @@ def prepare(recipe: Recipe, found: models.Checkpoint, root: Path, on_step: OnSte
         rows=facts["rows"],
         recipe=recipe.name,
     )
-    return _remember(root, key, models.save(model, tokenizer, root, meta, card))
+    return _remember(root, key, checkpoints.save(model, tokenizer, root, meta, card))
 
 
 # --- the warm-up ------------------------------------------------------------------------------
@@ -197,13 +200,13 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
     ]
 
 
-def _made(root: Path, key: str) -> models.Checkpoint | None:
+def _made(root: Path, key: str) -> Checkpoint | None:
     """What was made of the same before, if it is still there. Raises ModelError when it has changed since."""
     file = root / "bootstrap" / f"{key}.txt"
     return models.made(root, file.read_text("utf-8")) if file.is_file() else None
 
 
-def _remember(root: Path, key: str, checkpoint: models.Checkpoint) -> models.Checkpoint:
+def _remember(root: Path, key: str, checkpoint: Checkpoint) -> Checkpoint:
     file = root / "bootstrap" / f"{key}.txt"
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rsft_pipeline import models, revocations
 from rsft_pipeline.evaluation import FinishedRound, Metric, stop_reason
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS, Stop
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import refusals
@@ -271,7 +272,7 @@ def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights |
     weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
     if not weights.path.is_dir():
         raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
-    if changed := models.verify(weights.path):
+    if changed := checkpoints.verify(weights.path):
         raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
     return weights
 

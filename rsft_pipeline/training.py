@@ -2,7 +2,7 @@
 
 Belongs here: the order of the samples, a step's loss, the optimiser and its schedule, and saved
 states that a killed run goes on from. Does not: which samples were accepted (acceptance.py), the
-likelihood of one (tasks/), or where weights are kept (models.py).
+likelihood of one (tasks/), or where weights are kept (models/).
 
 A loop of our own and not transformers' Trainer, for four guarantees that can be read off the code:
 a sample's weight scales its gradient exactly; a step is normalised by the tokens of the whole step,

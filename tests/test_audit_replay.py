@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from cli.main import app
-from rsft_pipeline import lineage, merkle, models, rounds
+from rsft_pipeline import lineage, merkle, rounds
 from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import AuditError, thing
 from rsft_pipeline.audit.replay import replay
@@ -25,6 +25,7 @@ from rsft_pipeline.audit.verify import find, verify
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.steps.decide import decide
@@ -471,7 +472,7 @@ def test_the_same_weights_trained_on_other_scores_are_described_anew(mine, recip
     change(mine, "UPDATE decisions SET score = 0.9 WHERE accepted")
     made = trained_again(mine, recipe)
     assert made.checkpoint.digest == before
-    assert models.read_meta(made.checkpoint.path)["merkle_root"] == made.merkle_root
+    assert checkpoints.read_meta(made.checkpoint.path)["merkle_root"] == made.merkle_root
     answer = verified(mine, "r001")
     assert answer.ok and answer.root == made.merkle_root
 
@@ -483,7 +484,7 @@ def test_a_control_that_comes_out_as_the_checkpoint_does_not_take_its_place(mine
     made, control = trained_again(mine, recipe), trained_again(mine, recipe, "everything")
     assert control.checkpoint == made.checkpoint
     row = find(mine, made.checkpoint.digest)
-    assert (row["trained_on"], models.read_meta(made.checkpoint.path)["trained_on"]) == ("accepted", "accepted")
+    assert (row["trained_on"], checkpoints.read_meta(made.checkpoint.path)["trained_on"]) == ("accepted", "accepted")
     assert json.loads(rounds.raw(mine, NAME, "r001")["controls"])["everything"] == made.checkpoint.digest
     assert verified(mine, "r001").ok
 

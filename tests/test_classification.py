@@ -18,6 +18,8 @@ from transformers import (
 
 from rsft_pipeline import bootstrap, classes, models, prompts
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import checkpoints
+from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Bootstrap, Model
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.sampling import Sampling
@@ -196,7 +198,7 @@ def test_a_head_of_the_same_labels_in_another_order_is_not_renamed(tmp_path, rec
 def test_an_encoder_is_warmed_up_on_labelled_text(tmp_path, recipe):
     warm_up = "{corpus: 'letters:warm', steps: 60, batch_size: 16, learning_rate: 0.005}"
     made = models.base(recipe(**{"model.warm_up": warm_up}), tmp_path)
-    facts = models.read_meta(made.path)
+    facts = checkpoints.read_meta(made.path)
     assert facts["rows"] + facts["rows_held_out"] == 100 and facts["rows_held_out"] > 0
     model, tokenizer = models.load(made.path, CPU, task="classification"), models.tokenizer(made.path)
     asked = [a + b for a in "abcdefghij" for b in "abcdefghij"]
@@ -259,7 +261,7 @@ def test_adapters_of_a_classifier_train_with_its_head_and_merge(kind):
     config = AutoConfig.for_model(kind, **BERT, num_labels=3)
     config.dim, config.n_heads, config.n_layers, config.hidden_dim = 32, 2, 2, 64  # what DistilBERT calls them
     classifier = AutoModelForSequenceClassification.from_config(config)
-    adapted, trainable, total = models.select_trainable(classifier, Model(source="-", train="lora"))
+    adapted, trainable, total = select_trainable(classifier, Model(source="-", train="lora"))
     assert 0 < trainable < total
     loss = classification.token_losses(adapted, classification.collate([Sample("a", list(PROMPTS[0]), [2])], PAD)).sum()
     loss.backward()

@@ -1,4 +1,4 @@
-"""models.py and bootstrap.py: finding, loading, choosing, saving and verifying weights; and making small ones."""
+"""models/ and bootstrap.py: finding, loading, choosing, saving and verifying weights; and making small ones."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from transformers import (
 
 from rsft_pipeline import bootstrap, lineage, models, prompts, training
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import ModelError
+from rsft_pipeline.models import ModelError, checkpoints
+from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.prompts import encode, templates
 from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
 from rsft_pipeline.recipe.prompts import Prompts
@@ -102,46 +103,46 @@ def held_out_of(questions):
 def test_a_checkpoint_is_named_after_its_content_and_comes_back_as_it_was(tmp_path):
     model = tiny()
     before = logits(model)
-    saved = models.save(model, characters(), tmp_path, {"round": "r000"}, "# a card")
+    saved = checkpoints.save(model, characters(), tmp_path, {"round": "r000"}, "# a card")
     assert saved.path == tmp_path / saved.digest
-    assert saved.digest == models.content_digest(saved.path) == models.read_meta(saved.path)["digest"]
-    assert models.read_meta(saved.path)["round"] == "r000"
+    assert saved.digest == checkpoints.content_digest(saved.path) == checkpoints.read_meta(saved.path)["digest"]
+    assert checkpoints.read_meta(saved.path)["round"] == "r000"
     assert (saved.path / "README.md").read_text() == "# a card"
     assert torch.equal(logits(models.load(saved.path, CPU)), before)
-    assert models.verify(saved.path) == []
+    assert checkpoints.verify(saved.path) == []
     assert [path.name for path in tmp_path.iterdir()] == [saved.digest]
 
 
 def test_the_digest_follows_from_content_and_never_from_what_is_said_about_it(tmp_path):
-    first = models.save(tiny(), characters(), tmp_path, {"round": "r000"}, "one")
+    first = checkpoints.save(tiny(), characters(), tmp_path, {"round": "r000"}, "one")
     padded = characters()
     padded(["a", "bcd"], padding=True)
-    again = models.save(tiny(), padded, tmp_path, {"round": "r001"}, "two")
+    again = checkpoints.save(tiny(), padded, tmp_path, {"round": "r001"}, "two")
     assert again == first
-    assert models.read_meta(first.path)["round"] == "r000"
-    other = models.save(trained(tiny(), tmp_path), characters(), tmp_path, {}, "three")
+    assert checkpoints.read_meta(first.path)["round"] == "r000"
+    other = checkpoints.save(trained(tiny(), tmp_path), characters(), tmp_path, {}, "three")
     assert other.digest != first.digest
 
 
 def test_a_single_changed_byte_is_named(tmp_path):
-    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
     weights = saved.path / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert models.verify(saved.path) == ["model.safetensors"]
+    assert checkpoints.verify(saved.path) == ["model.safetensors"]
     (saved.path / "chat_template.jinja").write_text("added since")
     (saved.path / "tokenizer.json").unlink()
-    assert models.verify(saved.path) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
+    assert checkpoints.verify(saved.path) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
-    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
     (saved.path / "config.json").write_text("{}")
-    record = models.read_meta(saved.path)
+    record = checkpoints.read_meta(saved.path)
     record["files"]["config.json"] = lineage.file_digest(saved.path / "config.json")
     (saved.path / "meta.json").write_text(json.dumps(record))
-    assert models.verify(saved.path) == ["meta.json"]
+    assert checkpoints.verify(saved.path) == ["meta.json"]
 
 
 def test_what_a_killed_save_left_goes_after_a_day_and_a_second_save_of_the_same_keeps_the_first(tmp_path):
@@ -149,23 +150,23 @@ def test_what_a_killed_save_left_goes_after_a_day_and_a_second_save_of_the_same_
         (tmp_path / f".saving-{name}").mkdir()
         (tmp_path / f".saving-{name}" / "model.safetensors").write_bytes(b"half of it")
         os.utime(tmp_path / f".saving-{name}", (time.time() - age,) * 2)
-    first = models.save(tiny(), characters(), tmp_path, {"said": "first"}, "")
-    assert models.save(tiny(), characters(), tmp_path, {"said": "second"}, "") == first
-    assert models.read_meta(first.path)["said"] == "first"
+    first = checkpoints.save(tiny(), characters(), tmp_path, {"said": "first"}, "")
+    assert checkpoints.save(tiny(), characters(), tmp_path, {"said": "second"}, "") == first
+    assert checkpoints.read_meta(first.path)["said"] == "first"
     assert {path.name for path in tmp_path.iterdir()} == {first.digest, ".saving-new"}
 
 
 def test_a_folder_without_a_record_cannot_be_verified(tmp_path):
-    assert models.read_meta(tmp_path) == {}
+    assert checkpoints.read_meta(tmp_path) == {}
     with pytest.raises(ModelError, match="not saved as a checkpoint"):
-        models.verify(tmp_path)
+        checkpoints.verify(tmp_path)
 
 
 def test_a_bf16_base_trains_in_float32_and_is_saved_in_bf16_again(tmp_path):
     tiny().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     model = models.load(tmp_path / "base", CPU, train=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    saved = models.save(trained(model, tmp_path), characters(), tmp_path, {}, "")
+    saved = checkpoints.save(trained(model, tmp_path), characters(), tmp_path, {}, "")
     assert {tensor.dtype for tensor in load_file(saved.path / "model.safetensors").values()} == {torch.bfloat16}
     assert models.load(saved.path, Device("cpu", "bfloat16")).dtype == torch.bfloat16
 
@@ -180,7 +181,7 @@ def moved(model, tmp_path) -> set[str]:
 
 
 def test_all_parameters_train(tmp_path):
-    model, trainable, total = models.select_trainable(tiny(), Model(source="-"))
+    model, trainable, total = select_trainable(tiny(), Model(source="-"))
     assert trainable == total == sum(p.numel() for p in model.parameters())
     assert moved(model, tmp_path) == {name for name, _ in model.named_parameters()}
 
@@ -194,7 +195,7 @@ def test_all_parameters_train(tmp_path):
     ],
 )
 def test_the_last_layers_are_blocks_norm_and_an_untied_head(tmp_path, config, tied, expected):
-    model, trainable, _ = models.select_trainable(
+    model, trainable, _ = select_trainable(
         tiny(config, tie_word_embeddings=tied), Model(source="-", train="last_layers", last_layers=1)
     )
     names = {name for name, _ in model.named_parameters() if name.startswith(expected)}
@@ -204,70 +205,70 @@ def test_the_last_layers_are_blocks_norm_and_an_untied_head(tmp_path, config, ti
 
 def test_more_last_layers_than_there_are_is_an_error():
     with pytest.raises(ModelError, match="has 2 transformer blocks"):
-        models.select_trainable(tiny(), Model(source="-", train="last_layers", last_layers=3))
+        select_trainable(tiny(), Model(source="-", train="last_layers", last_layers=3))
 
 
 def test_frozen_patterns_stay_and_everything_else_trains(tmp_path):
     config = Model(source="-", train="freeze", freeze=["*embed*", "*.mlp.*"])
-    model, trainable, total = models.select_trainable(tiny(), config)
+    model, trainable, total = select_trainable(tiny(), config)
     assert total - trainable == 30 * 16 + 2 * 3 * 16 * 32
     assert not any("embed" in name or ".mlp." in name for name in moved(model, tmp_path))
 
 
 def test_a_tied_weight_is_frozen_under_either_name():
     config = Model(source="-", train="freeze", freeze=["lm_head.*"])
-    _, trainable, total = models.select_trainable(tiny(tie_word_embeddings=True), config)
+    _, trainable, total = select_trainable(tiny(tie_word_embeddings=True), config)
     assert total - trainable == 30 * 16
 
 
 def test_a_freeze_pattern_that_matches_nothing_names_what_is_near():
     config = Model(source="-", train="freeze", freeze=["model.layer.0.mlp.up_proj.weight"])
     with pytest.raises(ModelError, match=r"matches no parameter. Near: model\.layers\.0\.mlp\.up_proj\.weight"):
-        models.select_trainable(tiny(), config)
+        select_trainable(tiny(), config)
 
 
 def test_freezing_everything_is_an_error():
     with pytest.raises(ModelError, match="leaves none of the"):
-        models.select_trainable(tiny(), Model(source="-", train="freeze", freeze=["*"]))
+        select_trainable(tiny(), Model(source="-", train="freeze", freeze=["*"]))
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
 def test_adapters_train_alone_and_merge_into_a_checkpoint_of_the_same_logits(tmp_path, config):
     chosen = Model(source="-", train="lora", lora=Lora(rank=2, alpha=8))
     base = tiny(config)
-    model, trainable, total = models.select_trainable(base, chosen, seed=3)
+    model, trainable, total = select_trainable(base, chosen, seed=3)
     assert trainable == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) < total
     names = moved(model, tmp_path)
     assert names and all("lora_" in name for name in names)
     adapted = logits(model)
     assert not torch.allclose(adapted, logits(tiny(config)), atol=1e-3)
-    saved = models.save(model, characters(), tmp_path, {}, "")
+    saved = checkpoints.save(model, characters(), tmp_path, {}, "")
     torch.testing.assert_close(logits(models.load(saved.path, CPU)), adapted, atol=1e-5, rtol=0)
 
 
 def test_adapters_start_from_the_seed_and_unknown_targets_are_named():
     def started(seed):
-        model, _, _ = models.select_trainable(tiny(), Model(source="-", train="lora"), seed)
+        model, _, _ = select_trainable(tiny(), Model(source="-", train="lora"), seed)
         return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
 
     assert torch.equal(started(1), started(1)) and not torch.equal(started(1), started(2))
     with pytest.raises(ModelError, match=r"`model.lora.targets` is \['nope'\]"):
-        models.select_trainable(tiny(), Model(source="-", train="lora", lora=Lora(targets=["nope"])))
+        select_trainable(tiny(), Model(source="-", train="lora", lora=Lora(targets=["nope"])))
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
 def test_adapters_of_a_matrix_that_is_embedding_and_head_are_refused(targets):
     chosen = Model(source="-", train="lora", lora=Lora(targets=["q_proj", *targets]))
-    models.select_trainable(tiny(), chosen)
+    select_trainable(tiny(), chosen)
     with pytest.raises(ModelError, match="embedding and head are one matrix"):
-        models.select_trainable(tiny({**LLAMA, "tie_word_embeddings": True}), chosen)
+        select_trainable(tiny({**LLAMA, "tie_word_embeddings": True}), chosen)
 
 
 # --- finding and loading ----------------------------------------------------------------------
 
 
 def test_a_local_folder_is_used_in_place(tmp_path):
-    saved = models.save(tiny(), characters(), tmp_path, {}, "")
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
     assert models.base(a_recipe(tmp_path, source=str(saved.path)), tmp_path / "home") == saved
     assert models.base(a_recipe(tmp_path, source=saved.digest), tmp_path / "home") == saved  # relative to the recipe
 
@@ -418,8 +419,8 @@ def test_a_bootstrapped_model_loads_stops_at_eos_and_is_verified(tmp_path):
     model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
     assert models.stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
     assert model.config.vocab_size == len(tokenizer)
-    assert models.verify(made.path) == []
-    assert models.read_meta(made.path)["kind"] == "bootstrap"
+    assert checkpoints.verify(made.path) == []
+    assert checkpoints.read_meta(made.path)["kind"] == "bootstrap"
 
 
 def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_end(tmp_path, monkeypatch):
@@ -436,7 +437,7 @@ def test_the_warm_up_leaves_evaluation_prompts_out_and_trains_the_rest_to_its_en
     assert {tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in seen} == asked - held_out
     assert {s.completion_ids[-1] for s in seen} == {tokenizer.eos_token_id}
     assert seen[0].prompt_ids == encode(tokenizer, tokenizer.decode(seen[0].prompt_ids[1:]), chat=False)
-    meta = models.read_meta(made.path)
+    meta = checkpoints.read_meta(made.path)
     assert (meta["rows"], meta["rows_held_out"]) == (24 - len(held_out), len(held_out))
 
 
@@ -505,7 +506,7 @@ def test_a_warmed_up_model_knows_its_corpus(tmp_path):
 def test_a_corpus_can_be_a_function_beside_the_recipe(tmp_path):
     (tmp_path / "warmup.py").write_text("def rows():\n    yield {'completion': 'abc'}\n")
     made = models.base(a_recipe(tmp_path, corpus="warmup:rows"), tmp_path)
-    assert models.read_meta(made.path)["rows"] == 1
+    assert checkpoints.read_meta(made.path)["rows"] == 1
 
 
 @pytest.mark.parametrize(

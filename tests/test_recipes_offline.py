@@ -13,6 +13,7 @@ import definitions
 from assets.shared import OVERRIDES, rounds_of
 from automation.jobs import job_name
 from rsft_pipeline import bootstrap, functions, models, rounds
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.model import Bootstrap
 from rsft_pipeline.recipe.reading import RECIPES, find, load
 from rsft_pipeline.scoring import Sample
@@ -169,7 +170,7 @@ def test_a_model_from_a_folder_is_warmed_up_once_and_only_where_it_trains(tmp_pa
     steps = []
     made = models.base(recipe, tmp_path, lambda step, *_: steps.append(step))
     assert steps == [1, 2, 3]
-    assert models.read_meta(made.path)["parent"] == models.content_digest(folder)
+    assert checkpoints.read_meta(made.path)["parent"] == checkpoints.content_digest(folder)
     before, after = (load_file(where / "model.safetensors") for where in (folder, made.path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.startswith("transformer.h.2.") for name in changed)

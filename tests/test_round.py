@@ -18,6 +18,7 @@ from rsft_pipeline import gates, lineage, models, prompts, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
@@ -78,7 +79,7 @@ def test_two_rounds_improve_the_model_and_leave_the_whole_lineage(home, instance
                JOIN scores s ON s.candidate_id = t.candidate_id AND s.scorer = 'combined'
                JOIN prompts p ON p.prompt_id = c.prompt_id WHERE t.round = 'r001'"""
         )
-        meta = models.read_meta(Path(store.value("SELECT path FROM checkpoints WHERE round = 'r001'")))
+        meta = checkpoints.read_meta(Path(store.value("SELECT path FROM checkpoints WHERE round = 'r001'")))
         assert len(trained) == meta["samples"] == second["accepted"]
         assert lineage.set_digest(row["candidate_id"] for row in trained) == meta["accepted_digest"]
         for row in trained:

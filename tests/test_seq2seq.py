@@ -17,7 +17,8 @@ from rsft_pipeline.decoding.attention import attention_of
 from rsft_pipeline.decoding.memory import state_bytes
 from rsft_pipeline.decoding.plain import draw as draw_plainly
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import ModelError
+from rsft_pipeline.models import ModelError, checkpoints
+from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Lora, Model
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.training import Training
@@ -431,12 +432,12 @@ def test_each_side_has_the_context_for_itself(tmp_path):
     ],
 )
 def test_the_last_layers_are_the_decoders(family, settings, expected):
-    model, trainable, total = models.select_trainable(tiny(family, **settings), Model(source="-", train="last_layers"))
+    model, trainable, total = select_trainable(tiny(family, **settings), Model(source="-", train="last_layers"))
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == {name for name, _ in model.named_parameters() if name.startswith(expected)}
     assert 0 < trainable < total
     with pytest.raises(ModelError, match="has 2 transformer blocks"):
-        models.select_trainable(tiny(family), Model(source="-", train="last_layers", last_layers=3))
+        select_trainable(tiny(family), Model(source="-", train="last_layers", last_layers=3))
 
 
 # --- a model of our own -----------------------------------------------------------------------
@@ -499,7 +500,7 @@ def test_a_prompt_keeps_the_end_that_an_encoder_expects(made):
 @pytest.mark.parametrize("train", ["all", "lora", "last_layers"])
 def test_it_is_trained_further_saved_and_drawn_from_again(made, tmp_path, train):
     model, tokenizer = loaded(made[1], train=True)
-    model, trainable, total = models.select_trainable(model, Model(source="-", train=train, lora=Lora(rank=4)), seed=0)
+    model, trainable, total = select_trainable(model, Model(source="-", train=train, lora=Lora(rank=4)), seed=0)
     assert (trainable < total) == (train != "all")
     prompt = prompts.encode(tokenizer, "a=", False, "seq2seq")
     (completion,) = seq2seq.completion_ids(model, tokenizer, ["zzz"])
@@ -508,7 +509,7 @@ def test_it_is_trained_further_saved_and_drawn_from_again(made, tmp_path, train)
     fit(model, [sample], tmp_path, epochs=10, learning_rate=0.02)
     (after,) = seq2seq.log_probabilities(model, [sample], tokenizer.pad_token_id)
     assert after > before + 2
-    saved = models.save(model, tokenizer, tmp_path, {}, "")
+    saved = checkpoints.save(model, tokenizer, tmp_path, {}, "")
     again, tokenizer = loaded(saved)
     assert seq2seq.log_probabilities(again, [sample], tokenizer.pad_token_id) == pytest.approx([after], abs=1e-4)
     (drawn,) = decode(again, [Draw(tuple(prompt), 1)], shape(stop_ids=frozenset({2})), tokenizer.pad_token_id)
@@ -521,6 +522,6 @@ def test_a_head_that_is_not_scaled_stays_so_when_saved(made, tmp_path):
     """T5 v1.1, whose configuration says it by a flag that Transformers then sets otherwise."""
     model, tokenizer = tiny("t5_v1_1"), models.tokenizer(made[1].path)
     expected = seq2seq.log_probabilities(model, SAMPLES, pad_id=0)
-    again, _ = loaded(models.save(model, tokenizer, tmp_path, {}, ""))
+    again, _ = loaded(checkpoints.save(model, tokenizer, tmp_path, {}, ""))
     assert seq2seq.log_probabilities(again, SAMPLES, pad_id=0) == expected
     assert not again.config.scale_decoder_outputs

@@ -19,6 +19,7 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.training import Training
@@ -118,14 +119,14 @@ def _weights(made: Mapping[str, Any], home: Home, note: Notes) -> None:
         note(Check(name, 0, 1), Finding("weights", f"there is no folder {folder}", 1))
         return
     try:
-        changed = models.verify(folder)
+        changed = checkpoints.verify(folder)
     except (models.ModelError, ValueError) as error:
         note(Check(name, 0, 1), Finding("weights", f"{folder}: {error}", 1))
         return
-    record = models.read_meta(folder)
+    record = checkpoints.read_meta(folder)
     files = len(record["files"])
     if record["digest"] != made["checkpoint"]:
-        changed.append(models.META)
+        changed.append(checkpoints.META)
     what = f"files of {folder} are not what was saved: {', '.join(changed)}"
     note(Check(name, files, len(changed)), *([Finding("weights", what, len(changed))] if changed else []))
 
@@ -140,7 +141,7 @@ def _roots(
         return
     there = dict(witnesses)
     if folder.is_dir():
-        there[f"{folder / models.META}"] = _meta(folder).get("merkle_root")
+        there[f"{folder / checkpoints.META}"] = _meta(folder).get("merkle_root")
         card = folder / "README.md"
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
         # The card is for people, who may have rewritten it: only another root in its place is a difference.
@@ -154,7 +155,7 @@ def _roots(
 
 def _meta(folder) -> dict[str, Any]:
     try:
-        return models.read_meta(folder)
+        return checkpoints.read_meta(folder)
     except ValueError:  # no JSON any more; the weights' check has said so
         return {}
 

@@ -1,6 +1,6 @@
 """The section `model`: which weights the first round starts from, how they are made, and which of them train.
 
-Not: making, loading and choosing them (rsft_pipeline/models.py and bootstrap.py).
+Not: making, loading and choosing them (rsft_pipeline/models and bootstrap.py).
 """
 
 from typing import Any, Literal

@@ -20,6 +20,7 @@ from typing import Any
 from rsft_pipeline import devices, functions, models
 from rsft_pipeline.devices import Device
 from rsft_pipeline.lineage import digest, file_digest, set_digest
+from rsft_pipeline.models.checkpoints import content_digest
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.scoring import AnyScorer, Scoring
 from rsft_pipeline.scoring import (
@@ -359,4 +360,4 @@ def _model_digest(name: str) -> str:
         return name
     # A model of sentence-transformers has parts in folders of its own.
     folders = [folder, *sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))]
-    return digest([[part.name, models.content_digest(part)] for part in folders[1:]] + [models.content_digest(folder)])
+    return digest([[part.name, content_digest(part)] for part in folders[1:]] + [content_digest(folder)])

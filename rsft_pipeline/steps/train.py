@@ -14,6 +14,9 @@ from rsft_pipeline import lineage, merkle, models, prompts, revocations, tasks
 from rsft_pipeline.card import card
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import checkpoints
+from rsft_pipeline.models.checkpoints import Checkpoint
+from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.progress import Show
 from rsft_pipeline.rounds import Round, Weights
 from rsft_pipeline.steps.rows import TrainedOn, of_training, training_rows
@@ -66,7 +69,7 @@ _ACCEPTED_ALIKE = """SELECT 1 FROM checkpoints WHERE recipe = ? AND round = ? AN
 class Trained:
     """A checkpoint and how it came to be."""
 
-    checkpoint: models.Checkpoint
+    checkpoint: Checkpoint
     parent: str
     accepted_digest: str
     merkle_root: str
@@ -94,7 +97,7 @@ def train(
     tokenizer = models.tokenizer(start.path)
     samples, leaves, snapshot = training_set(store, round_, tokenizer, trained_on)
     model = models.load(start.path, device, train=True, task=recipe.task)
-    model, trainable, total = models.select_trainable(model, recipe.model, recipe.seed)
+    model, trainable, total = select_trainable(model, recipe.model, recipe.seed)
     scratch = home.scratch / recipe.name / round_.key / trained_on
     history = fit(
         model,
@@ -130,9 +133,9 @@ def train(
         "trainable_parameters": trainable,
         "parameters": total,
     }
-    checkpoint = models.save(model, tokenizer, home.checkpoints, meta, card(meta))
+    checkpoint = checkpoints.save(model, tokenizer, home.checkpoints, meta, card(meta))
     if trained_on == "accepted":  # the same weights may have come of rows with other scores before, or of a control
-        models.describe(checkpoint, meta, card(meta))
+        checkpoints.describe(checkpoint, meta, card(meta))
     row = {
         "recipe": recipe.name,
         "round": round_.key,

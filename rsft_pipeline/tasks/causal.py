@@ -2,7 +2,7 @@
 
 Belongs here: what is particular to a decoder that reads its prompt left to right, as it writes. Does not:
 what all models that write have in common (writing.py), which samples are trained on and how a step adds
-up (training.py), where weights come from (models.py).
+up (training.py), where weights come from (models/).
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """Sequence classification: a completion is one label, its token id the index of the model's output.
 
 Belongs here: the same five functions as for models that write (tasks/__init__.py), on a model that
-chooses. Does not: how the head came to be (models.py, bootstrap.py).
+chooses. Does not: how the head came to be (models/, bootstrap.py).
 """
 
 import logging

@@ -1,51 +1,24 @@
-"""Models: weights on disk and in memory, and which of them train.
+"""Models: found where a recipe says that they are, and loaded.
 
-Belongs here: finding the base model, loading, saving and verifying checkpoints, and choosing the
-trainable parameters. Does not: how a small model is made (bootstrap.py) or trained (training.py).
+Belongs here: the base model of a first round, a teacher, and what a model's configuration says of its texts; beside it
+what becomes of trained ones (checkpoints.py) and which weights train (trainable.py). Does not: how a small model is
+made (bootstrap.py) or trained (training.py).
 
-A checkpoint is a folder in the Hugging Face format named after the digest of its content, with a
-`meta.json` (where it came from) and a `README.md` (the model card) that are not part of the digest.
-Weights are read and written as safetensors only, and no code that comes with a model is ever run.
+Weights are read as safetensors only, and no code that comes with a model is ever run.
 """
 
-import contextlib
-import difflib
-import fnmatch
 import functools
 import inspect
-import json
-import os
-import shutil
-import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsft_pipeline import lineage
 from rsft_pipeline.devices import Device
-from rsft_pipeline.recipe.model import Model
+from rsft_pipeline.models.checkpoints import CONTENT, Checkpoint, ModelError, content_digest, no_bars, verify
 from rsft_pipeline.recipe.recipe import Recipe
 
-# What a model's content is: weights, configuration, tokenizer, chat template.
-CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
-META = "meta.json"
 POINT_TO_A_FOLDER = "To use a model that is on this machine: --set {field}.source=/path/to/folder"
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be found, read or trained as asked."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights, and the content digest that names them wherever they lie."""
-
-    digest: str
-    path: Path
-
 
 # --- finding the base -------------------------------------------------------------------------
 
@@ -194,7 +167,7 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     """
     import torch
 
-    _no_bars()
+    no_bars()
     _check_folder(Path(path))
     model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
     if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
@@ -248,7 +221,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
     """
     import torch
 
-    _no_bars()
+    no_bars()
     _check_order(path, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -280,13 +253,6 @@ def _pad_as_the_tokenizer(model, path: Path) -> None:
 def head(labels: Sequence[str]) -> dict:
     """What a model's configuration says of its labels."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-def _no_bars() -> None:
-    """Progress is ours to show (progress.py): bars for single files only get in its way."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def stop_ids(model, tokenizer) -> set[int]:
@@ -386,250 +352,3 @@ def _stored_dtype(folder: Path):
             formats[tensor.get_dtype()] += functools.reduce(int.__mul__, tensor.get_shape(), 1)
     known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return known.get(formats.most_common(1)[0][0], torch.float32)
-
-
-# --- what trains ------------------------------------------------------------------------------
-
-
-def select_trainable(model, config: Model, seed: int = 0):
-    """Set `requires_grad` as `config.train` says.
-
-    With `last_layers` the last blocks, the final norm and the head train. A head whose weights are
-    also the input embedding stays fixed: training it would change what every frozen block reads.
-
-    Args:
-        seed: of the adapters' random start, with `lora`.
-
-    Returns:
-        The model (wrapped by peft with `lora`), the number of parameters that train, and of all.
-
-    Raises:
-        ModelError: a freeze pattern that matches nothing, nothing left to train, or peft missing.
-    """
-    match config.train:
-        case "all":
-            model.requires_grad_(True)
-        case "lora":
-            model = _with_adapters(model, config, seed)
-        case "last_layers":
-            _train_last_layers(model, config.last_layers)
-        case "freeze":
-            _freeze(model, config.freeze)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    if trainable == 0:
-        raise ModelError(f"`train: {config.train}` leaves none of the {total} parameters to train")
-    return model, trainable, total
-
-
-def _with_adapters(model, config: Model, seed: int):
-    import torch
-
-    try:
-        import peft
-    except ImportError:
-        raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
-    lora, kind, whole = config.lora, "CAUSAL_LM", None
-    if not model.can_generate():
-        kind, whole = "SEQ_CLS", r"(.*\.)?(\w*classifier|score)(\..*)?"  # which peft then trains whole
-    elif model.config.is_encoder_decoder:
-        kind = "SEQ_2_SEQ_LM"
-    settings = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        exclude_modules=whole,
-        task_type=kind,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            adapted = peft.get_peft_model(model, settings)
-        except ValueError as error:  # no module has one of the names
-            raise ModelError(f"`model.lora.targets` is {lora.targets!r}: {error}") from None
-    _check_untied(adapted, lora.targets)
-    return adapted
-
-
-def _check_untied(adapted, targets: str | list[str]) -> None:
-    """Merged into weights that are embedding and head at once, an adapter of one would change the other too."""
-    inner = adapted.get_base_model()
-    ends = [end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None]
-    weights = [getattr(end, "base_layer", end).weight for end in ends]
-    if any(hasattr(end, "base_layer") for end in ends) and len(weights) > len({id(weight) for weight in weights}):
-        raise ModelError(
-            f"`model.lora.targets` is {targets!r}, but this model's embedding and head are one matrix: leave both out"
-        )
-
-
-def _train_last_layers(model, count: int) -> None:
-    import torch
-
-    config = model.config.get_text_config(decoder=True)
-    depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    if count > depth:
-        raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
-    whole = model.get_decoder() if model.config.is_encoder_decoder else model
-    path, blocks = next(
-        (name, module)
-        for name, module in whole.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    )
-    decoder = whole.get_submodule(path.rpartition(".")[0])
-    norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
-    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
-    heads = [module for name, module in model.named_children() if name not in body]
-    if pooler := getattr(model.base_model, "pooler", None):
-        heads.append(pooler)
-    model.requires_grad_(False)
-    for module in [*blocks[-count:], *norms, *heads]:
-        module.requires_grad_(True)
-    embedding = model.get_input_embeddings()
-    if any(getattr(module, "weight", None) is embedding.weight for module in heads):
-        embedding.requires_grad_(False)
-
-
-def _freeze(model, patterns: Iterable[str]) -> None:
-    names = dict(model.named_parameters(remove_duplicate=False))  # a tied weight answers to both its names
-    model.requires_grad_(True)
-    for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise ModelError(
-                f"`freeze` pattern {pattern!r} matches no parameter. "
-                f"{'Near: ' + ', '.join(near) if near else 'Parameters are named like ' + next(iter(names))}"
-            )
-        for name in matched:
-            names[name].requires_grad_(False)
-
-
-# --- checkpoints ------------------------------------------------------------------------------
-
-
-def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
-    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already is kept.
-
-    What a killed process had written of one goes after a day.
-
-    Adapters are merged in float32 and the weights then rounded to the format that the base has on
-    disk. Both happen in place: the model is spent, load the checkpoint to go on.
-
-    Args:
-        meta: what to record in `meta.json`, beside the digest and each file's SHA-256.
-        card: text of the README.md.
-    """
-    stored = getattr(model, "stored_dtype", model.dtype)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored)
-    if tokenizer.is_fast:  # what the last batch was padded to is no part of a tokenizer, yet it would be saved
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
-
-    _no_bars()
-    for left in Path(root).glob(".saving-*"):
-        with contextlib.suppress(FileNotFoundError):  # it was saved this moment
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left)
-    temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        files = _file_digests(temporary)
-        saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
-        (temporary / META).write_text(_as_json({**meta, "digest": saved.digest, "files": files}), "utf-8")
-        (temporary / "README.md").write_text(card, "utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        try:
-            temporary.rename(saved.path)
-        except OSError:
-            if not saved.path.is_dir():  # else the same was saved before
-                raise
-        _sync(saved.path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return saved
-
-
-def describe(saved: Checkpoint, meta: dict, card: str) -> None:
-    """Write what is said of a checkpoint anew: `meta.json` and README.md."""
-    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": _file_digests(saved.path)}))
-    write_card(saved.path, card)
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Put a card in place of an earlier one; it is no part of the checkpoint's digest."""
-    _replace(folder / "README.md", text)
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(file)
-
-
-def _as_json(meta: dict) -> str:
-    return json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False)
-
-
-def content_digest(folder: Path) -> str:
-    """Digest of what the model in a folder is: names and bytes of its CONTENT files."""
-    return _digest_of(_file_digests(Path(folder)))
-
-
-def read_meta(path: Path) -> dict:
-    """What was recorded when the checkpoint was saved; empty for a model that came from elsewhere."""
-    file = Path(path) / META
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
-def verify(path: Path) -> list[str]:
-    """Names of the files that are not as they were saved: changed, missing or added since.
-
-    Raises:
-        ModelError: when there is no record to compare with.
-    """
-    record = read_meta(path)
-    if "files" not in record:
-        raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
-    now, then = _file_digests(Path(path)), record["files"]
-    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if _digest_of(then) != record["digest"]:
-        changed.append(META)
-    return changed
-
-
-def _digest_of(files: dict[str, str]) -> str:
-    return lineage.digest(sorted(files.items()))
-
-
-def _file_digests(folder: Path) -> dict[str, str]:
-    """File name → SHA-256 of every CONTENT file."""
-    names = {path.name for pattern in CONTENT for path in folder.glob(pattern)} - {META}
-    return {name: _file_digest(folder.resolve() / name) for name in sorted(names)}
-
-
-# SHA-256 of files by device, inode, size and time: large weights are read once, also where their folder is renamed.
-_digests: dict[tuple[int, int, int, int], str] = {}
-
-
-def _file_digest(file: Path) -> str:
-    status = file.stat()
-    identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    if identity not in _digests:
-        _digests[identity] = lineage.file_digest(file)
-    return _digests[identity]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,168 @@
+"""Checkpoints: weights on disk, under the digest of what they are.
+
+A checkpoint is a folder in the Hugging Face format named after the digest of its content, with a `meta.json` (where it
+came from) and a `README.md` (the model card) that are not part of the digest. Weights are written as safetensors only.
+
+Belongs here: saving, describing and verifying them. Not: loading (the package itself).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsft_pipeline import lineage
+
+# What a model's content is: weights, configuration, tokenizer, chat template.
+CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
+META = "meta.json"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be found, read or trained as asked."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and the content digest that names them wherever they lie."""
+
+    digest: str
+    path: Path
+
+
+def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
+    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already is kept.
+
+    What a killed process had written of one goes after a day.
+
+    Adapters are merged in float32 and the weights then rounded to the format that the base has on
+    disk. Both happen in place: the model is spent, load the checkpoint to go on.
+
+    Args:
+        meta: what to record in `meta.json`, beside the digest and each file's SHA-256.
+        card: text of the README.md.
+    """
+    stored = getattr(model, "stored_dtype", model.dtype)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
+    if tokenizer.is_fast:  # what the last batch was padded to is no part of a tokenizer, yet it would be saved
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+
+    no_bars()
+    for left in Path(root).glob(".saving-*"):
+        with contextlib.suppress(FileNotFoundError):  # it was saved this moment
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
+    temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        files = _file_digests(temporary)
+        saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
+        (temporary / META).write_text(_as_json({**meta, "digest": saved.digest, "files": files}), "utf-8")
+        (temporary / "README.md").write_text(card, "utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        try:
+            temporary.rename(saved.path)
+        except OSError:
+            if not saved.path.is_dir():  # else the same was saved before
+                raise
+        _sync(saved.path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return saved
+
+
+def describe(saved: Checkpoint, meta: dict, card: str) -> None:
+    """Write what is said of a checkpoint anew: `meta.json` and README.md."""
+    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": _file_digests(saved.path)}))
+    write_card(saved.path, card)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Put a card in place of an earlier one; it is no part of the checkpoint's digest."""
+    _replace(folder / "README.md", text)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(file)
+
+
+def _as_json(meta: dict) -> str:
+    return json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def content_digest(folder: Path) -> str:
+    """Digest of what the model in a folder is: names and bytes of its CONTENT files."""
+    return _digest_of(_file_digests(Path(folder)))
+
+
+def read_meta(path: Path) -> dict:
+    """What was recorded when the checkpoint was saved; empty for a model that came from elsewhere."""
+    file = Path(path) / META
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def verify(path: Path) -> list[str]:
+    """Names of the files that are not as they were saved: changed, missing or added since.
+
+    Raises:
+        ModelError: when there is no record to compare with.
+    """
+    record = read_meta(path)
+    if "files" not in record:
+        raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
+    now, then = _file_digests(Path(path)), record["files"]
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if _digest_of(then) != record["digest"]:
+        changed.append(META)
+    return changed
+
+
+def _digest_of(files: dict[str, str]) -> str:
+    return lineage.digest(sorted(files.items()))
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """File name → SHA-256 of every CONTENT file."""
+    names = {path.name for pattern in CONTENT for path in folder.glob(pattern)} - {META}
+    return {name: _file_digest(folder.resolve() / name) for name in sorted(names)}
+
+
+# SHA-256 of files by device, inode, size and time: large weights are read once, also where their folder is renamed.
+_digests: dict[tuple[int, int, int, int], str] = {}
+
+
+def _file_digest(file: Path) -> str:
+    status = file.stat()
+    identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if identity not in _digests:
+        _digests[identity] = lineage.file_digest(file)
+    return _digests[identity]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def no_bars() -> None:
+    """Progress is ours to show (progress.py): bars for single files only get in its way."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,125 @@
+"""Trainable: which of a model's weights train: all of them, adapters, its last layers, or all but some.
+
+Not: training them (training.py).
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+from rsft_pipeline.models.checkpoints import ModelError
+from rsft_pipeline.recipe.model import Model
+
+
+def select_trainable(model, config: Model, seed: int = 0):
+    """Set `requires_grad` as `config.train` says.
+
+    With `last_layers` the last blocks, the final norm and the head train. A head whose weights are
+    also the input embedding stays fixed: training it would change what every frozen block reads.
+
+    Args:
+        seed: of the adapters' random start, with `lora`.
+
+    Returns:
+        The model (wrapped by peft with `lora`), the number of parameters that train, and of all.
+
+    Raises:
+        ModelError: a freeze pattern that matches nothing, nothing left to train, or peft missing.
+    """
+    match config.train:
+        case "all":
+            model.requires_grad_(True)
+        case "lora":
+            model = _with_adapters(model, config, seed)
+        case "last_layers":
+            _train_last_layers(model, config.last_layers)
+        case "freeze":
+            _freeze(model, config.freeze)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if trainable == 0:
+        raise ModelError(f"`train: {config.train}` leaves none of the {total} parameters to train")
+    return model, trainable, total
+
+
+def _with_adapters(model, config: Model, seed: int):
+    import torch
+
+    try:
+        import peft
+    except ImportError:
+        raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
+    lora, kind, whole = config.lora, "CAUSAL_LM", None
+    if not model.can_generate():
+        kind, whole = "SEQ_CLS", r"(.*\.)?(\w*classifier|score)(\..*)?"  # which peft then trains whole
+    elif model.config.is_encoder_decoder:
+        kind = "SEQ_2_SEQ_LM"
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=whole,
+        task_type=kind,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(model, settings)
+        except ValueError as error:  # no module has one of the names
+            raise ModelError(f"`model.lora.targets` is {lora.targets!r}: {error}") from None
+    _check_untied(adapted, lora.targets)
+    return adapted
+
+
+def _check_untied(adapted, targets: str | list[str]) -> None:
+    """Merged into weights that are embedding and head at once, an adapter of one would change the other too."""
+    inner = adapted.get_base_model()
+    ends = [end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None]
+    weights = [getattr(end, "base_layer", end).weight for end in ends]
+    if any(hasattr(end, "base_layer") for end in ends) and len(weights) > len({id(weight) for weight in weights}):
+        raise ModelError(
+            f"`model.lora.targets` is {targets!r}, but this model's embedding and head are one matrix: leave both out"
+        )
+
+
+def _train_last_layers(model, count: int) -> None:
+    import torch
+
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    if count > depth:
+        raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
+    whole = model.get_decoder() if model.config.is_encoder_decoder else model
+    path, blocks = next(
+        (name, module)
+        for name, module in whole.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+    )
+    decoder = whole.get_submodule(path.rpartition(".")[0])
+    norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
+    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
+    heads = [module for name, module in model.named_children() if name not in body]
+    if pooler := getattr(model.base_model, "pooler", None):
+        heads.append(pooler)
+    model.requires_grad_(False)
+    for module in [*blocks[-count:], *norms, *heads]:
+        module.requires_grad_(True)
+    embedding = model.get_input_embeddings()
+    if any(getattr(module, "weight", None) is embedding.weight for module in heads):
+        embedding.requires_grad_(False)
+
+
+def _freeze(model, patterns: Iterable[str]) -> None:
+    names = dict(model.named_parameters(remove_duplicate=False))  # a tied weight answers to both its names
+    model.requires_grad_(True)
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ModelError(
+                f"`freeze` pattern {pattern!r} matches no parameter. "
+                f"{'Near: ' + ', '.join(near) if near else 'Parameters are named like ' + next(iter(names))}"
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
