@@ -11,7 +11,7 @@ from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import models, report, rounds
 from rsft_pipeline.card import card
-from rsft_pipeline.evaluation import Comparison, Summary
+from rsft_pipeline.evaluation import Summary, shown
 from rsft_pipeline.home import Home
 from rsft_pipeline.markdown import picture, table
 from rsft_pipeline.models import checkpoints
@@ -81,7 +81,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 "verdict": outcome.verdict,
                 "difference": outcome.comparison.difference,
                 "length_drift": outcome.comparison.length_drift,
-                **{f"over_{role}": _interval(found) for role, found in outcome.controls.items()},
+                **{f"over_{role}": shown(one.difference, one.low, one.high) for role, one in outcome.controls.items()},
                 **_numbers(outcome.summaries["checkpoint"]),
                 "summary": dg.MetadataValue.md(_table(outcome)),
                 "scorers": dg.MetadataValue.md(by_scorer.table),
@@ -132,10 +132,6 @@ def _numbers(summary: Summary) -> dict[str, float]:
 
 def _table(outcome: evaluate.Outcome) -> str:
     return table({"weights": role, **_numbers(summary)} for role, summary in outcome.summaries.items())
-
-
-def _interval(comparison: Comparison) -> str:
-    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
 
 
 def _track(

@@ -22,12 +22,14 @@ from rich.table import Table
 from resources import pages
 from rsft_pipeline import models, prompts, rounds, scoring
 from rsft_pipeline.devices import Device
+from rsft_pipeline.evaluation import Comparison, shown
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError
+from rsft_pipeline.steps.evaluate import over_controls
 from rsft_pipeline.store import Store
 
 console = Console()
@@ -309,6 +311,7 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
                 "policy_eval": _values(row["policy_eval"]),
                 "promoted": row["promoted"],
                 "verdict": row["verdict"],
+                "over": {role: asdict(found) for role, found in _over_controls(store, row).items()},
                 "checkpoint": row["checkpoint"],
                 "mlflow_run_id": row["mlflow_run_id"],
                 "dagster_run_id": row["dagster_run_id"],
@@ -319,6 +322,10 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
         "champion": every[-1]["champion"] if every else None,
         "stopped": rounds.why_stopped(store, recipe),
     }
+
+
+def _over_controls(store: Store, row: dict[str, Any]) -> dict[str, Comparison]:
+    return over_controls(store.query, row["recipe"], row["round"])
 
 
 def _values(summary: str) -> dict[str, float | None]:
@@ -353,6 +360,11 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
             "promoted" if row["promoted"] else "kept",
         )
     console.print(table)
+    for row in rows:
+        for role, found in _over_controls(store, row).items():
+            difference = shown(found.difference, found.low, found.high)
+            told = f"{row['round']}: {found.metric} over the control `{role}`: {difference}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     if reason := rounds.why_stopped(store, recipe):
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"

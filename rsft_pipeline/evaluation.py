@@ -174,16 +174,17 @@ def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
     if not passes:
         verdict = {"better": "not better", "not_worse": "may be worse"}[promotion.require]
     relation = ">" if passes else "is not wholly >"
-    shown = _shown(comparison.difference, low, comparison.high)
-    numbers = f"{comparison.metric} {shown} {relation} {needed:g} over {comparison.n} prompts"
+    difference = shown(comparison.difference, low, comparison.high)
+    numbers = f"{comparison.metric} {difference} {relation} {needed:g} over {comparison.n} prompts"
     if comparison.metric == "mean_score" and (eligible := comparison.eligible):
-        numbers += f"; eligible draws {_shown(eligible.value, eligible.low, eligible.high)}"
+        numbers += f"; eligible draws {shown(eligible.value, eligible.low, eligible.high)}"
         if passes and eligible.high < 0:
             passes, verdict = False, "fewer draws are eligible"
     return passes, f"{verdict}: {numbers}"
 
 
-def _shown(difference: float, low: float, high: float) -> str:
+def shown(difference: float, low: float, high: float) -> str:
+    """A difference and its interval, for people."""
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -112,6 +112,7 @@ def not_worse(store: Store, round_: Round) -> Finding:
 
 def _lost(store: Store, round_: Round) -> bool:
     recipe, how = round_.recipe, round_.recipe.evaluation
-    before, after = (recorded_results(store.query, round_, role) for role in ("champion", "checkpoint"))
+    roles = ("champion", "checkpoint")
+    before, after = (recorded_results(store.query, recipe.name, round_.key, role) for role in roles)
     compared = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)
     return compared.high < 0

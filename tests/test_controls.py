@@ -4,7 +4,9 @@ import itertools
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.whatif import whatif
@@ -51,6 +53,14 @@ def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(h
         assert value["checkpoint"] > value["random"]  # the scorer beats a coin
         assert row["checkpoint"] not in controls.values()
         assert rounds.history(store, recipe.name)[0]["champion"] == row["checkpoint"]
+
+        over = evaluate.over_controls(store.query, recipe.name, "r000")
+        assert {role: one.difference for role, one in over.items()} == {
+            role: pytest.approx(value["checkpoint"] - value[role]) for role in ("random", "everything")
+        }
+        status = CliRunner().invoke(app, ["status", recipe.name, "--json"]).stdout
+        assert f"r000: pass_at_1 over the control `random`: {over['random'].difference:+.3f} [" in status
+        assert json.loads(status.splitlines()[-1])["rounds"][0]["over"]["random"]["low"] == over["random"].low
 
 
 def test_with_all_rounds_a_control_has_as_many_samples_as_the_accepted_set(home, instance, write_recipe):  # noqa: F811

@@ -78,7 +78,7 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
     rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
     level = rounds_[1].recipe.evaluation.confidence
     drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)
-    evaluated = [recorded_results(store.query, round_, "checkpoint") for round_ in rounds_]
+    evaluated = [recorded_results(store.query, round_.recipe.name, round_.key, "checkpoint") for round_ in rounds_]
     held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
     return Diff(recipe.name, before, after, drawn, held_out, _notes(store, *rounds_))
 

@@ -72,7 +72,7 @@ def _results(
         return
     compared, wrong = 0, set()
     for role, weights in roles.items():
-        was = _by_prompt(recorded_results(query, round_, role))
+        was = _by_prompt(recorded_results(query, round_.recipe.name, round_.key, role))
         now = _by_prompt(results(query, round_, weights, version_of[COMBINED]))
         for prompt in (was.keys() | now.keys()) - unsure:
             compared += 1
@@ -106,7 +106,7 @@ def _verdict(query: Query, round_: Round, of: dict[str, str], note: Notes) -> No
     if row["verdict"] is None:
         note(Check(name, 0, None, "the round is not finished"))
         return
-    before, after = (recorded_results(query, round_, role) for role in ("champion", "checkpoint"))
+    before, after = (recorded_results(query, recipe.name, round_.key, role) for role in ("champion", "checkpoint"))
     try:
         how = recipe.evaluation
         comparison = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)

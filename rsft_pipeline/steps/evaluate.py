@@ -13,6 +13,7 @@ from typing import TypeVar
 from rsft_pipeline import acceptance, revocations, rounds
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
 from rsft_pipeline.home import Home
+from rsft_pipeline.recipe.evaluation import Evaluation
 from rsft_pipeline.rounds import Round, RoundError, starting_weights
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import unscored, versions
@@ -148,14 +149,27 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
     return [PromptResult(**row) for row in rows]
 
 
-def recorded_results(query: Query, round_: Round, role: str) -> list[PromptResult]:
+def recorded_results(query: Query, recipe: str, round_key: str, role: str) -> list[PromptResult]:
     """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
     rows = query(
         """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens, eligible
            FROM evaluations WHERE recipe = $recipe AND round = $round AND role = $role ORDER BY prompt_id""",
-        {"recipe": round_.recipe.name, "round": round_.key, "role": role},
+        {"recipe": recipe, "round": round_key, "role": role},
     )
     return [PromptResult(**row) for row in rows]
+
+
+def over_controls(query: Query, recipe: str, round_key: str) -> dict[str, Comparison]:
+    """A finished round's checkpoint against each of its controls, by the metric of its gate: as `judge` found it."""
+    asked = {"recipe": recipe, "round": round_key}
+    (row,) = query("SELECT settings, state FROM rounds WHERE recipe = $recipe AND round = $round", asked)
+    settings = json.loads(row["settings"])
+    if row["state"] == "started" or not settings.get("controls"):
+        return {}
+    how, metric = Evaluation.model_validate(settings["evaluation"]), settings["promotion"]["metric"]
+    of = {role: recorded_results(query, recipe, round_key, role) for role in ("checkpoint", *settings["controls"])}
+    made = of.pop("checkpoint")
+    return {role: compare(own, made, metric, k=how.k, confidence=how.confidence) for role, own in of.items() if own}
 
 
 def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) -> None:
