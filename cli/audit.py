@@ -16,11 +16,12 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cli.console import console
 from cli.run import SetOption, _device, _find, _overrides, _store
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
@@ -34,7 +35,6 @@ from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
 app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay, compare.", no_args_is_help=True)
-console = Console()
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all.")
