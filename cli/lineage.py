@@ -110,7 +110,10 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
             node.add(Text(f"reference {_said(asked.reference)}"))
     _weights(tree, found, answer)
     _drawn(tree, found.draw)
-    judged = tree.add("judged")
+    if not found.of_round:
+        left = f"not among the draws of {found.recipe} {found.round} as it ran: an earlier attempt at it left it"
+        tree.add(Text(left, style="yellow"))
+    judged = tree.add("judged" if found.scores else "not judged")
     for score in found.scores:
         value = "cannot judge" if score.value is None else f"{score.value:.6g}"
         gate = "" if score.passed is None else ", every gate reached" if score.passed else ", a gate not reached"
@@ -146,7 +149,7 @@ def _drawn(tree: Tree, draw: tracing.Draw) -> None:
     node.add(Text(_said(draw.text)))
     if draw.token_ids is not None:
         node.add(Text(f"token ids {draw.token_ids}"))
-    given = (draw.sampling or {}).items()
+    given = (draw.sampling or {"settings": f"{draw.settings}, which are not recorded"}).items()
     node.add(
         Text(f"{', '.join(f'{key} {value}' for key, value in given if value not in (None, []))}; its seed {draw.seed}")
     )

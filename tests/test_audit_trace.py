@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from conftest import run_round
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import definitions
@@ -29,6 +30,7 @@ from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training
 from rsft_pipeline.store import Store
+from web.app import create
 
 NAME = "letters_loop"
 
@@ -107,6 +109,25 @@ def test_a_missing_link_is_named(mine):
     gaps = trace(mine, candidate).gaps
     # The settings are read from an older snapshot.
     assert gaps == ["its prompt is not in the store", "it has no combined score"]
+
+
+def test_what_an_earlier_attempt_with_more_draws_left_is_said_to_be_left_and_no_gap(mine, recipe):
+    row, more = rounds.raw(mine, NAME, "r001"), load(recipe.file, {"sampling.draws": "9"})
+    rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), recipe=more), "with more draws")
+    (one,) = mine.query("SELECT * FROM candidates WHERE candidate_id = ?", [accepted(mine, "r001")[0]])
+    left = {**one, "candidate_id": "1ef7" * 8, "draw": 8}
+    mine.append("candidates", [left])
+    mine.replace("rounds", [row], recipe=NAME, round="r001")
+    assert trace(mine, one["candidate_id"]).of_round and trace(mine, one["candidate_id"]).draw.sampling["draws"] == 6
+    for draws in (9, None):
+        found = trace(mine, left["candidate_id"])
+        assert not found.of_round and found.complete and (found.draw.sampling or {}).get("draws") == draws
+        done = CliRunner().invoke(app, ["audit", "trace", left["candidate_id"], "--quick"], catch_exceptions=False)
+        assert f"not among the draws of {NAME} r001 as it ran: an earlier attempt at it left it" in done.stdout
+        mine.forget()
+    with TestClient(create(mine, Home.here()), base_url="http://127.0.0.1") as client:
+        page = client.get(f"/recipes/{NAME}/candidates/{left['candidate_id']}").text
+    assert "not among the draws of r001 as it ran" in page
 
 
 def test_a_prompt_that_has_changed_is_shown_as_the_candidate_was_judged_by_it(mine):

@@ -7,6 +7,7 @@ or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +19,8 @@ from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RECORDED
 from rsft_pipeline.revocations import ANY, said
-from rsft_pipeline.steps.rows import COMBINED
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 
@@ -128,6 +130,7 @@ class Trace:
     prompt: Prompt | None
     weights: list[Weights]  # that it was drawn from, then what those were trained from, back to the base
     draw: Draw
+    of_round: bool  # it is among the draws of the round as it ran; else an earlier attempt at the round left it
     scores: list[Score]
     decision: Decision | None  # None: it was not decided on, as held-out candidates never are
     decision_then: Decision | None  # where it was trained on by a decision that is not the present one
@@ -169,6 +172,8 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     trained = query(_TRAINED, {**of, "last": last})
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
+    its_own = decision is not None or _of_round(query, drawn, round_)
+    expected = gaps if its_own or trained else []  # of what was only left over nothing has to be there
     prompt, scores = _first(query(_PROMPT.format(at=""), of)), query(_SCORES, of)
     named = "evaluation_scorers" if drawn["split"] == "eval" else "scorers"
     versions = set(json.loads((round_ and round_[named]) or "{}").values())
@@ -180,8 +185,9 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
         query(NEWEST_SNAPSHOT)[0]["id"],
         _prompt(query, of, prompt, content, made, gaps),
         _ancestry(drawn, made, rounds, gaps),
-        _draw(drawn, settings, gaps),
-        _scores(scores, versions, content, decision, gaps),
+        _draw(drawn, settings, expected),
+        its_own,
+        _scores(scores, versions, content, decision, expected),
         decision,
         _then(query, of, trained, made, decision, gaps),
         [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
@@ -274,13 +280,31 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
 
 
 def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
-    """The recorded recipe, where the candidate's hash of settings is of its."""
-    try:
-        recipe = Recipe.model_validate_json(recorded, context=RECORDED)
-    except ValidationError:  # of another version of this program
+    """The recorded recipe, where the candidate's hash of settings is of its, and its draw one of as many."""
+    recipe = _recipe(recorded, drawn["recipe"])
+    if recipe is None:
         return None
     how = recipe.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(recipe)
-    return recipe if sampling.settings(how, recipe.seed) == drawn["settings"] else None
+    its_own = sampling.settings(how, recipe.seed) == drawn["settings"] and drawn["draw"] < how.most_draws
+    return recipe if its_own else None
+
+
+def _recipe(recorded: str, name: str) -> Recipe | None:
+    try:
+        return Recipe.of_file(Path(name), json.loads(recorded), RECORDED)
+    except ValidationError:  # of another version of this program
+        return None
+
+
+def _of_round(query: Query, drawn: Mapping, round_: Mapping | None) -> bool:
+    """Whether a candidate is among the draws of its round as that ran, as far as its record can be read."""
+    recipe = round_ and _recipe(round_["settings"], drawn["recipe"])
+    if recipe is None or drawn["split"] == "eval":  # held-out draws are of every round that evaluates their policy
+        return True
+    policy = round_["policy"]
+    ran = Round(recipe, round_["round"], policy, round_["policy_source"], round_["drawn_from"] or policy, "")
+    sql = f"SELECT 1 FROM ({ROUND_CANDIDATES}) WHERE candidate_id = $candidate"
+    return bool(query(sql, {**of_round(ran), "candidate": drawn["candidate_id"]}))
 
 
 def _draw(drawn: Mapping, settings: Recipe | None, gaps: list[str]) -> Draw:
