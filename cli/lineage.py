@@ -4,6 +4,7 @@ Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipe
 MLflow add to them (assets/outside.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,11 +78,24 @@ def _outside(found: tracing.Trace) -> dict[str, Any]:
     from definitions import usual_resources
 
     digests = [one.digest for one in found.weights] + [one.checkpoint for one in found.learned]
-    links = [found.prompt, found.draw, found.decision, *found.weights, *found.scores, *found.learned]
     return {
         "mlflow": outside.registered(usual_resources()["tracking"], found.recipe, digests),
-        "dagster": outside.runs(_instance(), (link.dagster_run_id for link in links if link)),
+        "dagster": outside.runs(_instance(), _wrote(found)),
     }
+
+
+def _wrote(found: tracing.Trace) -> Iterator[tuple[str | None, str]]:
+    """The runs that wrote something of a trace, each with the asset that did."""
+    held_out = found.prompt and found.prompt.split == "eval"
+    links = [
+        ("prompts", found.prompt),
+        ("evaluation" if held_out else "candidates", found.draw),
+        *(("evaluation" if held_out else "scores", score) for score in found.scores),
+        *(("accepted", decision) for decision in (found.decision_then, found.decision)),
+        *(("checkpoint", weights) for weights in found.weights),
+        *(("controls" if one.role.startswith("control") else "checkpoint", one) for one in found.learned),
+    ]
+    return ((link.dagster_run_id, asset) for asset, link in links if link)
 
 
 def _matches(text: str, matches: list[ids.Match]) -> Tree:
@@ -130,7 +144,7 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
     _learned(tree, found, answer)
     for run, known in answer.get("dagster", {}).items():
         events = ", ".join(f"{event['asset']} {event['event']}" for event in known["events"])
-        tree.add(Text(f"Dagster run {run} ({known['job']}, {known['state']}): {events}"))
+        tree.add(Text(f"Dagster run {run} ({known['job']}, {known['state']}): {events or 'nothing materialised'}"))
     for gap in found.gaps:
         tree.add(Text(f"missing: {gap}", style="red"))
     return tree
