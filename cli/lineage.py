@@ -177,7 +177,7 @@ def _learned(tree: Tree, found: tracing.Trace, answer: dict[str, Any]) -> None:
     node = tree.add("learned by")
     for one in found.learned:
         weight = "" if one.weight is None else f", weight {one.weight:g}"
-        used = ", champion" if one.champion else ""
+        used = ", revoked" if one.revoked else ", champion" if one.champion else ""
         line = f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}{used}): {one.how}{weight}"
         node.add(Text(f"{line}{_version(answer, one.checkpoint)}; MLflow run {one.mlflow_run_id}"))
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import definitions
 from assets import outside
+from cli.lineage import _wrote
 from cli.main import app
 from rsft_pipeline import efficiency, gates, lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
@@ -361,7 +362,14 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         done = revoke(mine, ids.thing(mine, thing), who="an auditor", why="asked to")
     assert done.marked == [(NAME, "r000"), (NAME, "r001")]
     assert rounds.history(mine, NAME) == [] and rounds.following(mine, NAME) == "r000"
-    assert trace(mine, candidate).revoked == [f"candidate {candidate} was revoked by an auditor: asked to"]
+    found, made = trace(mine, candidate), trace(mine, accepted(mine, "r000")[2])
+    assert found.revoked == [f"candidate {candidate} was revoked by an auditor: asked to"]
+    assert (found.decision.reason, found.decision_then.reason, found.complete) == ("revoked", "accepted", True)
+    assert made.decision.accepted and made.decision_then is None  # what it was trained with is revoked, it is not
+    reached = impact(mine, ids.thing(mine, candidate)).checkpoints
+    assert {one.checkpoint: (one.role, one.revoked) for one in found.learned} == {
+        one.checkpoint: (one.role, True) for one in reached
+    }
     with pytest.raises(RoundError, match="needs r000"):
         rounds.starting_weights(mine, recipe, Home.here(), "r002", "champion")
     old = rounds.record(mine, recipe, "r001")
@@ -378,6 +386,11 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         for round_key in ("r000", "r001"):
             assert run_round(instance, recipe, round_key).success
             assert evaluated(instance, check)
+        again = trace(mine, accepted(mine, "r001")[0])
+        first, second = outside.runs(instance, _wrote(again)).values()
+        assert [event["asset"] for event in first["events"]] == [f"{NAME}/prompts", f"{NAME}/checkpoint"]
+        wrote = [f"{NAME}/{asset}" for asset in ("candidates", "scores", "accepted", "checkpoint")]
+        assert [event["asset"] for event in second["events"]] == wrote
     after = {row["round"]: row for row in rounds.history(mine, NAME)}
     assert {row["checkpoint"] for row in after.values()}.isdisjoint(row["checkpoint"] for row in before.values())
     assert aliases(after["r001"]["champion"]) == ["champion"]
@@ -387,7 +400,10 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
     assert asked == [{"n": 0}]
     found = trace(mine, candidate)
     assert found.decision.reason == "revoked" and found.decision_then.reason == "accepted"
-    assert {one.role for one in found.learned} == {"superseded"}
+    assert {(one.role, one.revoked) for one in found.learned} == {("superseded", True)}
+    found = trace(mine, other)  # of a prompt that is asked no more
+    assert found.complete and not found.of_round
+    assert found.decision is None and found.decision_then.reason == "accepted"
     assert impact(mine, ids.thing(mine, candidate)).again == []
 
 

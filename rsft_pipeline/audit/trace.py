@@ -6,7 +6,7 @@ or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RECORDED
-from rsft_pipeline.revocations import ANY, said
+from rsft_pipeline.revocations import ANY, REASON, said
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
@@ -101,7 +101,7 @@ class Decision:
     u: float
     weight: float
     parameters: dict[str, Any]  # of the rule, M among them
-    dagster_run_id: str | None
+    dagster_run_id: str | None  # None: it follows from a revocation, and is not made yet
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Learned:
     how: str
     weight: float | None  # of the sample; None: reached through other weights alone
     champion: bool  # in use now
+    revoked: bool
     mlflow_run_id: str | None
     dagster_run_id: str | None
 
@@ -132,7 +133,7 @@ class Trace:
     draw: Draw
     of_round: bool  # it is among the draws of the round as it ran; else an earlier attempt at the round left it
     scores: list[Score]
-    decision: Decision | None  # None: it was not decided on, as held-out candidates never are
+    decision: Decision | None  # of now; None: it was not decided on, as held-out candidates never are
     decision_then: Decision | None  # where it was trained on by a decision that is not the present one
     evaluated: list[tuple[str, str]]  # of a held-out candidate: recipe and round whose verdict counted it
     learned: list[Learned]  # at first hand, then through weights
@@ -178,6 +179,9 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     named = "evaluation_scorers" if drawn["split"] == "eval" else "scorers"
     versions = set(json.loads((round_ and round_[named]) or "{}").values())
     content = _content(scores, versions, prompt)
+    came_of = [candidate_id, drawn["prompt_id"], drawn["policy"], *(versions if decision else ())]
+    revoked = _revoked(query, recipe, came_of)
+    aside = any(row["kind"] != "scorer" for row in revoked)
     return Trace(
         recipe,
         drawn["round"],
@@ -188,11 +192,11 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
         _draw(drawn, settings, expected),
         its_own,
         _scores(scores, versions, content, decision, expected),
-        decision,
-        _then(query, of, trained, made, decision, gaps),
+        _set_aside(decision) if aside else decision,
+        _then(query, of, trained, made, decision, aside, gaps),
         [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
-        _learned(trained, made, rounds, gaps),
-        _revoked(query, recipe, [candidate_id, drawn["prompt_id"], drawn["policy"], *(versions if decision else ())]),
+        _learned(query, trained, made, rounds, gaps),
+        [said(row, spoken=True) for row in revoked],
         gaps,
     )
 
@@ -354,12 +358,21 @@ def _decision(row: Mapping | None) -> Decision | None:
     return Decision(**{**row, "parameters": json.loads(row["parameters"])}, words=words.decision(row))
 
 
+def _set_aside(made: Decision | None) -> Decision | None:
+    """The decision of now on a candidate that was revoked, or came of what was, and is trained on no more."""
+    if made is None or not made.accepted:
+        return made
+    words = "it was revoked, or what it came of was; the round was not decided again since"
+    return replace(made, accepted=False, reason=REASON, words=words, log_a=None, weight=1.0, dagster_run_id=None)
+
+
 def _then(
     query: Query,
     of: dict[str, Any],
     trained: list[dict],
     made: list[dict],
     decision: Decision | None,
+    aside: bool,
     gaps: list[str],
 ) -> Decision | None:
     """The decision by which it was first trained on, where the present one rejects it or is missing.
@@ -368,8 +381,10 @@ def _then(
     """
     samples = {row["checkpoint"] for row in trained}
     by_decision = [row for row in made if row["checkpoint"] in samples and row["trained_on"] in (None, "accepted")]
-    if not by_decision or (decision and decision.accepted):
+    if not by_decision:
         return None
+    if decision and decision.accepted:
+        return decision if aside else None
     there = _snapshots(query)
     for row in by_decision:
         if row["snapshot"] in there:
@@ -385,13 +400,14 @@ _TRAINED = """SELECT recipe, round, checkpoint, weight FROM training_samples
     WHERE recipe = $recipe AND round BETWEEN $round AND $last AND candidate_id = $candidate"""
 
 
-def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:
+def _learned(query: Query, trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:
     weight = {(row["recipe"], row["round"], row["checkpoint"]): row["weight"] for row in trained}
     known = {(row["recipe"], row["round"], row["checkpoint"]) for row in made}
     gaps += [f"the checkpoint {key[2]} that was trained on it is not in the store" for key in weight.keys() - known]
     through = descend(made, {checkpoint: "trained on it" for _, _, checkpoint in weight})
     now = {(row["recipe"], row["round"]): row for row in rounds}
     champions = {row["recipe"]: row["champion"] for row in rounds if row["state"] == "finished"}
+    revoked = {row["what"] for row in query("SELECT what FROM revocations WHERE kind = 'checkpoint'")}
     found = [
         Learned(
             row["recipe"],
@@ -401,6 +417,7 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
             through[row["checkpoint"]],
             weight.get((row["recipe"], row["round"], row["checkpoint"])),
             champions.get(row["recipe"]) == row["checkpoint"],
+            row["checkpoint"] in revoked,
             row["mlflow_run_id"],
             row["dagster_run_id"],
         )
@@ -416,5 +433,5 @@ REVOKED = """SELECT DISTINCT kind, what, cause, who, why FROM revocations
     WHERE list_contains($ids, what) AND (kind <> 'prompt' OR recipe = $recipe) ORDER BY ALL"""
 
 
-def _revoked(query: Query, recipe: str, ids: list[str]) -> list[str]:
-    return [said(row, spoken=True) for row in query(REVOKED, {"recipe": recipe, "ids": ids})] if query(ANY) else []
+def _revoked(query: Query, recipe: str, ids: list[str]) -> list[dict]:
+    return query(REVOKED, {"recipe": recipe, "ids": ids}) if query(ANY) else []
