@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit import whatif as asking
-from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.ids import AuditError, check_recipe
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
@@ -54,8 +55,9 @@ def opened() -> Iterator[Store]:
         yield store
 
 
-def recipe_named(name: str) -> Recipe:
+def recipe_named(store: Store, name: str) -> Recipe:
     """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
+    check_recipe(store, Path(name).stem)
     return load(_find(name))
 
 
@@ -113,7 +115,7 @@ def replay(
     with opened() as store:
         answer = replaying.replay(
             store,
-            recipe_named(recipe),
+            recipe_named(store, recipe),
             round_,
             Home.here(),
             _device(),
@@ -150,7 +152,7 @@ def verify(
 def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
     with opened() as store:
-        answer = asking.whatif(store, recipe_named(recipe), round_, _overrides(set_))
+        answer = asking.whatif(store, recipe_named(store, recipe), round_, _overrides(set_))
     show(answer, json_, _side_by_side)
 
 
@@ -158,7 +160,7 @@ def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None
 def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, json_: JsonOption = False) -> None:
     """What changed from one round to another: prompts solved and lost, accepted shares, scores, lengths."""
     with opened() as store:
-        answer = differing.diff(store, recipe_named(recipe), before, after)
+        answer = differing.diff(store, recipe_named(store, recipe), before, after)
     show(answer, json_, _differences)
 
 

@@ -614,5 +614,27 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
         assert done.exit_code == 1
         assert candidate in done.stdout
     assert isinstance(audit("verify", "ffffffff").exception, AuditError)
-    for round_key in ("r007", "zz"):  # errors that `rsft` gives as one message
-        assert isinstance(audit("replay", path, round_key).exception, RoundError)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("diff", "{recipe}", "r000", "r010"), "letters_loop has no round 'r010'; there is r000, r001"),
+        (("replay", "{recipe}", "r1"), "letters_loop has no round 'r1'; there is r000, r001"),
+        (("whatif", "{recipe}", "zz"), "letters_loop has no round 'zz'; there is r000, r001"),
+        (("verify", NAME, "r010"), "letters_loop has no round 'r010'; there is r000, r001"),
+        (("verify", NAME), "letters_loop is a recipe: give a round, too; there is r000, r001"),
+        (("verify", "ffff"), "no checkpoint begins with 'ffff', and no recipe here is called so"),
+        (("trace", "--accepted", NAME, "r010", "1"), "letters_loop has no round 'r010'; there is r000, r001"),
+        *(
+            ((command, "leters_loop", *("r000", "r001")[: 1 + (command == "diff")]),
+             "no recipe here is called 'leters_loop'; there is letters_loop. Did you mean 'letters_loop'?")
+            for command in ("diff", "replay", "whatif", "verify")
+        ),
+    ],
+)  # fmt: skip
+def test_who_asks_about_a_round_that_is_not_there_is_told_which_are(ran, monkeypatch, words, said):
+    monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
+    words = [word.format(recipe=ran / f"{NAME}.yaml") for word in words]
+    error = CliRunner().invoke(app, ["audit", *words]).exception
+    assert isinstance(error, AuditError) and str(error) == said

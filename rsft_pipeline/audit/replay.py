@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 
 from rsft_pipeline import acceptance, models, prompts, rounds, scoring, tasks
-from rsft_pipeline.audit import closer, held_out, recorded
+from rsft_pipeline.audit import closer, held_out, ids, recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.devices import Device, release
@@ -72,9 +72,11 @@ def replay(
         tolerance: nats per token by which a log-probability may differ.
 
     Raises:
-        RoundError: the round was never begun.
+        AuditError: there is no such round.
+        RoundError: it ran with settings that are refused by now.
     """
     began = time.perf_counter()
+    ids.check_round(store, recipe.name, round_key)
     round_ = rounds.record(store, recipe, round_key)
     note = Notes()
 

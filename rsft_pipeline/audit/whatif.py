@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
-from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.ids import AuditError, check_round
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
@@ -75,10 +75,12 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
         changes: `acceptance.x` → value as YAML text. Another `acceptance.rule` takes over `distinct` and `cap` alone.
 
     Raises:
-        RoundError: the round was never begun.
-        AuditError: nothing was decided in it, or the changed rule is none, or cannot decide on these candidates.
+        AuditError: there is no such round, nothing was decided in it, or the changed rule is none, or cannot decide on
+            these candidates.
+        RoundError: it ran with settings that are refused by now.
     """
     began = time.perf_counter()
+    check_round(store, recipe.name, round_key)
     round_ = rounds.record(store, recipe, round_key)
     rule = changed(round_.recipe, changes).acceptance
 
