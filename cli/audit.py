@@ -94,6 +94,12 @@ def _plain(value: Any) -> Any:
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
 RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="r000, r001, …")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
+]
+RoundOfArgument = Annotated[
+    str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
+]
 
 
 @app.command()
@@ -129,15 +135,7 @@ def replay(
 
 
 @app.command()
-def verify(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
-    ],
-    round_: Annotated[
-        str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
-    ] = None,
-    json_: JsonOption = False,
-) -> None:
+def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_: JsonOption = False) -> None:
     """Say whether a checkpoint's weights and training set are what they were. Exits with 1 if anything is not."""
     with opened() as store:
         made = verifying.find(store, checkpoint, round_)

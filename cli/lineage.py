@@ -13,13 +13,14 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.audit import JsonOption, RecipeOption, opened, show
+from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, opened, show
 from cli.run import _instance
 from rsft_pipeline.audit import export as exporting
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit import impact as following
 from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit import trace as tracing
+from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 
 SHOWN = 12  # digits of an id, where the whole would not fit
@@ -316,14 +317,20 @@ NOT_REACHED = (
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its digest, or the beginning of it.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")] = ...,
+    checkpoint: CheckpointArgument,
+    round_: RoundOfArgument = None,
+    *,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")],
     format_: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")] = "parquet",
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a checkpoint's training set with its provenance, as OpenLineage and Croissant describe it."""
     with opened() as store:
+        if round_ is None:
+            ids.check_not_recipe(store, checkpoint)
+        else:
+            checkpoint = verifying.find(store, checkpoint, round_)["checkpoint"]
         done = exporting.export(store, checkpoint, to, format_, recipe=recipe)
     show(done, json_, lambda _: _written(done))
 

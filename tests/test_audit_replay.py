@@ -624,6 +624,7 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
         (("whatif", "{recipe}", "zz"), "letters_loop has no round 'zz'; there is r000, r001"),
         (("verify", NAME, "r010"), "letters_loop has no round 'r010'; there is r000, r001"),
         (("verify", NAME), "letters_loop is a recipe: give a round, too; there is r000, r001"),
+        (("export", NAME, "--to", "{nowhere}"), "letters_loop is a recipe: give a round, too; there is r000, r001"),
         (("verify", "ffff"), "no checkpoint begins with 'ffff', and no recipe here is called so"),
         (("trace", "--accepted", NAME, "r010", "1"), "letters_loop has no round 'r010'; there is r000, r001"),
         *(
@@ -635,6 +636,6 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
 )  # fmt: skip
 def test_who_asks_about_a_round_that_is_not_there_is_told_which_are(ran, monkeypatch, words, said):
     monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
-    words = [word.format(recipe=ran / f"{NAME}.yaml") for word in words]
+    words = [word.format(recipe=ran / f"{NAME}.yaml", nowhere=ran / "nowhere") for word in words]
     error = CliRunner().invoke(app, ["audit", *words]).exception
     assert isinstance(error, AuditError) and str(error) == said

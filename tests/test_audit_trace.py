@@ -659,6 +659,13 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
 
 
+def test_an_export_takes_a_recipe_and_a_round_for_the_checkpoint_that_it_made(there, ran, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
+    words = ["audit", "export", NAME, "r001", "--to", str(tmp_path / "out"), "--json"]
+    told = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)
+    assert told["checkpoint"] == rounds.history(there, NAME)[1]["checkpoint"]
+
+
 def events(store, checkpoint, folder):
     """The events of an export, but for its own, by what is written: table or weights."""
     pytest.importorskip("openlineage.client")
