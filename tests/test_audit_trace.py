@@ -659,6 +659,17 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
 
 
+def test_an_export_calls_a_scorer_that_was_renamed_as_its_round_did(mine, tmp_path):
+    made = rounds.history(mine, NAME)[1]
+    renamed = "INSERT INTO scores SELECT * REPLACE ('judge' AS scorer) FROM scores WHERE scorer = 'answer'"
+    mine.commit(lambda connection: connection.execute(renamed))
+    for folder in ("there", "forgotten"):
+        file = export(mine, made["checkpoint"], tmp_path / folder).files[0]
+        rows = mine.query("SELECT scores FROM read_parquet(?)", [file])
+        assert {frozenset(json.loads(row["scores"])) for row in rows} == {frozenset({"answer", "combined"})}
+        mine.forget()
+
+
 def test_an_export_takes_a_recipe_and_a_round_for_the_checkpoint_that_it_made(there, ran, tmp_path, monkeypatch):
     monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
     words = ["audit", "export", NAME, "r001", "--to", str(tmp_path / "out"), "--json"]
