@@ -240,8 +240,12 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"acceptance.treshold": "1"}, "treshold"),
-        ({"acceptance.rule": "boltzmann"}, "beta"),
+        ({"acceptance.treshold": "1"}, "unknown field. Did you mean 'threshold'?"),
+        (
+            {"acceptance.rule": "treshold"},
+            r"acceptance: got 'treshold'. Did you mean 'threshold'\? Expected one of: thr",
+        ),
+        ({"acceptance.rule": "boltzmann"}, r"acceptance.boltzmann.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "every draw"),
     ],

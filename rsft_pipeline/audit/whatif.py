@@ -19,9 +19,9 @@ from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.audit.ids import AuditError, check_round
 from rsft_pipeline.audit.reading import as_of
+from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.recipe.section import refusals
 from rsft_pipeline.revocations import set_aside
 from rsft_pipeline.store import Store
 
@@ -126,7 +126,8 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
         return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
     except ValidationError as error:
-        raise AuditError(f"no such rule: {refusals(error)}") from None
+        _, _, fields = reading._explain(error, recipe.file).partition("\n")  # the first line is about the file
+        raise AuditError(f"no such rule:\n{fields}") from None
 
 
 def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[str, Any]) -> Side:
