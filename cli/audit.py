@@ -7,10 +7,11 @@ Every command reads the store of `$RSFT_HOME` and is safe while rounds run; only
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
+log = logging.getLogger(__name__)
 app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay, compare.", no_args_is_help=True)
 
 RecipeOption = Annotated[
@@ -118,13 +120,18 @@ def replay(
     json_: JsonOption = False,
 ) -> None:
     """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
+    from definitions import usual_resources
+
+    device = _device()
+    # Two models at once may not fit: it is held as a round holds it.
+    lease = usual_resources()["accelerator"].lease(log) if sample else nullcontext(device)
     with opened() as store:
         answer = replaying.replay(
             store,
             recipe_named(store, recipe),
             round_,
             Home.here(),
-            _device(),
+            lease,
             forced=sample,
             judged=read,
             tolerance=tolerance,

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import sqlite3
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import dagster as dg
@@ -49,7 +52,7 @@ def recipe(ran):
 
 
 def replayed(store, recipe, round_key="r000", forced=0, **more):
-    return replay(store, recipe, round_key, Home.here(), CPU, forced=forced, **more)
+    return replay(store, recipe, round_key, Home.here(), nullcontext(CPU), forced=forced, **more)
 
 
 def verified(store, round_key="r000", **more):
@@ -618,6 +621,19 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
         assert done.exit_code == 1
         assert candidate in done.stdout
     assert isinstance(audit("verify", "ffffffff").exception, AuditError)
+
+
+def test_a_replay_that_loads_a_model_waits_for_the_accelerator_as_a_round_does(mine, ran):
+    def audit(sample):
+        command = ["-m", "cli.main", "audit", "replay", ran / f"{NAME}.yaml", "r000", "--read", "0", "--sample", sample]
+        return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with Home.here().lock("accelerator", wait=True):
+        waiting = audit("2")
+        assert "waiting for the accelerator" in waiting.stderr.readline()
+        assert audit("0").wait(60) == 0
+        assert waiting.poll() is None
+    assert waiting.wait(60) == 0
 
 
 @pytest.mark.parametrize(
