@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import duckdb
 import typer
 from rich import box
 from rich.console import Group, RenderableType
@@ -47,14 +48,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as on
 
 @contextmanager
 def opened() -> Iterator[Store]:
-    """The store of this home. Looking makes none: raises AuditError where nothing has run."""
+    """The store of this home. Looking makes none: raises AuditError where nothing has run, or DuckDB cannot answer."""
     nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
         raise nothing
-    with _store() as store:
-        if not recipes_in(store):
-            raise nothing
-        yield store
+    try:
+        with _store() as store:
+            if not recipes_in(store):
+                raise nothing
+            yield store
+    except duckdb.Error as error:
+        raise AuditError(f"the store of {Home.here().path} gave no answer: {error}") from error
 
 
 def recipe_named(store: Store, name: str) -> Recipe:
