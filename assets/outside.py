@@ -27,22 +27,32 @@ def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> d
     return found
 
 
-def runs(instance: dg.DagsterInstance, run_ids: Iterable[str | None]) -> dict[str, dict[str, Any]]:
-    """Dagster run → its job, state, and the materialisations that it reported (asset, partition, event)."""
+def runs(instance: dg.DagsterInstance, wrote: Iterable[tuple[str | None, str]]) -> dict[str, dict[str, Any]]:
+    """Dagster run → its job, state, and the materialisations of what it wrote (asset, partition, event).
+
+    Args:
+        wrote: a run, where it is known, and an asset that wrote something in it.
+    """
+    assets: dict[str, set[str]] = {}
+    for run_id, asset in wrote:
+        if run_id:
+            assets.setdefault(run_id, set()).add(asset)
     found = {}
-    for run_id in dict.fromkeys(filter(None, run_ids)):
+    for run_id, names in assets.items():
         run = instance.get_run_by_id(run_id)
         if run is None:
             continue
-        found[run_id] = {"job": run.job_name, "state": run.status.value, "events": _events(instance, run)}
+        found[run_id] = {"job": run.job_name, "state": run.status.value, "events": _events(instance, run, names)}
     return found
 
 
-def _events(instance: dg.DagsterInstance, run: dg.DagsterRun) -> list[dict[str, Any]]:
-    """The materialisations of a run, by the number that `policy` records of the one that made its weights."""
+def _events(instance: dg.DagsterInstance, run: dg.DagsterRun, assets: set[str]) -> list[dict[str, Any]]:
+    """A run's materialisations of these, by the number that `policy` records of the one that made its weights."""
     made = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
     found = []
     for event in (record.event_log_entry.dagster_event for record in made):
+        if event.asset_key.path[-1] not in assets:
+            continue
         of = dg.AssetRecordsFilter(event.asset_key, asset_partitions=event.partition and [event.partition])
         records = instance.fetch_materializations(of, limit=100).records
         number = next((record.storage_id for record in records if record.run_id == run.run_id), None)

@@ -17,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def whole_round(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]
     home, device = Home(Path(made.data).parent.parent), Device("cpu", "float32")
     checkpoint = verify.find(made, recipe.name, "r000")
     return {
-        "replay of a round of all candidates": [lambda: replay(made, recipe, "r000", home, device)],
+        "replay of a round of all candidates": [lambda: replay(made, recipe, "r000", home, nullcontext(device))],
         "verification of its checkpoint": [lambda: verify.verify(made, checkpoint, home)],
     }
 

@@ -7,34 +7,38 @@ Every command reads the store of `$RSFT_HOME` and is safe while rounds run; only
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
+import duckdb
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cli.console import console
 from cli.run import SetOption, _device, _find, _overrides, _store
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit import whatif as asking
-from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.ids import AuditError, check_recipe
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
 
+log = logging.getLogger(__name__)
 app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay, compare.", no_args_is_help=True)
-console = Console()
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all.")
@@ -44,18 +48,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as on
 
 @contextmanager
 def opened() -> Iterator[Store]:
-    """The store of this home. Looking makes none: raises AuditError where nothing has run."""
+    """The store of this home. Looking makes none: raises AuditError where nothing has run, or DuckDB cannot answer."""
     nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
         raise nothing
-    with _store() as store:
-        if not recipes_in(store):
-            raise nothing
-        yield store
+    try:
+        with _store() as store:
+            if not recipes_in(store):
+                raise nothing
+            yield store
+    except duckdb.Error as error:
+        raise AuditError(f"the store of {Home.here().path} gave no answer: {error}") from error
 
 
-def recipe_named(name: str) -> Recipe:
+def recipe_named(store: Store, name: str) -> Recipe:
     """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
+    check_recipe(store, Path(name).stem)
     return load(_find(name))
 
 
@@ -92,6 +100,12 @@ def _plain(value: Any) -> Any:
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
 RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="r000, r001, …")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
+]
+RoundOfArgument = Annotated[
+    str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
+]
 
 
 @app.command()
@@ -110,13 +124,18 @@ def replay(
     json_: JsonOption = False,
 ) -> None:
     """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
+    from definitions import usual_resources
+
+    device = _device()
+    # Two models at once may not fit: it is held as a round holds it.
+    lease = usual_resources()["accelerator"].lease(log) if sample else nullcontext(device)
     with opened() as store:
         answer = replaying.replay(
             store,
-            recipe_named(recipe),
+            recipe_named(store, recipe),
             round_,
             Home.here(),
-            _device(),
+            lease,
             forced=sample,
             judged=read,
             tolerance=tolerance,
@@ -127,15 +146,7 @@ def replay(
 
 
 @app.command()
-def verify(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
-    ],
-    round_: Annotated[
-        str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
-    ] = None,
-    json_: JsonOption = False,
-) -> None:
+def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_: JsonOption = False) -> None:
     """Say whether a checkpoint's weights and training set are what they were. Exits with 1 if anything is not."""
     with opened() as store:
         made = verifying.find(store, checkpoint, round_)
@@ -150,7 +161,7 @@ def verify(
 def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
     with opened() as store:
-        answer = asking.whatif(store, recipe_named(recipe), round_, _overrides(set_))
+        answer = asking.whatif(store, recipe_named(store, recipe), round_, _overrides(set_))
     show(answer, json_, _side_by_side)
 
 
@@ -158,7 +169,7 @@ def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None
 def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, json_: JsonOption = False) -> None:
     """What changed from one round to another: prompts solved and lost, accepted shares, scores, lengths."""
     with opened() as store:
-        answer = differing.diff(store, recipe_named(recipe), before, after)
+        answer = differing.diff(store, recipe_named(store, recipe), before, after)
     show(answer, json_, _differences)
 
 

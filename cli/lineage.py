@@ -4,6 +4,7 @@ Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipe
 MLflow add to them (assets/outside.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +13,14 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.audit import JsonOption, RecipeOption, opened, show
+from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, opened, show
 from cli.run import _instance
 from rsft_pipeline.audit import export as exporting
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit import impact as following
 from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit import trace as tracing
+from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 
 SHOWN = 12  # digits of an id, where the whole would not fit
@@ -77,11 +79,24 @@ def _outside(found: tracing.Trace) -> dict[str, Any]:
     from definitions import usual_resources
 
     digests = [one.digest for one in found.weights] + [one.checkpoint for one in found.learned]
-    links = [found.prompt, found.draw, found.decision, *found.weights, *found.scores, *found.learned]
     return {
         "mlflow": outside.registered(usual_resources()["tracking"], found.recipe, digests),
-        "dagster": outside.runs(_instance(), (link.dagster_run_id for link in links if link)),
+        "dagster": outside.runs(_instance(), _wrote(found)),
     }
+
+
+def _wrote(found: tracing.Trace) -> Iterator[tuple[str | None, str]]:
+    """The runs that wrote something of a trace, each with the asset that did."""
+    held_out = found.prompt and found.prompt.split == "eval"
+    links = [
+        ("prompts", found.prompt),
+        ("evaluation" if held_out else "candidates", found.draw),
+        *(("evaluation" if held_out else "scores", score) for score in found.scores),
+        *(("accepted", decision) for decision in (found.decision_then, found.decision)),
+        *(("checkpoint", weights) for weights in found.weights),
+        *(("controls" if one.role.startswith("control") else "checkpoint", one) for one in found.learned),
+    ]
+    return ((link.dagster_run_id, asset) for asset, link in links if link)
 
 
 def _matches(text: str, matches: list[ids.Match]) -> Tree:
@@ -110,7 +125,10 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
             node.add(Text(f"reference {_said(asked.reference)}"))
     _weights(tree, found, answer)
     _drawn(tree, found.draw)
-    judged = tree.add("judged")
+    if not found.of_round:
+        left = f"not among the draws of {found.recipe} {found.round} as it ran: an earlier attempt at it left it"
+        tree.add(Text(left, style="yellow"))
+    judged = tree.add("judged" if found.scores else "not judged")
     for score in found.scores:
         value = "cannot judge" if score.value is None else f"{score.value:.6g}"
         gate = "" if score.passed is None else ", every gate reached" if score.passed else ", a gate not reached"
@@ -127,7 +145,7 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
     _learned(tree, found, answer)
     for run, known in answer.get("dagster", {}).items():
         events = ", ".join(f"{event['asset']} {event['event']}" for event in known["events"])
-        tree.add(Text(f"Dagster run {run} ({known['job']}, {known['state']}): {events}"))
+        tree.add(Text(f"Dagster run {run} ({known['job']}, {known['state']}): {events or 'nothing materialised'}"))
     for gap in found.gaps:
         tree.add(Text(f"missing: {gap}", style="red"))
     return tree
@@ -146,7 +164,7 @@ def _drawn(tree: Tree, draw: tracing.Draw) -> None:
     node.add(Text(_said(draw.text)))
     if draw.token_ids is not None:
         node.add(Text(f"token ids {draw.token_ids}"))
-    given = (draw.sampling or {}).items()
+    given = (draw.sampling or {"settings": f"{draw.settings}, which are not recorded"}).items()
     node.add(
         Text(f"{', '.join(f'{key} {value}' for key, value in given if value not in (None, []))}; its seed {draw.seed}")
     )
@@ -160,7 +178,7 @@ def _learned(tree: Tree, found: tracing.Trace, answer: dict[str, Any]) -> None:
     node = tree.add("learned by")
     for one in found.learned:
         weight = "" if one.weight is None else f", weight {one.weight:g}"
-        used = ", champion" if one.champion else ""
+        used = ", revoked" if one.revoked else ", champion" if one.champion else ""
         line = f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}{used}): {one.how}{weight}"
         node.add(Text(f"{line}{_version(answer, one.checkpoint)}; MLflow run {one.mlflow_run_id}"))
 
@@ -299,14 +317,20 @@ NOT_REACHED = (
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its digest, or the beginning of it.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")] = ...,
+    checkpoint: CheckpointArgument,
+    round_: RoundOfArgument = None,
+    *,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")],
     format_: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")] = "parquet",
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a checkpoint's training set with its provenance, as OpenLineage and Croissant describe it."""
     with opened() as store:
+        if round_ is None:
+            ids.check_not_recipe(store, checkpoint)
+        else:
+            checkpoint = verifying.find(store, checkpoint, round_)["checkpoint"]
         done = exporting.export(store, checkpoint, to, format_, recipe=recipe)
     show(done, json_, lambda _: _written(done))
 

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import sqlite3
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import dagster as dg
@@ -50,7 +53,7 @@ def recipe(ran):
 
 
 def replayed(store, recipe, round_key="r000", forced=0, **more):
-    return replay(store, recipe, round_key, Home.here(), CPU, forced=forced, **more)
+    return replay(store, recipe, round_key, Home.here(), nullcontext(CPU), forced=forced, **more)
 
 
 def verified(store, round_key="r000", **more):
@@ -241,8 +244,12 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"acceptance.treshold": "1"}, "treshold"),
-        ({"acceptance.rule": "boltzmann"}, "beta"),
+        ({"acceptance.treshold": "1"}, "unknown field. Did you mean 'threshold'?"),
+        (
+            {"acceptance.rule": "treshold"},
+            r"acceptance: got 'treshold'. Did you mean 'threshold'\? Expected one of: thr",
+        ),
+        ({"acceptance.rule": "boltzmann"}, r"acceptance.boltzmann.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "every draw"),
     ],
@@ -523,6 +530,15 @@ def file_of(store, table, candidate):
     raise AssertionError(f"{candidate} is in no file of {table}")
 
 
+def known_as(file):
+    """Let the catalog know a file as it is now."""
+    with sqlite3.connect(Home.here().path / "store" / "catalog.sqlite") as catalog:
+        catalog.execute(
+            "UPDATE ducklake_data_file SET file_size_bytes = ?, footer_size = ? WHERE path LIKE ?",
+            [file.stat().st_size, pq.ParquetFile(file).metadata.serialized_size, f"%{file.name}"],
+        )
+
+
 @pytest.mark.parametrize("catalog_too", [False, True], ids=["file alone", "file and catalog"])
 @pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "rejected"])
 def test_one_character_in_a_parquet_file_written_anew_is_named(mine, recipe, accepted, catalog_too):
@@ -534,12 +550,7 @@ def test_one_character_in_a_parquet_file_written_anew_is_named(mine, recipe, acc
     row["text"] = ("a" if row["text"][0] != "a" else "b") + row["text"][1:]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
     if catalog_too:
-        metadata = pq.ParquetFile(file).metadata
-        with sqlite3.connect(Home.here().path / "store" / "catalog.sqlite") as catalog:
-            catalog.execute(
-                "UPDATE ducklake_data_file SET file_size_bytes = ?, footer_size = ? WHERE path LIKE ?",
-                [file.stat().st_size, metadata.serialized_size, f"%{file.name}"],
-            )
+        known_as(file)
     with Store.at(Home.here().path) as store:
         answer, found = replayed(store, recipe), verified(store)
     spelt = [finding.ids for finding in answer.findings if "stored tokens spell" in finding.what]
@@ -552,16 +563,28 @@ def test_one_character_in_a_parquet_file_written_anew_is_named(mine, recipe, acc
         assert all(str(file) in finding.what and "written anew" in finding.what for finding in files)
 
 
-def test_a_parquet_file_written_anew_by_a_program_that_drops_field_ids_is_named(mine, recipe):
+@pytest.mark.parametrize("catalog_too", [False, True], ids=["file alone", "file and catalog"])
+def test_a_parquet_file_written_anew_by_a_program_that_drops_field_ids_is_named(mine, recipe, catalog_too):
     file = file_of(mine, "candidates", some(mine)["candidate_id"])
     rows = pq.read_table(file)
     bare = pa.schema([pa.field(one.name, one.type) for one in rows.schema])
     pq.write_table(pa.Table.from_pylist(rows.to_pylist(), bare), file)
+    if catalog_too:
+        known_as(file)
     with Store.at(Home.here().path) as store:
-        for answer in (replayed(store, recipe), verified(store)):
+        for answer in (verified(store),) if catalog_too else (replayed(store, recipe), verified(store)):
             (finding,) = answer.findings
             assert finding.kind == "file" and str(file) in finding.what and "field ids" in finding.what
             assert finding.count == len(rows)
+
+
+@pytest.mark.parametrize("column", ["token_ids", "score"])  # without the first the store cannot even be opened
+def test_a_store_that_gives_no_answer_is_one_message(mine, ran, column):
+    with sqlite3.connect(Home.here().path / "store" / "catalog.sqlite") as catalog:
+        catalog.execute("DELETE FROM ducklake_column WHERE column_name = ?", [column])
+    for words in (("verify", NAME, "r000"), ("replay", str(ran / f"{NAME}.yaml"), "r000", "--sample", "0")):
+        error = CliRunner().invoke(app, ["audit", *words]).exception
+        assert isinstance(error, AuditError) and "gave no answer" in str(error)
 
 
 def test_a_parquet_file_whose_bytes_are_broken_is_named_and_stops_nothing_else(mine, recipe):
@@ -615,5 +638,41 @@ def test_the_command_line_tells_and_exits_by_what_it_found(mine, ran):
         assert done.exit_code == 1
         assert candidate in done.stdout
     assert isinstance(audit("verify", "ffffffff").exception, AuditError)
-    for round_key in ("r007", "zz"):  # errors that `rsft` gives as one message
-        assert isinstance(audit("replay", path, round_key).exception, RoundError)
+
+
+def test_a_replay_that_loads_a_model_waits_for_the_accelerator_as_a_round_does(mine, ran):
+    def audit(sample):
+        command = ["-m", "cli.main", "audit", "replay", ran / f"{NAME}.yaml", "r000", "--read", "0", "--sample", sample]
+        return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with Home.here().lock("accelerator", wait=True):
+        waiting = audit("2")
+        assert "waiting for the accelerator" in waiting.stderr.readline()
+        assert audit("0").wait(60) == 0
+        assert waiting.poll() is None
+    assert waiting.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("diff", "{recipe}", "r000", "r010"), "letters_loop has no round 'r010'; there is r000, r001"),
+        (("replay", "{recipe}", "r1"), "letters_loop has no round 'r1'; there is r000, r001"),
+        (("whatif", "{recipe}", "zz"), "letters_loop has no round 'zz'; there is r000, r001"),
+        (("verify", NAME, "r010"), "letters_loop has no round 'r010'; there is r000, r001"),
+        (("verify", NAME), "letters_loop is a recipe: give a round, too; there is r000, r001"),
+        (("export", NAME, "--to", "{nowhere}"), "letters_loop is a recipe: give a round, too; there is r000, r001"),
+        (("verify", "ffff"), "no checkpoint begins with 'ffff', and no recipe here is called so"),
+        (("trace", "--accepted", NAME, "r010", "1"), "letters_loop has no round 'r010'; there is r000, r001"),
+        *(
+            ((command, "leters_loop", *("r000", "r001")[: 1 + (command == "diff")]),
+             "no recipe here is called 'leters_loop'; there is letters_loop. Did you mean 'letters_loop'?")
+            for command in ("diff", "replay", "whatif", "verify")
+        ),
+    ],
+)  # fmt: skip
+def test_who_asks_about_a_round_that_is_not_there_is_told_which_are(ran, monkeypatch, words, said):
+    monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
+    words = [word.format(recipe=ran / f"{NAME}.yaml", nowhere=ran / "nowhere") for word in words]
+    error = CliRunner().invoke(app, ["audit", *words]).exception
+    assert isinstance(error, AuditError) and str(error) == said

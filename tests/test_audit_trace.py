@@ -9,10 +9,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from conftest import run_round
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 import definitions
 from assets import outside
+from cli.lineage import _wrote
 from cli.main import app
 from rsft_pipeline import efficiency, gates, lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
@@ -29,6 +31,7 @@ from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training
 from rsft_pipeline.store import Store
+from web.app import create
 
 NAME = "letters_loop"
 
@@ -107,6 +110,25 @@ def test_a_missing_link_is_named(mine):
     gaps = trace(mine, candidate).gaps
     # The settings are read from an older snapshot.
     assert gaps == ["its prompt is not in the store", "it has no combined score"]
+
+
+def test_what_an_earlier_attempt_with_more_draws_left_is_said_to_be_left_and_no_gap(mine, recipe):
+    row, more = rounds.raw(mine, NAME, "r001"), load(recipe.file, {"sampling.draws": "9"})
+    rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), recipe=more), "with more draws")
+    (one,) = mine.query("SELECT * FROM candidates WHERE candidate_id = ?", [accepted(mine, "r001")[0]])
+    left = {**one, "candidate_id": "1ef7" * 8, "draw": 8}
+    mine.append("candidates", [left])
+    mine.replace("rounds", [row], recipe=NAME, round="r001")
+    assert trace(mine, one["candidate_id"]).of_round and trace(mine, one["candidate_id"]).draw.sampling["draws"] == 6
+    for draws in (9, None):
+        found = trace(mine, left["candidate_id"])
+        assert not found.of_round and found.complete and (found.draw.sampling or {}).get("draws") == draws
+        done = CliRunner().invoke(app, ["audit", "trace", left["candidate_id"], "--quick"], catch_exceptions=False)
+        assert f"not among the draws of {NAME} r001 as it ran: an earlier attempt at it left it" in done.stdout
+        mine.forget()
+    with TestClient(create(mine, Home.here()), base_url="http://127.0.0.1") as client:
+        page = client.get(f"/recipes/{NAME}/candidates/{left['candidate_id']}").text
+    assert "not among the draws of r001 as it ran" in page
 
 
 def test_a_prompt_that_has_changed_is_shown_as_the_candidate_was_judged_by_it(mine):
@@ -340,7 +362,14 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         done = revoke(mine, ids.thing(mine, thing), who="an auditor", why="asked to")
     assert done.marked == [(NAME, "r000"), (NAME, "r001")]
     assert rounds.history(mine, NAME) == [] and rounds.following(mine, NAME) == "r000"
-    assert trace(mine, candidate).revoked == [f"candidate {candidate} was revoked by an auditor: asked to"]
+    found, made = trace(mine, candidate), trace(mine, accepted(mine, "r000")[2])
+    assert found.revoked == [f"candidate {candidate} was revoked by an auditor: asked to"]
+    assert (found.decision.reason, found.decision_then.reason, found.complete) == ("revoked", "accepted", True)
+    assert made.decision.accepted and made.decision_then is None  # what it was trained with is revoked, it is not
+    reached = impact(mine, ids.thing(mine, candidate)).checkpoints
+    assert {one.checkpoint: (one.role, one.revoked) for one in found.learned} == {
+        one.checkpoint: (one.role, True) for one in reached
+    }
     with pytest.raises(RoundError, match="needs r000"):
         rounds.starting_weights(mine, recipe, Home.here(), "r002", "champion")
     old = rounds.record(mine, recipe, "r001")
@@ -357,6 +386,11 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
         for round_key in ("r000", "r001"):
             assert run_round(instance, recipe, round_key).success
             assert evaluated(instance, check)
+        again = trace(mine, accepted(mine, "r001")[0])
+        first, second = outside.runs(instance, _wrote(again)).values()
+        assert [event["asset"] for event in first["events"]] == [f"{NAME}/prompts", f"{NAME}/checkpoint"]
+        wrote = [f"{NAME}/{asset}" for asset in ("candidates", "scores", "accepted", "checkpoint")]
+        assert [event["asset"] for event in second["events"]] == wrote
     after = {row["round"]: row for row in rounds.history(mine, NAME)}
     assert {row["checkpoint"] for row in after.values()}.isdisjoint(row["checkpoint"] for row in before.values())
     assert aliases(after["r001"]["champion"]) == ["champion"]
@@ -366,7 +400,10 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
     assert asked == [{"n": 0}]
     found = trace(mine, candidate)
     assert found.decision.reason == "revoked" and found.decision_then.reason == "accepted"
-    assert {one.role for one in found.learned} == {"superseded"}
+    assert {(one.role, one.revoked) for one in found.learned} == {("superseded", True)}
+    found = trace(mine, other)  # of a prompt that is asked no more
+    assert found.complete and not found.of_round
+    assert found.decision is None and found.decision_then.reason == "accepted"
     assert impact(mine, ids.thing(mine, candidate)).again == []
 
 
@@ -620,6 +657,24 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     assert {one["name"] for one in trained["inputs"]} == {f"{NAME}/r001/accepted", f"weights/{made['parent']}"}
     with pytest.raises(AuditError, match="is not empty"):
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
+
+
+def test_an_export_calls_a_scorer_that_was_renamed_as_its_round_did(mine, tmp_path):
+    made = rounds.history(mine, NAME)[1]
+    renamed = "INSERT INTO scores SELECT * REPLACE ('judge' AS scorer) FROM scores WHERE scorer = 'answer'"
+    mine.commit(lambda connection: connection.execute(renamed))
+    for folder in ("there", "forgotten"):
+        file = export(mine, made["checkpoint"], tmp_path / folder).files[0]
+        rows = mine.query("SELECT scores FROM read_parquet(?)", [file])
+        assert {frozenset(json.loads(row["scores"])) for row in rows} == {frozenset({"answer", "combined"})}
+        mine.forget()
+
+
+def test_an_export_takes_a_recipe_and_a_round_for_the_checkpoint_that_it_made(there, ran, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
+    words = ["audit", "export", NAME, "r001", "--to", str(tmp_path / "out"), "--json"]
+    told = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)
+    assert told["checkpoint"] == rounds.history(there, NAME)[1]["checkpoint"]
 
 
 def events(store, checkpoint, folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -193,6 +194,14 @@ def test_a_store_that_cannot_be_opened_is_one_message(home):
     (home / "store" / "catalog.sqlite").write_bytes(b"no catalog at all" * 1000)
     done = rsft("status")
     assert done.returncode == 2 and "cannot be opened" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_where_no_terminal_is_lines_are_neither_cut_nor_wrapped(ran, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(ran / "home"))
+    chain = rsft("audit", "trace", "--accepted", "letters_loop", "r000", "1", "--quick").stdout.splitlines()
+    assert all(re.match("[│ ]*[├└]── ", line) for line in chain[1:]) and max(map(len, chain)) > 120
+    table = rsft("audit", "whatif", ran / "letters_loop.yaml", "r000", "--set", "acceptance.cap=1").stdout
+    assert re.search("rule +distinct True, cap 2, .* raise_by 0.0 +distinct True, cap 1, .* raise_by 0.0", table)
 
 
 def test_check_and_schema(home, path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 
 import pytest
 from typer.testing import CliRunner
@@ -163,7 +164,7 @@ def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by
         row = rounds.raw(store, recipe.name, "r000")
         assert json.loads(row["evaluation_scorers"]).keys() == json.loads(row["scorers"]).keys()
         assert row["evaluation_scorers"] != row["scorers"]
-        answer = replay(store, recipe, "r000", Home.here(), Device("cpu", "float32"), forced=0)
+        answer = replay(store, recipe, "r000", Home.here(), nullcontext(Device("cpu", "float32")), forced=0)
         assert answer.findings == []
         asked = {check.name: check.compared for check in answer.checks}
         assert asked["scorer exact of held-out candidates"] > 0 == asked["scorer exact"]

@@ -123,6 +123,9 @@ def scorers(
         name, then = f"scorer {config.label}{of}", version_of.get(config.label)
         if then is None:
             continue  # said already
+        if config.kind in ASK_A_MODEL and not forced:
+            note(Check(name, 0, None, "it asks a model, and none is to be loaded"))
+            continue
         try:
             now = scoring.version(config, round_.recipe, before)
             judge = scoring.scorer(config, round_.recipe, device, before) if now == then else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_pipeline import acceptance, rounds
-from rsft_pipeline.audit import recorded
+from rsft_pipeline.audit import ids, recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.evaluation import PromptResult, interval
 from rsft_pipeline.recipe.recipe import Recipe
@@ -74,7 +74,14 @@ class Diff:
 
 
 def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
-    """Compare two rounds of a recipe. Raises RoundError where one was never begun."""
+    """Compare two rounds of a recipe.
+
+    Raises:
+        AuditError: there is no such round.
+        RoundError: one ran with settings that are refused by now.
+    """
+    for key in (before, after):
+        ids.check_round(store, recipe.name, key)
     rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
     level = rounds_[1].recipe.evaluation.confidence
     drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)

@@ -22,6 +22,7 @@ from rsft_pipeline.audit.ids import AuditError, Thing, thing
 from rsft_pipeline.audit.impact import MADE, earlier
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.revocations import of_checkpoint
+from rsft_pipeline.steps.rows import of_scorers
 from rsft_pipeline.store import Query, Store
 
 PRODUCER = "urn:rsft-pipeline"
@@ -95,9 +96,8 @@ def export(
     def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
         made = _made(query, named)
-        sql, notes = _rows(query, made, form)
+        sql, parameters, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
-        parameters = {key: made[key] for key in ("recipe", "round", "checkpoint", "scorers")}
         connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
         return made, _history(query, made["checkpoint"]), notes
 
@@ -137,8 +137,8 @@ def _made(query: Query, named: Thing) -> dict[str, Any]:
 # --- rows -------------------------------------------------------------------------------------
 
 
-def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, list[str]]:
-    """SQL of the rows in the order of their ids, and what to note."""
+def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, dict[str, Any], list[str]]:
+    """SQL of the rows in the order of their ids, its parameters, and what to note."""
     there = query("SELECT 1 FROM lake.snapshots() WHERE snapshot_id = $snapshot", {"snapshot": made["snapshot"]})
     at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
     notes = [] if there else [f"the snapshot {made['snapshot']} is gone: decisions and prompts are as they are now"]
@@ -151,7 +151,18 @@ def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, list[str]
     if erased["n"]:
         notes.append(f"the texts of {erased['n']} samples were erased")
     finite = {name: f"CASE WHEN isfinite({name}) THEN {name} END AS {name}" for name in NUMBERS if form == "jsonl"}
-    return _ROWS.format(at=at, columns=", ".join(finite.get(name, name) for name in COLUMNS)), notes
+    sql = _ROWS.format(at=at, columns=", ".join(finite.get(name, name) for name in COLUMNS))
+    of = {key: made[key] for key in ("recipe", "round", "checkpoint")}
+    return sql, {**of, "scorers": _scorers(query, made, at)}, notes
+
+
+def _scorers(query: Query, made: dict[str, Any], at: str) -> list[str]:
+    """The scorers that the decisions rest on, by round, name and version: one that was renamed has only the name by
+    which the round recorded it."""
+    if not made["scorers"]:  # from before they were recorded
+        return []
+    rows = query(f"SELECT round, scorers FROM rounds {at} WHERE recipe = $recipe AND round <= $round", made)
+    return [f"{row['round']} {one}" for row in rows for one in of_scorers(json.loads(row["scorers"] or "{}"))]
 
 
 _ROWS = """
@@ -169,7 +180,8 @@ _ROWS = """
         SELECT s.candidate_id,
             json_group_object(s.scorer, json_object('version', s.version, 'value', s.value))::VARCHAR AS scores
         FROM scores s JOIN drawn c ON c.candidate_id = s.candidate_id JOIN asked p ON p.prompt_id = c.prompt_id
-        WHERE s.recipe = $recipe AND list_contains($scorers, s.version) AND s.content = p.content
+        WHERE s.recipe = $recipe AND list_contains($scorers, s.round || ' ' || s.scorer || ' ' || s.version)
+            AND s.content = p.content
         GROUP BY s.candidate_id
     ), ready AS (
         SELECT p.prompt, c.text AS completion, c.token_ids, t.weight, p.reference, p.source, p.line, d.score, j.scores,

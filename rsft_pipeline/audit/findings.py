@@ -141,8 +141,9 @@ def _files(store: Store, table: str, snapshot: int | None) -> Iterator[_File]:
             if (size, footer) != known:
                 wrong = f"was written anew behind the store's back: {size} bytes (footer {footer}), where the catalog "
                 wrong += f"knows {known[0]} ({known[1]})"
-                readable = store.value(_BY_FIELD_ID, [path])
-                wrong += "" if readable else ", and has not the field ids by which a column is found"
+            readable = store.value(_BY_FIELD_ID, [path])
+            if not readable:
+                wrong += (", and " if wrong else "") + "has not the field ids by which a column is found"
         except duckdb.Error as error:
             wrong, readable = f"cannot be read: {str(error).splitlines()[0]}", False
         yield _File(table, path, size, footer, wrong, readable)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.recipe import reading
 from rsft_pipeline.revocations import unspoken
 from rsft_pipeline.store import Query, Store
 
@@ -44,6 +45,36 @@ def recipes(store: Store) -> list[str]:
     """The recipes that have left anything in the store."""
     rows = store.query("SELECT DISTINCT recipe FROM rounds UNION SELECT DISTINCT recipe FROM prompts ORDER BY 1")
     return [row["recipe"] for row in rows]
+
+
+def check_recipe(store: Store, recipe: str) -> None:
+    """Raise AuditError, naming those there are, where no recipe here is called so."""
+    there = recipes(store)
+    if recipe not in there:
+        near = reading._nearest(recipe, there)
+        raise AuditError(f"no recipe here is called {recipe!r}; there is {', '.join(there) or 'none'}.{near}")
+
+
+def check_round(store: Store, recipe: str, round_key: str) -> None:
+    """Raise AuditError, naming those there are, where the recipe has no such round, or there is no such recipe."""
+    check_recipe(store, recipe)
+    if round_key not in (there := rounds(store, recipe)):
+        raise AuditError(f"{recipe} has no round {round_key!r}; there is {_named(there)}")
+
+
+def check_not_recipe(store: Store, typed: str) -> None:
+    """Raise AuditError, naming its rounds, where what was typed for a checkpoint is a recipe's name."""
+    if typed in recipes(store):
+        raise AuditError(f"{typed} is a recipe: give a round, too; there is {_named(rounds(store, typed))}")
+
+
+def rounds(store: Store, recipe: str) -> list[str]:
+    """The rounds of a recipe that were begun, in order."""
+    return [row["round"] for row in store.query("SELECT round FROM rounds WHERE recipe = ? ORDER BY round", [recipe])]
+
+
+def _named(rounds: list[str]) -> str:
+    return ", ".join(rounds) or "none" if len(rounds) <= NAMED else f"{rounds[0]} to {rounds[-1]}"
 
 
 def thing(store: Store, typed: str, recipe: str | None = None) -> Thing:
@@ -116,10 +147,9 @@ def text(store: Store, words: str, recipe: str | None = None) -> Thing:
     """A text, which any prompt or completion may contain. Raises AuditError for an empty one."""
     if not words.strip():
         raise AuditError("an empty text is in everything: give some words")
-    there = recipes(store)
-    if recipe and recipe not in there:
-        raise AuditError(f"no recipe here is called {recipe!r}; there is {', '.join(there) or 'none'}")
-    return Thing("text", words, tuple([recipe] if recipe else there))
+    if recipe:
+        check_recipe(store, recipe)
+    return Thing("text", words, tuple([recipe] if recipe else recipes(store)))
 
 
 # --- candidates ------------------------------------------------------------------------------
@@ -142,6 +172,7 @@ def candidate(query: Query, typed: str, recipe: str | None = None) -> dict[str, 
 
 def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
     """The id of a row of a round's accepted set, counted from 1 in the order of ids. Raises AuditError."""
+    check_round(store, recipe, round_key)
     of = [recipe, round_key]
     those = "FROM decisions WHERE recipe = ? AND round = ? AND accepted"
     there = store.value(f"SELECT count(*) {those}", of)

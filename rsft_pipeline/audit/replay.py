@@ -12,13 +12,14 @@ written.
 import json
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 
 from rsft_pipeline import acceptance, models, prompts, rounds, scoring, tasks
-from rsft_pipeline.audit import closer, held_out, recorded
+from rsft_pipeline.audit import closer, held_out, ids, recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.devices import Device, release
@@ -56,7 +57,7 @@ def replay(
     recipe: Recipe,
     round_key: str,
     home: Home,
-    device: Device,
+    lease: AbstractContextManager[Device],
     *,
     forced: int = FORCED,
     judged: int = JUDGED,
@@ -66,15 +67,17 @@ def replay(
 
     Args:
         recipe: as its file is now; the round's own fields come from its record.
-        device: what the policy runs on.
+        lease: gives what models run on, for the length of a `with`; the stored rows are read without it.
         forced: how many candidates to teacher-force, chosen by id, which is a hash; 0 for none.
         judged: how many candidates to decode and to judge again, chosen so too.
         tolerance: nats per token by which a log-probability may differ.
 
     Raises:
-        RoundError: the round was never begun.
+        AuditError: there is no such round.
+        RoundError: it ran with settings that are refused by now.
     """
     began = time.perf_counter()
+    ids.check_round(store, recipe.name, round_key)
     round_ = rounds.record(store, recipe, round_key)
     note = Notes()
 
@@ -85,14 +88,15 @@ def replay(
     stored = read(store, recorded.TABLES, note, work) or Stored(
         {"decisions": 0, "replayed": 0, "parameters": {}}, [], [], {}, {}
     )
-    for rows, judged_by, of in (
-        (stored.rows, stored.version_of, ""),
-        (stored.held_out, stored.evaluated_by, held_out.OF),
-    ):
-        if rows:
-            closer.prompts(rows, note, of)
-            closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
-    _weights(store, round_, home, device, stored, forced, tolerance, note)
+    with lease as device:
+        for rows, judged_by, of in (
+            (stored.rows, stored.version_of, ""),
+            (stored.held_out, stored.evaluated_by, held_out.OF),
+        ):
+            if rows:
+                closer.prompts(rows, note, of)
+                closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
+        _weights(store, round_, home, device, stored, forced, tolerance, note)
     return Replay(
         recipe.name,
         round_key,

@@ -6,7 +6,8 @@ or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,8 +18,9 @@ from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RECORDED
-from rsft_pipeline.revocations import ANY, said
-from rsft_pipeline.steps.rows import COMBINED
+from rsft_pipeline.revocations import ANY, REASON, said
+from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 
@@ -99,7 +101,7 @@ class Decision:
     u: float
     weight: float
     parameters: dict[str, Any]  # of the rule, M among them
-    dagster_run_id: str | None
+    dagster_run_id: str | None  # None: it follows from a revocation, and is not made yet
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Learned:
     how: str
     weight: float | None  # of the sample; None: reached through other weights alone
     champion: bool  # in use now
+    revoked: bool
     mlflow_run_id: str | None
     dagster_run_id: str | None
 
@@ -128,8 +131,9 @@ class Trace:
     prompt: Prompt | None
     weights: list[Weights]  # that it was drawn from, then what those were trained from, back to the base
     draw: Draw
+    of_round: bool  # it is among the draws of the round as it ran; else an earlier attempt at the round left it
     scores: list[Score]
-    decision: Decision | None  # None: it was not decided on, as held-out candidates never are
+    decision: Decision | None  # of now; None: it was not decided on, as held-out candidates never are
     decision_then: Decision | None  # where it was trained on by a decision that is not the present one
     evaluated: list[tuple[str, str]]  # of a held-out candidate: recipe and round whose verdict counted it
     learned: list[Learned]  # at first hand, then through weights
@@ -169,10 +173,15 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     trained = query(_TRAINED, {**of, "last": last})
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
+    its_own = decision is not None or _of_round(query, drawn, round_)
+    expected = gaps if its_own or trained else []  # of what was only left over nothing has to be there
     prompt, scores = _first(query(_PROMPT.format(at=""), of)), query(_SCORES, of)
     named = "evaluation_scorers" if drawn["split"] == "eval" else "scorers"
     versions = set(json.loads((round_ and round_[named]) or "{}").values())
     content = _content(scores, versions, prompt)
+    came_of = [candidate_id, drawn["prompt_id"], drawn["policy"], *(versions if decision else ())]
+    revoked = _revoked(query, recipe, came_of)
+    aside = any(row["kind"] != "scorer" for row in revoked)
     return Trace(
         recipe,
         drawn["round"],
@@ -180,13 +189,14 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
         query(NEWEST_SNAPSHOT)[0]["id"],
         _prompt(query, of, prompt, content, made, gaps),
         _ancestry(drawn, made, rounds, gaps),
-        _draw(drawn, settings, gaps),
-        _scores(scores, versions, content, decision, gaps),
-        decision,
-        _then(query, of, trained, made, decision, gaps),
+        _draw(drawn, settings, expected),
+        its_own,
+        _scores(scores, versions, content, decision, expected),
+        _set_aside(decision) if aside else decision,
+        _then(query, of, trained, made, decision, aside, gaps),
         [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
-        _learned(trained, made, rounds, gaps),
-        _revoked(query, recipe, [candidate_id, drawn["prompt_id"], drawn["policy"], *(versions if decision else ())]),
+        _learned(query, trained, made, rounds, gaps),
+        [said(row, spoken=True) for row in revoked],
         gaps,
     )
 
@@ -274,13 +284,31 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
 
 
 def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
-    """The recorded recipe, where the candidate's hash of settings is of its."""
-    try:
-        recipe = Recipe.model_validate_json(recorded, context=RECORDED)
-    except ValidationError:  # of another version of this program
+    """The recorded recipe, where the candidate's hash of settings is of its, and its draw one of as many."""
+    recipe = _recipe(recorded, drawn["recipe"])
+    if recipe is None:
         return None
     how = recipe.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(recipe)
-    return recipe if sampling.settings(how, recipe.seed) == drawn["settings"] else None
+    its_own = sampling.settings(how, recipe.seed) == drawn["settings"] and drawn["draw"] < how.most_draws
+    return recipe if its_own else None
+
+
+def _recipe(recorded: str, name: str) -> Recipe | None:
+    try:
+        return Recipe.of_file(Path(name), json.loads(recorded), RECORDED)
+    except ValidationError:  # of another version of this program
+        return None
+
+
+def _of_round(query: Query, drawn: Mapping, round_: Mapping | None) -> bool:
+    """Whether a candidate is among the draws of its round as that ran, as far as its record can be read."""
+    recipe = round_ and _recipe(round_["settings"], drawn["recipe"])
+    if recipe is None or drawn["split"] == "eval":  # held-out draws are of every round that evaluates their policy
+        return True
+    policy = round_["policy"]
+    ran = Round(recipe, round_["round"], policy, round_["policy_source"], round_["drawn_from"] or policy, "")
+    sql = f"SELECT 1 FROM ({ROUND_CANDIDATES}) WHERE candidate_id = $candidate"
+    return bool(query(sql, {**of_round(ran), "candidate": drawn["candidate_id"]}))
 
 
 def _draw(drawn: Mapping, settings: Recipe | None, gaps: list[str]) -> Draw:
@@ -330,12 +358,21 @@ def _decision(row: Mapping | None) -> Decision | None:
     return Decision(**{**row, "parameters": json.loads(row["parameters"])}, words=words.decision(row))
 
 
+def _set_aside(made: Decision | None) -> Decision | None:
+    """The decision of now on a candidate that was revoked, or came of what was, and is trained on no more."""
+    if made is None or not made.accepted:
+        return made
+    words = "it was revoked, or what it came of was; the round was not decided again since"
+    return replace(made, accepted=False, reason=REASON, words=words, log_a=None, weight=1.0, dagster_run_id=None)
+
+
 def _then(
     query: Query,
     of: dict[str, Any],
     trained: list[dict],
     made: list[dict],
     decision: Decision | None,
+    aside: bool,
     gaps: list[str],
 ) -> Decision | None:
     """The decision by which it was first trained on, where the present one rejects it or is missing.
@@ -344,8 +381,10 @@ def _then(
     """
     samples = {row["checkpoint"] for row in trained}
     by_decision = [row for row in made if row["checkpoint"] in samples and row["trained_on"] in (None, "accepted")]
-    if not by_decision or (decision and decision.accepted):
+    if not by_decision:
         return None
+    if decision and decision.accepted:
+        return decision if aside else None
     there = _snapshots(query)
     for row in by_decision:
         if row["snapshot"] in there:
@@ -361,13 +400,14 @@ _TRAINED = """SELECT recipe, round, checkpoint, weight FROM training_samples
     WHERE recipe = $recipe AND round BETWEEN $round AND $last AND candidate_id = $candidate"""
 
 
-def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:
+def _learned(query: Query, trained: list[dict], made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Learned]:
     weight = {(row["recipe"], row["round"], row["checkpoint"]): row["weight"] for row in trained}
     known = {(row["recipe"], row["round"], row["checkpoint"]) for row in made}
     gaps += [f"the checkpoint {key[2]} that was trained on it is not in the store" for key in weight.keys() - known]
     through = descend(made, {checkpoint: "trained on it" for _, _, checkpoint in weight})
     now = {(row["recipe"], row["round"]): row for row in rounds}
     champions = {row["recipe"]: row["champion"] for row in rounds if row["state"] == "finished"}
+    revoked = {row["what"] for row in query("SELECT what FROM revocations WHERE kind = 'checkpoint'")}
     found = [
         Learned(
             row["recipe"],
@@ -377,6 +417,7 @@ def _learned(trained: list[dict], made: list[dict], rounds: list[dict], gaps: li
             through[row["checkpoint"]],
             weight.get((row["recipe"], row["round"], row["checkpoint"])),
             champions.get(row["recipe"]) == row["checkpoint"],
+            row["checkpoint"] in revoked,
             row["mlflow_run_id"],
             row["dagster_run_id"],
         )
@@ -392,5 +433,5 @@ REVOKED = """SELECT DISTINCT kind, what, cause, who, why FROM revocations
     WHERE list_contains($ids, what) AND (kind <> 'prompt' OR recipe = $recipe) ORDER BY ALL"""
 
 
-def _revoked(query: Query, recipe: str, ids: list[str]) -> list[str]:
-    return [said(row, spoken=True) for row in query(REVOKED, {"recipe": recipe, "ids": ids})] if query(ANY) else []
+def _revoked(query: Query, recipe: str, ids: list[str]) -> list[dict]:
+    return query(REVOKED, {"recipe": recipe, "ids": ids}) if query(ANY) else []

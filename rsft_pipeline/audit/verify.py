@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 
 from rsft_pipeline import merkle, models
+from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of
@@ -59,18 +60,21 @@ def find(store: Store, checkpoint: str, round_key: str | None = None) -> dict[st
     """
     if round_key is None:
         rows = store.query("SELECT * FROM checkpoints WHERE starts_with(checkpoint, ?) ORDER BY round", [checkpoint])
+        if not rows:
+            ids.check_not_recipe(store, checkpoint)
     else:
+        ids.check_round(store, checkpoint, round_key)
         rows = store.query(
             """SELECT * FROM checkpoints WHERE recipe = $recipe AND round = $round AND checkpoint =
                (SELECT checkpoint FROM rounds WHERE recipe = $recipe AND round = $round)""",
             {"recipe": checkpoint, "round": round_key},
         )
-    meant = " ".join(filter(None, (checkpoint, round_key)))
     if not rows:
-        raise AuditError(f"no checkpoint is {meant!r}")
+        nothing = f"no checkpoint begins with {checkpoint!r}, and no recipe here is called so"
+        raise AuditError(f"{checkpoint} {round_key} has made no checkpoint" if round_key else nothing)
     if len({row["checkpoint"] for row in rows}) > 1:
         there = ", ".join(sorted({row["checkpoint"] for row in rows})[:5])
-        raise AuditError(f"{len(rows)} checkpoints begin with {meant!r}: {there}")
+        raise AuditError(f"{len(rows)} checkpoints begin with {checkpoint!r}: {there}")
     return rows[-1]
 
 

@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from rsft_pipeline import acceptance, rounds
 from rsft_pipeline.audit import recorded
 from rsft_pipeline.audit.findings import NAMED
-from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.ids import AuditError, check_round
 from rsft_pipeline.audit.reading import as_of
+from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.recipe.section import refusals
 from rsft_pipeline.revocations import set_aside
 from rsft_pipeline.store import Store
 
@@ -75,10 +75,12 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
         changes: `acceptance.x` → value as YAML text. Another `acceptance.rule` takes over `distinct` and `cap` alone.
 
     Raises:
-        RoundError: the round was never begun.
-        AuditError: nothing was decided in it, or the changed rule is none, or cannot decide on these candidates.
+        AuditError: there is no such round, nothing was decided in it, or the changed rule is none, or cannot decide on
+            these candidates.
+        RoundError: it ran with settings that are refused by now.
     """
     began = time.perf_counter()
+    check_round(store, recipe.name, round_key)
     round_ = rounds.record(store, recipe, round_key)
     rule = changed(round_.recipe, changes).acceptance
 
@@ -124,7 +126,8 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
         return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
     except ValidationError as error:
-        raise AuditError(f"no such rule: {refusals(error)}") from None
+        _, _, fields = reading._explain(error, recipe.file).partition("\n")  # the first line is about the file
+        raise AuditError(f"no such rule:\n{fields}") from None
 
 
 def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[str, Any]) -> Side:

@@ -1,0 +1,9 @@
+"""Console: where commands print for people. As wide as the terminal; where there is none, lines stay whole."""
+
+import sys
+
+from rich.console import Console
+
+WHOLE = 1_000_000  # columns: more than any line has, and rich pads none to it
+
+console = Console(width=None if sys.stdout.isatty() else WHOLE)
