@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from cli.console import console
 from resources import pages
 from rsft_pipeline import models, prompts, rounds, scoring
 from rsft_pipeline.devices import Device
@@ -32,7 +32,6 @@ from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.steps.evaluate import over_controls
 from rsft_pipeline.store import Store
 
-console = Console()
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
 SetOption = Annotated[
     list[str] | None,

@@ -221,6 +221,14 @@ def test_quarantine(ask):
     assert ask(f"/quarantine{following}").text.count("<td>letters.jsonl</td>") == 5
 
 
+def test_what_can_be_got_can_be_asked_for_without_its_body(store, tmp_path):
+    with TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        for path, status in (("/", 200), (ROUND, 200), ("/favicon.ico", 200), ("/static/style.css", 200), ("/no", 404)):
+            head, got = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (status, b"") and got.content
+            assert head.headers == got.headers
+
+
 def test_what_is_not_there(ask):
     for path in ("/nowhere", "/recipes/x/rounds/r000", "/recipes/letters/rounds/r999", "/recipes/letters/prompts/x",
                  "/recipes/letters/candidates/x", "/recipes/letters/checkpoints/x",
@@ -324,7 +332,10 @@ def test_only_a_form_of_this_server_revokes(tmp_path):
         assert post(origin="http://127.0.0.1:8000").status_code == 403  # another server of this machine
         assert post(host="evil.example", origin="http://evil.example").status_code == 403
         assert post(why="x" * 50_000).status_code == 403
-        assert post(why=" ").status_code == 404
+        refused = post(why=" ", who="<b>Ada", erase="on")
+        assert refused.status_code == 422 and "Nothing was revoked: say why." in refused.text
+        assert 'value="&lt;b&gt;Ada"' in refused.text and 'name="erase" checked' in refused.text
+        assert "say who answers for it and why" in post(who="", why=None).text
         assert store.snapshot() == before and store.query("SELECT * FROM revocations") == []
 
         assert post().headers["location"] == "/revocations"

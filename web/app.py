@@ -70,6 +70,9 @@ def create(
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.get("/favicon.ico")(lambda: FileResponse(STATIC / "icon.svg"))  # asked for by pages of plain text
+    for route in (*pages.router.routes, *app.routes):  # what can be got can be asked for without its body
+        if "GET" in (methods := getattr(route, "methods", None) or set()):
+            methods.add("HEAD")
 
     @app.middleware("http")
     async def guard(request: Request, call_next) -> Response:

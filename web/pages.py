@@ -284,9 +284,13 @@ def revocations(request: Request, after: After = None) -> str:
 @router.get("/recipes/{recipe}/revoke/{kind}/{what}")
 def confirm(request: Request, recipe: str, kind: str, what: str) -> str:
     """What revoking something would reach, before anybody does."""
-    found = following.impact(request.app.state.store, _thing(request, recipe, kind, what))
-    here = PAGE_OF[kind](recipe, what)
-    return _page(request, "revoke.html", recipe=recipe, impact=found, here=here)
+    return _confirm(request, recipe, _thing(request, recipe, kind, what), {})
+
+
+def _confirm(request: Request, recipe: str, thing: ids.Thing, form: dict[str, str], lacking: str = "") -> str:
+    found = following.impact(request.app.state.store, thing)
+    here = PAGE_OF[thing.kind](recipe, thing.what)
+    return _page(request, "revoke.html", recipe=recipe, impact=found, here=here, form=form, lacking=lacking)
 
 
 @router.post("/recipes/{recipe}/revoke/{kind}/{what}")
@@ -294,6 +298,9 @@ def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
     """Revoke it. app.py has seen to it that this is allowed, and wanted."""
     form, thing = request.state.form, _thing(request, recipe, kind, what)
     who, why = form.get("who", ""), form.get("why", "")
+    blank = [name for name, typed in (("who answers for it", who), ("why", why)) if not typed.strip()]
+    if blank:
+        return HTMLResponse(_confirm(request, recipe, thing, form, " and ".join(blank)), status_code=422)
     request.app.state.revoke(thing, who=who, why=why, erase="erase" in form)
     return RedirectResponse("/revocations", status_code=303)
 

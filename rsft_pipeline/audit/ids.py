@@ -51,7 +51,7 @@ def check_recipe(store: Store, recipe: str) -> None:
     """Raise AuditError, naming those there are, where no recipe here is called so."""
     there = recipes(store)
     if recipe not in there:
-        near = reading._nearest(recipe, there)
+        near = reading.nearest(recipe, there)
         raise AuditError(f"no recipe here is called {recipe!r}; there is {', '.join(there) or 'none'}.{near}")
 
 

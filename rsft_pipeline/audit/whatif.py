@@ -126,7 +126,7 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
         return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
     except ValidationError as error:
-        _, _, fields = reading._explain(error, recipe.file).partition("\n")  # the first line is about the file
+        _, _, fields = reading.explain(error, recipe.file).partition("\n")  # the first line is about the file
         raise AuditError(f"no such rule:\n{fields}") from None
 
 

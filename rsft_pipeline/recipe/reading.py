@@ -44,7 +44,7 @@ def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
     known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     if str(name) not in known:
         raise RecipeError(
-            f"no recipe is called {str(name)!r}.{_nearest(str(name), known)} Known: {', '.join(sorted(known))}"
+            f"no recipe is called {str(name)!r}.{nearest(str(name), known)} Known: {', '.join(sorted(known))}"
         )
     return known[str(name)].resolve()
 
@@ -72,7 +72,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     try:
         return Recipe.of_file(path, tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error, path)) from None
+        raise RecipeError(explain(error, path)) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +103,7 @@ def _extended(tree: dict, path: Path) -> dict:
     """The fields of the recipe that this one `extends`, each replaced whole by this one's where it has it."""
     other = path.parent / f"{tree['extends']}.yaml"
     if not other.is_file():
-        near = _nearest(str(tree["extends"]), [file.stem for file in path.parent.glob("*.yaml")])
+        near = nearest(str(tree["extends"]), [file.stem for file in path.parent.glob("*.yaml")])
         raise RecipeError(f"{path}: extends: there is no recipe {other}.{near}")
     beneath = _read(other)
     if "extends" in beneath:
@@ -134,7 +134,8 @@ def _index(node: list, part: str, key: str, path: Path) -> int:
 _MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # of a union, in pydantic's paths
 
 
-def _explain(error: ValidationError, path: Path) -> str:
+def explain(error: ValidationError, path: Path) -> str:
+    """A line that names the file, and one for each field: what is wrong with it, and what was expected."""
     lines = [f"{path}: this recipe cannot run:"]
     for problem in error.errors(include_url=False):
         where = (
@@ -145,7 +146,7 @@ def _explain(error: ValidationError, path: Path) -> str:
             case "extra_forbidden":
                 fields = _fields_at(problem["loc"][:-1])
                 message = (
-                    f"unknown field.{_nearest(str(problem['loc'][-1]), fields)} Expected one of: {', '.join(fields)}"
+                    f"unknown field.{nearest(str(problem['loc'][-1]), fields)} Expected one of: {', '.join(fields)}"
                 )
             case "missing":
                 message = "this field is required"
@@ -153,14 +154,15 @@ def _explain(error: ValidationError, path: Path) -> str:
                 expected = problem.get("ctx", {}).get("expected") or problem.get("ctx", {}).get("expected_tags", "")
                 options = re.findall(r"'([^']+)'", expected)
                 given = problem["ctx"].get("tag", problem["input"])
-                message = f"got {given!r}.{_nearest(str(given), options)} Expected one of: {', '.join(options)}"
+                message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
             case _ if not isinstance(problem["input"], dict):
                 message = f"{message} (got {problem['input']!r})"
         lines.append(f"  {where}: {message}")
     return "\n".join(lines)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`Did you mean …?` where a known word is near; else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
