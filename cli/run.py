@@ -29,6 +29,7 @@ from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError
+from rsft_pipeline.report import NAMES
 from rsft_pipeline.steps.evaluate import over_controls
 from rsft_pipeline.store import Store
 
@@ -362,7 +363,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
     for row in rows:
         for role, found in _over_controls(store, row).items():
             difference = shown(found.difference, found.low, found.high)
-            told = f"{row['round']}: {found.metric} over the control `{role}`: {difference}"
+            told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     if reason := rounds.why_stopped(store, recipe):
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)

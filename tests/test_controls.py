@@ -60,7 +60,7 @@ def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(h
             role: pytest.approx(value["checkpoint"] - value[role]) for role in ("random", "everything")
         }
         status = CliRunner().invoke(app, ["status", recipe.name, "--json"]).stdout
-        assert f"r000: pass_at_1 over the control `random`: {over['random'].difference:+.3f} [" in status
+        assert f"r000: pass@1 over the control `random`: {over['random'].difference:+.3f} [" in status
         assert json.loads(status.splitlines()[-1])["rounds"][0]["over"]["random"]["low"] == over["random"].low
 
 

@@ -115,6 +115,7 @@ class Histogram:
     ys: Axis
     bars: list[tuple[float, float, float, float, str]]  # x, y of the rejected, y of the accepted, end, what it says
     bar: float
+    words: str  # for those who do not see it
 
 
 def histogram(scores: Distribution) -> Histogram:
@@ -131,9 +132,14 @@ def histogram(scores: Distribution) -> Histogram:
             bars.append((left + i * step, scale(rejected), scale(accepted + rejected), bottom, said))
     _, marks = _scale(scores.low, scores.high, 0, 1)
     across = (width - left - right) / ((scores.high - scores.low) or 1.0)
-    places = [(left + (float(name.replace(",", "")) - scores.low) * across, name) for _, name in marks]
-    inside = [(x, name) for x, name in places if left <= x <= width - right + 0.5]
-    return Histogram(width, height, left, width - right, bottom, Axis(inside), Axis(ticks), bars, step - 1)
+    values = [(float(name.replace(",", "")), name) for _, name in marks]
+    within = [(left + (value - scores.low) * across, name) for value, name in values if value <= scores.high + 1e-9]
+    inside = [(x, name) for x, name in within if x >= left]
+    words = (
+        f"candidates by combined score, from {scores.low:.4g} to {scores.high:.4g}: "
+        f"{sum(scores.accepted):,} accepted, {sum(scores.rejected):,} rejected"
+    )
+    return Histogram(width, height, left, width - right, bottom, Axis(inside), Axis(ticks), bars, step - 1, words)
 
 
 def _scale(low: float, high: float, begin: float, end: float, whole: bool = False):

@@ -17,6 +17,9 @@ from rsft_pipeline.audit import impact as following
 from rsft_pipeline.audit import trace as tracing
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.evaluation import shown
+from rsft_pipeline.report import NAMES
+from rsft_pipeline.steps.evaluate import over_controls
 from web import drawing
 from web.show import render
 
@@ -101,6 +104,10 @@ def round_(
         first=_first(request),
         reasons=[("", "any"), *((reason, reason) for reason in sorted(decided.reasons))],
         matching=_matching(asked, decided),
+        over={
+            role: f"{NAMES[one.metric]} {shown(one.difference, one.low, one.high)}"
+            for role, one in over_controls(store.query, recipe, key).items()
+        },
     )
 
 

@@ -163,8 +163,7 @@ def over_controls(query: Query, recipe: str, round_key: str) -> dict[str, Compar
     """A finished round's checkpoint against each of its controls, by the metric of its gate: as `judge` found it."""
     asked = {"recipe": recipe, "round": round_key}
     (row,) = query("SELECT settings, state FROM rounds WHERE recipe = $recipe AND round = $round", asked)
-    settings = json.loads(row["settings"])
-    if row["state"] == "started" or not settings.get("controls"):
+    if row["state"] == "started" or not (settings := json.loads(row["settings"] or "{}")).get("controls"):
         return {}
     how, metric = Evaluation.model_validate(settings["evaluation"]), settings["promotion"]["metric"]
     of = {role: recorded_results(query, recipe, round_key, role) for role in ("checkpoint", *settings["controls"])}
