@@ -4,6 +4,7 @@ Each is a question to the store with a yes or no and the reason. Dagster shows t
 training asks the blocking ones again itself, since a check stops only the run it ran in.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +35,21 @@ def something_accepted(store: Store, round_: Round) -> Finding:
 
 def _nothing(store: Store, round_: Round) -> str:
     rows = store.query(
-        "SELECT reason, count(*) AS n FROM decisions WHERE recipe = ? AND round = ? GROUP BY reason ORDER BY n DESC",
+        """SELECT reason, count(*) AS n, min(score) AS low, max(score) AS high, any_value(parameters) AS rule
+           FROM decisions WHERE recipe = ? AND round = ? GROUP BY reason ORDER BY n DESC""",
         [round_.recipe.name, round_.key],
     )
-    why = ", ".join(f"{row['reason']}: {row['n']}" for row in rows) or "no candidate was decided on"
-    return f"nothing was accepted ({why}): loosen `acceptance`, raise `sampling.draws`, or look at the scores"
+    if not rows:
+        return "nothing was accepted: no candidate was decided on"
+    why = ", ".join(f"{row['reason']}: {row['n']}" for row in rows)
+    rule = json.loads(rows[0]["rule"])
+    numbers = ", ".join(f"{name} {value:g}" for name, value in rule.items() if type(value) in (int, float))
+    scores = [row[end] for row in rows for end in ("low", "high") if row[end] is not None]
+    reached = f"Combined scores are from {min(scores):.4g} to {max(scores):.4g}" if scores else "Nothing has a score"
+    return (
+        f"nothing was accepted ({why}). {reached}, the rule is {rule['rule']} ({numbers}): loosen `acceptance`, raise "
+        "`sampling.draws`, or look at the scores"
+    )
 
 
 def no_eval_prompt(store: Store, round_: Round) -> Finding:

@@ -103,7 +103,8 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert done.returncode == 1
     *lines, last = done.stdout.splitlines()
     assert lines[0] == "letters_loop r000 failed"
-    assert lines[1].startswith("  check something_accepted: nothing was accepted (below threshold:")
+    assert lines[1].startswith("  check something_accepted: nothing was accepted (below threshold: ")
+    assert "Combined scores are from 0 to 1, the rule is threshold (" in lines[1] and "threshold 1" in lines[1]
     told = json.loads(last)
     assert told["rounds"] == [] and told["unfinished"] == {"r000": "started"}
     assert told["failed"]["round"] == "r000" and not told["failed"]["interrupted"]
