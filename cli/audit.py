@@ -47,8 +47,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as on
 
 
 @contextmanager
-def opened() -> Iterator[Store]:
-    """The store of this home. Looking makes none: raises AuditError where nothing has run, or DuckDB cannot answer."""
+def opened(recipe: str | None = None) -> Iterator[Store]:
+    """The store of this home, with this recipe in it.
+
+    Looking makes none: raises AuditError where nothing has run, or DuckDB cannot answer.
+    """
     nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
         raise nothing
@@ -56,6 +59,8 @@ def opened() -> Iterator[Store]:
         with _store() as store:
             if not recipes_in(store):
                 raise nothing
+            if recipe is not None:
+                check_recipe(store, recipe)
             yield store
     except duckdb.Error as error:
         raise AuditError(f"the store of {Home.here().path} gave no answer: {error}") from error

@@ -59,7 +59,7 @@ def trace(
     """Follow a candidate from the row that asked for it to the checkpoints that learned from it."""
     if sum(given is not None for given in (candidate, text, accepted)) != 1:
         raise AuditError("say which candidate: its id, --text, or --accepted")
-    with opened() as store:
+    with opened(recipe) as store:
         if text is not None:
             matches = ids.containing(store, text, recipe)
             if len(matches) != 1:
@@ -197,7 +197,7 @@ def impact(
     thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False
 ) -> None:
     """Say what came of something, and which rounds to run again to be rid of it."""
-    with opened() as store:
+    with opened(recipe) as store:
         found = following.impact(store, _thing(store, thing, text, recipe))
     show(found, json_, _reach)
 
@@ -255,7 +255,7 @@ def revoke(
     """Take something out of use: nothing of it is trained on any more, and `rsft run` makes again what learned it."""
     if forget and not erase:
         raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
-    with opened() as store:
+    with opened(recipe) as store:
         instance = _instance()
         if forget:
             _check_idle(instance)
@@ -326,7 +326,7 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write a checkpoint's training set with its provenance, as OpenLineage and Croissant describe it."""
-    with opened() as store:
+    with opened(recipe) as store:
         if round_ is None:
             ids.check_not_recipe(store, checkpoint)
         else:

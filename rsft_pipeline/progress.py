@@ -1,6 +1,6 @@
 """Progress: a bar where a person watches a terminal, a line every ten seconds where nobody does.
 
-Dagster captures standard output while a step runs, so the bar is drawn on a copy of standard error
+Dagster captures standard output while a step runs, so bar and lines go to a copy of standard error
 taken before that: `watch()` is called once, by the command line.
 """
 
@@ -33,12 +33,7 @@ def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
     most, on standard error where that is watched, and else in the log.
     """
     if _console is None or not _console.is_terminal:
-        say = (
-            log.info
-            if _console is None
-            else lambda line: _console.print(line, soft_wrap=True, highlight=False, markup=False)
-        )
-        yield _lines(what, total, say)
+        yield _lines(what, total, _print if _console else log.info)
         return
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=_console) as bar:
@@ -46,6 +41,10 @@ def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
         yield lambda done, note="", total=None: bar.update(
             task, completed=done, note=note, **({} if total is None else {"total": total})
         )
+
+
+def _print(line: str) -> None:
+    _console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _lines(what: str, total: int | None, say: Callable[[str], None]) -> Show:

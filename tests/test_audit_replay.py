@@ -249,7 +249,7 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
             {"acceptance.rule": "treshold"},
             r"acceptance: got 'treshold'. Did you mean 'threshold'\? Expected one of: thr",
         ),
-        ({"acceptance.rule": "boltzmann"}, r"acceptance.boltzmann.beta: this field is required"),
+        ({"acceptance.rule": "boltzmann"}, r"acceptance.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "every draw"),
     ],
@@ -664,6 +664,7 @@ def test_a_replay_that_loads_a_model_waits_for_the_accelerator_as_a_round_does(m
         (("export", NAME, "--to", "{nowhere}"), "letters_loop is a recipe: give a round, too; there is r000, r001"),
         (("verify", "ffff"), "no checkpoint begins with 'ffff', and no recipe here is called so"),
         (("trace", "--accepted", NAME, "r010", "1"), "letters_loop has no round 'r010'; there is r000, r001"),
+        (("impact", "abc", "--recipe", "other"), "no recipe here is called 'other'; there is letters_loop."),
         *(
             ((command, "leters_loop", *("r000", "r001")[: 1 + (command == "diff")]),
              "no recipe here is called 'leters_loop'; there is letters_loop. Did you mean 'letters_loop'?")

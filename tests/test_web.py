@@ -117,6 +117,7 @@ def test_a_round_in_numbers(ask, store):
     assert sum(decided.scores.accepted + decided.scores.rejected) == 60
     page = ask(ROUND).text
     assert "80 candidates" in page and "25 %" in page
+    assert 'aria-label="candidates by combined score, from 0.25 to 1: 20 accepted, 40 rejected"' in page
     assert 'href="http://127.0.0.1:3000/runs/run-r000"' in page
     assert 'href="http://127.0.0.1:5000/#/runs/mlflow-r000"' in page
 
