@@ -50,7 +50,7 @@ def check(recipe: Recipe) -> None:
     """
     _corpus(recipe, recipe.model.bootstrap or recipe.model.warm_up)
     if recipe.model.bootstrap:
-        _sizes(recipe.model.bootstrap)
+        _configuration(recipe.model.bootstrap)
 
 
 def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
@@ -307,8 +307,9 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
     )
 
 
-def _sizes(settings: Bootstrap) -> tuple[str, dict[str, Any]]:
-    """The type of model and its sizes, each of which it has to know."""
+def _configuration(settings: Bootstrap, **filled_in: Any):
+    """The model's configuration, with what is filled in; each setting has to be one of its type's."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     sizes = dict(settings.config)
@@ -327,16 +328,22 @@ def _sizes(settings: Bootstrap) -> tuple[str, dict[str, Any]]:
                 f"model.bootstrap.config.{name}: {model_type} has no such setting."
                 f"{f' Did you mean {near[0]!r}?' if near else ''}"
             )
-    return model_type, sizes
+    try:
+        return AutoConfig.for_model(model_type, **{**sizes, **filled_in})
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _no_model(error) from error
+
+
+def _no_model(error: Exception) -> models.ModelError:
+    reason = str(error).strip().splitlines()[-1].strip()
+    return models.ModelError(f"model.bootstrap.config makes no model: {reason}")
 
 
 def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
     """A model of the configuration with random weights that follow from the seed."""
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    model_type, sizes = _sizes(settings)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -344,15 +351,14 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
     }
     if recipe.task == "seq2seq":
         special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
+    labels = models.head(recipe.model.labels) if recipe.model.labels else {}
+    config = _configuration(settings, **special, **labels, vocab_size=len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         try:
-            labels = models.head(recipe.model.labels) if recipe.model.labels else {}
-            config = AutoConfig.for_model(model_type, **{**sizes, **special, **labels, "vocab_size": len(tokenizer)})
             model = models.auto_class(recipe.task).from_config(config)
-        except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise models.ModelError(f"model.bootstrap.config makes no model: {reason}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _no_model(error) from error
     if model.can_generate():
         model.generation_config = GenerationConfig(**special)
     return model

@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> None:
         bootstrap.check(recipe)
     named = {"model": recipe.model, "sampling.teacher": recipe.sampling.teacher}
     for field, wanted in named.items():
-        if wanted and wanted.source != "bootstrap" and (folder := _local(recipe, field, wanted.source)):
+        if wanted and wanted.source != "bootstrap" and (folder := local(recipe, f"{field}.source", wanted.source)):
             _check_folder(folder)
 
 
@@ -96,18 +96,21 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
 
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
     """A model of a recipe's field: a local folder, or from the hub. Raises ModelError, naming the field."""
-    folder = _local(recipe, field, source) or _download(field, source, revision)
+    folder = local(recipe, f"{field}.source", source) or _download(field, source, revision)
     _check_folder(folder)
     return Checkpoint(content_digest(folder), folder)
 
 
-def _local(recipe: Recipe, field: str, source: str) -> Path | None:
-    """The folder that a source means; None for one that the hub is to have."""
+def local(recipe: Recipe, field: str, source: str) -> Path | None:
+    """The folder that a field of a recipe means; None where the hub is to have it. Raises ModelError, naming the field.
+
+    What looks like a path is one.
+    """
     folder = recipe.path(source)
     if folder.is_dir():
         return folder
     if source.startswith(("/", ".", "~")):
-        raise ModelError(f"{field}.source is {source!r}: there is no folder {folder}")
+        raise ModelError(f"{field} is {source!r}: there is no folder {folder}")
     return None
 
 

@@ -344,9 +344,8 @@ def _language_model(config, recipe: Recipe) -> Path:
 
 
 def _model(name: str, recipe: Recipe) -> str:
-    """A folder if there is one, as an absolute path; else the hub id as written."""
-    path = recipe.path(name)
-    return str(path) if path.is_dir() else name
+    """The absolute path of a folder, or the hub id as written."""
+    return str(models.local(recipe, "its model", name) or name)
 
 
 def _source(module) -> str:
