@@ -22,7 +22,7 @@ from cli.console import console
 from resources import pages
 from rsft_pipeline import models, prompts, rounds, scoring
 from rsft_pipeline.devices import Device
-from rsft_pipeline.evaluation import Comparison, shown
+from rsft_pipeline.evaluation import shown
 from rsft_pipeline.home import ROOT, Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import reading
@@ -30,7 +30,7 @@ from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.report import NAMES
-from rsft_pipeline.steps.evaluate import over_controls
+from rsft_pipeline.steps.evaluate import finite, over_controls
 from rsft_pipeline.store import Store
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
@@ -311,7 +311,7 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
                 "policy_eval": _values(row["policy_eval"]),
                 "promoted": row["promoted"],
                 "verdict": row["verdict"],
-                "over": {role: asdict(found) for role, found in _over_controls(store, row).items()},
+                "over": finite({role: asdict(found) for role, found in over_controls(store.query, row).items()}),
                 "checkpoint": row["checkpoint"],
                 "mlflow_run_id": row["mlflow_run_id"],
                 "dagster_run_id": row["dagster_run_id"],
@@ -322,10 +322,6 @@ def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any
         "champion": every[-1]["champion"] if every else None,
         "stopped": rounds.why_stopped(store, recipe),
     }
-
-
-def _over_controls(store: Store, row: dict[str, Any]) -> dict[str, Comparison]:
-    return over_controls(store.query, row["recipe"], row["round"])
 
 
 def _values(summary: str) -> dict[str, float | None]:
@@ -361,7 +357,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
         )
     console.print(table)
     for row in rows:
-        for role, found in _over_controls(store, row).items():
+        for role, found in over_controls(store.query, row).items():
             difference = shown(found.difference, found.low, found.high)
             told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)

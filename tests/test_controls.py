@@ -55,7 +55,7 @@ def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(h
         assert row["checkpoint"] not in controls.values()
         assert rounds.history(store, recipe.name)[0]["champion"] == row["checkpoint"]
 
-        over = evaluate.over_controls(store.query, recipe.name, "r000")
+        over = evaluate.over_controls(store.query, row)
         assert {role: one.difference for role, one in over.items()} == {
             role: pytest.approx(value["checkpoint"] - value[role]) for role in ("random", "everything")
         }

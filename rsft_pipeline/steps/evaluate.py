@@ -6,9 +6,9 @@ record. Not: drawing and scoring the held-out candidates (draw.py, score.py), no
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rsft_pipeline import acceptance, revocations, rounds
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
@@ -159,14 +159,17 @@ def recorded_results(query: Query, recipe: str, round_key: str, role: str) -> li
     return [PromptResult(**row) for row in rows]
 
 
-def over_controls(query: Query, recipe: str, round_key: str) -> dict[str, Comparison]:
-    """A finished round's checkpoint against each of its controls, by the metric of its gate: as `judge` found it."""
-    asked = {"recipe": recipe, "round": round_key}
-    (row,) = query("SELECT settings, state FROM rounds WHERE recipe = $recipe AND round = $round", asked)
+def over_controls(query: Query, row: Mapping[str, Any]) -> dict[str, Comparison]:
+    """A finished round's checkpoint against each of its controls, by the metric of its gate: as `judge` found it.
+
+    Args:
+        row: the round's, of the table `rounds`.
+    """
     if row["state"] == "started" or not (settings := json.loads(row["settings"] or "{}")).get("controls"):
         return {}
     how, metric = Evaluation.model_validate(settings["evaluation"]), settings["promotion"]["metric"]
-    of = {role: recorded_results(query, recipe, round_key, role) for role in ("checkpoint", *settings["controls"])}
+    roles = ("checkpoint", *settings["controls"])
+    of = {role: recorded_results(query, row["recipe"], row["round"], role) for role in roles}
     made = of.pop("checkpoint")
     return {role: compare(own, made, metric, k=how.k, confidence=how.confidence) for role, own in of.items() if own}
 
@@ -186,7 +189,7 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
                 ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round""",
         of_round(round_),
     )[0]
-    as_json = {role: json.dumps(_finite(asdict(summary))) for role, summary in outcome.summaries.items()}
+    as_json = {role: json.dumps(finite(asdict(summary))) for role, summary in outcome.summaries.items()}
     _check_not_revoked(store, round_, between.checkpoint)
     rounds.finish(
         store,
@@ -203,8 +206,8 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
     )
 
 
-def _finite(value):
+def finite(value):
     """The same with None for what JSON has no number for: the open end of an interval."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
