@@ -236,7 +236,7 @@ def _checked(recipe: Recipe) -> Recipe:
         _check_name(recipe)
         prompts.check(recipe)
         scoring.check(recipe)
-        models.check(recipe)
+        prompts.check_room(recipe, models.check(recipe))
         dg.Definitions.validate_loadable(build([recipe]))
     except (ValueError, models.ModelError, dg.DagsterError) as error:
         raise RecipeError(f"{recipe.file}: {error}") from error

@@ -42,15 +42,17 @@ The weights `{parent}`, made ready for the recipe `{recipe}`: labels {labels}, {
 OnStep = Callable[[int, int, float, int], None]
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe):
     """See that the recipe's warm-up can be: that its corpus is one, and that such a model has the sizes it is given.
+
+    Returns:
+        The configuration of a bootstrapped model; None where it is another's.
 
     Raises:
         ModelError: a corpus or configuration that cannot be used.
     """
     _corpus(recipe, recipe.model.bootstrap or recipe.model.warm_up)
-    if recipe.model.bootstrap:
-        _configuration(recipe.model.bootstrap)
+    return recipe.model.bootstrap and _configuration(recipe.model.bootstrap)
 
 
 def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:

@@ -171,6 +171,7 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monke
         (("check", "arithmetic", "--set", "model={source: /nowhere}"), "there is no folder /nowhere"),
         (("check", "stories", "--set", "prompts.source=arithmetic:sums"), "no column 'opening'"),
         (("check", "arithmetic", "--set", "model.bootstrap.config.hidden_size=33"), "config makes no model"),
+        (("check", "arithmetic", "--set", "sampling.max_tokens=32"), "nothing is left for a prompt"),
         (("check", "arithmetic", "--set", "scoring.scorers=[{kind: reward, model: /no}]"), "there is no folder /no"),
         (("status", "sentimnt"), "Did you mean 'sentiment'?"),
         (("ui", "--port", "4999", "--audit-port", "4999"), "--port and --audit-port are both 4999"),

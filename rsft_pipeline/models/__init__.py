@@ -44,20 +44,28 @@ def base(
     return bootstrap.prepare(recipe, found, root, on_step) if wanted.warm_up or wanted.labels else found
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> int | None:
     """See that the models that the recipe names can be had, before one is made or loaded. A hub is not asked.
+
+    Returns:
+        The policy's context in tokens, where that can be told by now: see `context_length`.
 
     Raises:
         ModelError: a folder that is not there or holds no weights, or what a model would be made of is not right.
     """
-    if recipe.model.bootstrap or recipe.model.warm_up:
+    model, teacher = recipe.model, recipe.sampling.teacher
+    if teacher and (folder := local(recipe, "sampling.teacher.source", teacher.source)):
+        _check_folder(folder)
+    if model.bootstrap or model.warm_up:
         from rsft_pipeline import bootstrap
 
-        bootstrap.check(recipe)
-    named = {"model": recipe.model, "sampling.teacher": recipe.sampling.teacher}
-    for field, wanted in named.items():
-        if wanted and wanted.source != "bootstrap" and (folder := local(recipe, f"{field}.source", wanted.source)):
-            _check_folder(folder)
+        if made := bootstrap.check(recipe):
+            return context_of(made)
+    folder = local(recipe, "model.source", model.source)
+    if folder is None:
+        return None
+    _check_folder(folder)
+    return context_length(folder)
 
 
 def bases(home: Path) -> Path:

@@ -72,11 +72,7 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     section, context, completion = recipe.prompts, context_length or math.inf, recipe.sampling.max_tokens
     if recipe.task == "classification":
         context, completion = min(context, tokenizer.model_max_length), 0
-    if context - completion < 1:
-        raise PromptError(
-            f"sampling.max_tokens is {recipe.sampling.max_tokens}, but the model's context is {context_length} "
-            "tokens: nothing is left for a prompt"
-        )
+    check_room(recipe, context_length)
     longest = min(section.max_tokens or math.inf, context if recipe.task == "seq2seq" else context - completion)
     sources.check_encoding(section.encoding)
 
@@ -122,6 +118,20 @@ def check(recipe: Recipe) -> None:
             case Prompt() as last if recipe.group_by in (None, *last.fields):
                 return
     raise PromptError(_no_group(recipe.group_by, last) if last else _nothing_usable(recipe.prompts.source, refused))
+
+
+def check_room(recipe: Recipe, context_length: int | None) -> None:
+    """See that a completion leaves room for a prompt. Raises PromptError.
+
+    Args:
+        context_length: as `read` takes it.
+    """
+    completion = 0 if recipe.task == "classification" else recipe.sampling.max_tokens
+    if context_length is not None and context_length <= completion:
+        raise PromptError(
+            f"sampling.max_tokens is {completion}, but the model's context is {context_length} tokens: nothing is left "
+            "for a prompt"
+        )
 
 
 def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
