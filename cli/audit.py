@@ -50,7 +50,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as on
 def opened(recipe: str | None = None) -> Iterator[Store]:
     """The store of this home, with this recipe in it.
 
-    Looking makes none: raises AuditError where nothing has run, or DuckDB cannot answer.
+    Looking makes none: raises AuditError where nothing has run, or DuckDB fails.
     """
     nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
@@ -63,7 +63,7 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
                 check_recipe(store, recipe)
             yield store
     except duckdb.Error as error:
-        raise AuditError(f"the store of {Home.here().path} gave no answer: {error}") from error
+        raise AuditError(f"the store of {Home.here().path} failed: {error}") from error
 
 
 def recipe_named(store: Store, name: str) -> Recipe:

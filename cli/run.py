@@ -126,7 +126,6 @@ class Failure:
 
 
 def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> Failure | None:
-
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
     from automation.runs import busy

@@ -79,12 +79,20 @@ def _check_free(ports: dict[str, int]) -> None:
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """Stop the servers with everything that they started."""
-    for how, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
-        deadline = time.monotonic() + patience
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    """Stop the servers with everything that they started; what is still there after ten seconds is killed."""
+    left, deadline = _told(processes, signal.SIGTERM), time.monotonic() + 10
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = _told(left, 0)
+    _told(left, signal.SIGKILL)
+
+
+def _told(processes: list[subprocess.Popen], what: int) -> list[subprocess.Popen]:
+    """Send a signal, or with 0 none, to the servers' groups. Returns those of which anything is there."""
+    there = []
+    for process in processes:
+        process.poll()  # or one that has ended would count
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, what)
+            there.append(process)
+    return there

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from rsft_pipeline.devices import Device, memory, release, resolve
 from rsft_pipeline.home import Home
+from rsft_pipeline.progress import warn
 
 
 class Accelerator(dg.ConfigurableResource):
@@ -33,7 +34,7 @@ class Accelerator(dg.ConfigurableResource):
             if free:
                 yield from self._held(device, log)
                 return
-        log.warning("waiting for the accelerator: another round of this home is using it")
+        warn("waiting for the accelerator: another round of this home is using it", log)
         with Home.here().lock("accelerator", wait=True):
             yield from self._held(device, log)
 

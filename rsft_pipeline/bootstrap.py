@@ -52,7 +52,8 @@ def check(recipe: Recipe):
         ModelError: a corpus or configuration that cannot be used.
     """
     _corpus(recipe, recipe.model.bootstrap or recipe.model.warm_up)
-    return recipe.model.bootstrap and _configuration(recipe.model.bootstrap)
+    special = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
+    return recipe.model.bootstrap and _configuration(recipe.model.bootstrap, **special)
 
 
 def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
@@ -233,6 +234,13 @@ def _corpus(recipe: Recipe, settings: WarmUp) -> list[dict[str, str]]:
         raise models.ModelError(
             f"the warm-up's `corpus` is {source!r}: there is no file {file}, and it is not `module:function`"
         )
+    try:
+        return _checked(source, rows)
+    except functions.FunctionError as error:
+        raise models.ModelError(f"the warm-up's `corpus`: {error}") from error
+
+
+def _checked(source: str, rows: Iterable[object]) -> list[dict[str, str]]:
     corpus = []
     for number, row in enumerate(rows, start=1):
         if not (

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,7 +22,7 @@ _console: Console | None = None
 def watch() -> None:
     """Show progress on this process's standard error from now on, even while steps' output is captured."""
     global _console
-    _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+    _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w", errors="backslashreplace"))
 
 
 @contextmanager
@@ -43,8 +43,16 @@ def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
         )
 
 
+def warn(line: str, log: logging.Logger) -> None:
+    """A warning in the log, and on standard error where that is watched."""
+    log.warning(line)
+    if _console:
+        _print(line)
+
+
 def _print(line: str) -> None:
-    _console.print(line, soft_wrap=True, highlight=False, markup=False)
+    with suppress(OSError):  # who reads it may have gone: that ends no round
+        print(line, file=_console.file, flush=True)
 
 
 def _lines(what: str, total: int | None, say: Callable[[str], None]) -> Show:

@@ -142,6 +142,13 @@ def test_progress_is_told_where_there_is_no_terminal(home, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == "r000 draws: 3 of 9 waves\n" and not done.stdout
+    reader, writer = os.pipe()
+    os.close(reader)  # who read the progress has gone: that is no one's failure
+    done = subprocess.run(
+        [*command[:-1], command[-1] + "\nprint('on')"], stdout=subprocess.PIPE, stderr=writer, text=True
+    )
+    os.close(writer)
+    assert done.stdout == "on\n"
 
 
 def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monkeypatch):

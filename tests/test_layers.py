@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,13 @@ def imports(file: Path) -> set[str]:
 
 def files_of(layer: str) -> list[Path]:
     return [ROOT / f"{layer}.py"] if layer == "definitions" else sorted((ROOT / layer).rglob("*.py"))
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    layers = [layer for layer in DOWNWARDS if layer != "definitions"]
+    there = {file.parent.relative_to(ROOT) for layer in layers for file in (ROOT / layer).rglob("__init__.py")}
+    assert sorted(listed) == sorted(".".join(folder.parts) for folder in there)
 
 
 def test_imports_go_down_the_list_only():

@@ -68,6 +68,34 @@ def refusals(ingest: prompts.Ingest) -> list[tuple[int, str, bytes]]:
 # --- rows and refusals ------------------------------------------------------------------------
 
 
+ENDLESS = """
+import itertools
+
+def rows():
+    for i in itertools.count():
+        yield {"q": str(i)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "group_by", "said"),
+    [
+        ({"inbox": "inbox"}, None, "none of the 1 rows of rows.jsonl is usable"),
+        ({"source": "inbox/more.jsonl"}, "size", "no prompt has a column 'size'; there is 'q', 'kind'"),
+        ({"source": "endless:rows", "limit": 3}, "kind", "no prompt has a column 'kind'; there is 'q'"),
+    ],
+)
+def test_a_check_finds_what_reading_would(make, tmp_path, section, group_by, said):
+    (tmp_path / "inbox").mkdir()
+    write(tmp_path / "rows.jsonl", b'{"other": "a"}')
+    write(tmp_path / "inbox" / "more.jsonl", b'{"q": "a", "kind": "b"}')
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    made = make(**section).model_copy(update={"group_by": group_by})
+    for look in (prompts.check, read):
+        with pytest.raises(prompts.PromptError, match=said):
+            look(made)
+
+
 def test_a_bad_row_goes_to_quarantine_alone_with_its_bytes_and_its_reason(make, tmp_path):
     bad = {
         2: (b'{"q": "two', "broken JSON"),

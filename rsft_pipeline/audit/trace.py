@@ -1,7 +1,7 @@
 """Trace: one candidate, from the row of the source that asked for it to the weights that learned from it.
 
 Belongs here: the chain, link by link, from the store alone, and where a link is missing. Not: what else a prompt
-or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs named here (cli/audit.py).
+or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs named here (assets/outside.py).
 """
 
 import json

@@ -1,6 +1,6 @@
 /* Attention of one new token of each row to its prompt's prefix and its own suffix, in one pass over memory.
  *
- * What is kept where, is shared_prefix.py's; how this is called, cpu_attention.py's. All arrays are dense, of
+ * What is kept where, is cache.py's; how this is called, cpu_attention.py's. All arrays are dense, of
  * float32 or int64. A job is up to a block of rows of one prompt at one head: their queries meet the prefix a
  * tile at a time, and each row's suffix is read once, for all queries of the head.
  */

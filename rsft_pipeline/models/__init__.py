@@ -35,7 +35,7 @@ def base(
     Raises:
         ModelError: the model cannot be fetched, or has no safetensors weights.
     """
-    from rsft_pipeline import bootstrap  # it saves what it makes with this module
+    from rsft_pipeline import bootstrap  # it is made of this module
 
     wanted, root = recipe.model, bases(home)
     if wanted.source == "bootstrap":
@@ -294,10 +294,19 @@ def end_id(model, tokenizer) -> int:
 
 
 def context_length(path: Path) -> int | None:
-    """Tokens that prompt and completion have room for; None where the model's configuration sets no bound."""
+    """Tokens that prompt and completion have room for; None where the model's configuration sets no bound.
+
+    Raises:
+        ModelError: it is no configuration.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return context_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: its config.json makes no model: {error}") from error
+    return context_of(config)
 
 
 # RoBERTa and what was made after it: position ids begin behind that of padding, and those before are no token's.

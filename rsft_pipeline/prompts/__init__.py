@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from rsft_pipeline import lineage
@@ -110,14 +110,21 @@ def check(recipe: Recipe) -> None:
     if sources.kind_of(recipe) == "hub":
         return
     sources.check_encoding(recipe.prompts.encoding)
-    refused, last = [], None
-    for row in chain(sources.rows(recipe), sources.inbox(recipe)):
-        match _outcome(row, recipe, None, math.inf):
-            case Refused() as outcome:
+    refused, usable = [], []
+    for rows in (sources.rows(recipe), sources.inbox(recipe)):
+        for row in rows:
+            outcome = _outcome(row, recipe, None, math.inf)
+            if isinstance(outcome, Refused):
                 refused.append(outcome)
-            case Prompt() as last if recipe.group_by in (None, *last.fields):
+                continue
+            usable.append(outcome)
+            if recipe.group_by in (None, *outcome.fields):
                 return
-    raise PromptError(_no_group(recipe.group_by, last) if last else _nothing_usable(recipe.prompts.source, refused))
+            if len(usable) == recipe.prompts.limit:
+                raise PromptError(_no_group(recipe.group_by, outcome))
+        if not usable:
+            raise PromptError(_nothing_usable(recipe.prompts.source, refused))
+    raise PromptError(_no_group(recipe.group_by, usable[0]))
 
 
 def check_room(recipe: Recipe, context_length: int | None) -> None:

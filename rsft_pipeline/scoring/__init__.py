@@ -72,7 +72,7 @@ def check(recipe: Recipe) -> None:
         if config.kind == "function":
             function = functions.load(config.function, recipe.folder)
             try:
-                inspect.signature(function).bind([], **config.arguments)
+                inspect.signature(function, follow_wrapped=False).bind([], **config.arguments)
             except TypeError as error:
                 raise ScoringError(
                     f"scorer {config.label!r}: {config.function} is called with a list of samples and "
