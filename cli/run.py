@@ -101,7 +101,7 @@ def status(
 
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Say whether a recipe can run: its fields, its prompt source, its scorers."""
+    """Say whether a recipe can run: its fields, and what they name. Runs nothing."""
     loaded = _checked(reading.load(_find(recipe), _overrides(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
     console.print(able, soft_wrap=True, highlight=False, markup=False)

@@ -340,7 +340,7 @@ def _configuration(settings: Bootstrap, **filled_in: Any):
             )
     try:
         return AutoConfig.for_model(model_type, **{**sizes, **filled_in})
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise _no_model(error) from error
 
 

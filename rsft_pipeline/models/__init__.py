@@ -304,7 +304,7 @@ def context_length(path: Path) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{path}: its config.json makes no model: {error}") from error
     return context_of(config)
 
