@@ -6,4 +6,4 @@ from rich.console import Console
 
 WHOLE = 1_000_000  # columns: more than any line has, and rich pads none to it
 
-console = Console(width=None if sys.stdout.isatty() else WHOLE)
+console = Console(width=None if sys.stdout and sys.stdout.isatty() else WHOLE)  # None: it was closed

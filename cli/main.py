@@ -1,5 +1,6 @@
 """The `rsft` command."""
 
+import os
 import sys
 
 import typer
@@ -32,13 +33,20 @@ app.add_typer(audit.app, name="audit")
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback."""
     settle_environment()
-    for stream in (sys.stdout, sys.stderr):  # a terminal may have no → or …
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed: the next file to be opened would be in its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may have no → or …
     try:
         app()
     except (RecipeError, StoreError, AuditError, RoundError, PromptError, ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if run.INTERRUPTED not in str(error):
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

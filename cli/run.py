@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(
     overrides = _overrides(set_)
     loaded = _linked(_checked(reading.load(_find(recipe), overrides)))
     _device()
+    _check_tracking()
     watch()
     with Home.here().lock("instance", wait=True):
         instance = _instance()
@@ -168,7 +170,8 @@ def _failed(result, recipe: Recipe, round_key: str) -> Failure:
         raised = error.cause or error  # it says more to people than what Dagster makes of it
         errors.append(raised)
         if raised.cls_name != "DagsterAssetCheckFailedError":  # the check says why itself
-            why.append(f"{event.step_key}: {re.sub(OURS, '', raised.message).strip()}")
+            said = "interrupted" if _interrupted(error) else re.sub(OURS, "", raised.message).strip()
+            why.append(f"{event.step_key}: {said}")
     failure = Failure(round_key, any(map(_interrupted, errors)), why, result.run_id)
     if failure.interrupted:
         console.print(f"{recipe.name} {round_key} was interrupted: run it again to go on", style="yellow")
@@ -177,19 +180,20 @@ def _failed(result, recipe: Recipe, round_key: str) -> Failure:
         if not re.match(f"{OURS}|dagster", error.message):  # not told for people: a developer has to see where it is
             print("".join(error.stack), file=sys.stderr)
     console.print(f"{recipe.name} {round_key} failed", style="bold red")
-    for line in why:
-        console.print(f"  {line}", style="red", markup=False, soft_wrap=True)
+    for reason in why:
+        console.print(textwrap.indent(reason, "  "), style="red", markup=False, soft_wrap=True)
     console.print(f"  whole log: rsft ui, run {failure.dagster_run_id}", markup=False, soft_wrap=True)
     return failure
 
 
 OURS = r"rsft_pipeline\.[\w.]+: "  # how an error of the project's own is told, before what it says
+INTERRUPTED = "Query interrupted"  # what DuckDB says where a signal comes while it works, in an error of its own
 
 
 def _interrupted(error) -> bool:
-    """Whether a step failed because of a signal: of one that comes while DuckDB works, it makes an error of its own."""
+    """Whether a step failed because of a signal."""
     while error:
-        if error.cls_name == "DagsterExecutionInterruptedError" or "Query interrupted" in error.message:
+        if error.cls_name == "DagsterExecutionInterruptedError" or INTERRUPTED in error.message:
             return True
         error = error.cause or error.context
     return False
@@ -223,6 +227,12 @@ def _device() -> Device:
         return usual_resources()["accelerator"].device()
     except ValueError as error:
         raise RecipeError(f"RSFT_DEVICE: {error}") from error
+
+
+def _check_tracking() -> None:
+    from definitions import usual_resources
+
+    usual_resources()["tracking"].check()
 
 
 def _checked(recipe: Recipe) -> Recipe:

@@ -80,6 +80,8 @@ def _check_free(ports: dict[str, int]) -> None:
 
 def _end(processes: list[subprocess.Popen]) -> None:
     """Stop the servers with everything that they started; what is still there after ten seconds is killed."""
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else this would end before they do
+        signal.signal(again, signal.SIG_IGN)
     left, deadline = _told(processes, signal.SIGTERM), time.monotonic() + 10
     while left and time.monotonic() < deadline:
         time.sleep(0.05)

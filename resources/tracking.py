@@ -7,7 +7,10 @@ to the other.
 import functools
 import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,18 @@ class Tracking(dg.ConfigurableResource):
     def client(self):
         """An MlflowClient; MLflow takes seconds to import, so only steps that write to it do."""
         return _client(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
+
+    def check(self) -> None:
+        """See that MLflow is where the environment says, before a round begins. Raises OSError, saying why not."""
+        if not self.uri:  # the home's own, made where it is missing
+            return
+        try:
+            if self.uri.startswith(("http://", "https://")):  # MLflow itself would go on asking for minutes
+                with suppress(urllib.error.HTTPError):  # somebody answers
+                    urllib.request.urlopen(self.uri, timeout=10).close()
+            self.client().search_experiments(max_results=1)
+        except Exception as error:  # each database's driver has its own
+            raise ConnectionError(f"RSFT_MLFLOW: rounds cannot be tracked there: {error}") from error
 
     def begin(
         self, recipe: str, round_key: str, *, instead_of: str | None, params: Mapping[str, Any], **tags: str
@@ -60,7 +75,8 @@ class Tracking(dg.ConfigurableResource):
         if found and (self.uri or artifacts == found.artifact_location):
             return found.experiment_id
         if found:  # the home has been moved: MLflow would go on writing to where it was
-            client.rename_experiment(found.experiment_id, f"{recipe} in {found.artifact_location}")
+            before = f"{recipe}, {found.experiment_id}, in {found.artifact_location}"
+            client.rename_experiment(found.experiment_id, before)
         return client.create_experiment(recipe, artifact_location=artifacts)
 
     def state(self, run_id: str) -> str | None:

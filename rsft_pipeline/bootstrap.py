@@ -6,7 +6,6 @@ the warm-up corpus. Does not: the loop (training.py) or how a checkpoint is writ
 made on the CPU, where two builds give the same bits.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from rsft_pipeline.models import checkpoints
 from rsft_pipeline.models.checkpoints import Checkpoint
 from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Bootstrap, WarmUp
+from rsft_pipeline.recipe.reading import nearest
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.training import Training
 
@@ -43,7 +43,7 @@ OnStep = Callable[[int, int, float, int], None]
 
 
 def check(recipe: Recipe):
-    """See that the recipe's warm-up can be: that its corpus is one, and that such a model has the sizes it is given.
+    """See that the recipe's warm-up can be: that its corpus is one, and that a model of the sizes given can be made.
 
     Returns:
         The configuration of a bootstrapped model; None where it is another's.
@@ -51,9 +51,16 @@ def check(recipe: Recipe):
     Raises:
         ModelError: a corpus or configuration that cannot be used.
     """
+    import torch
+
     _corpus(recipe, recipe.model.bootstrap or recipe.model.warm_up)
+    if recipe.model.bootstrap is None:
+        return None
     special = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
-    return recipe.model.bootstrap and _configuration(recipe.model.bootstrap, **special)
+    config = _configuration(recipe.model.bootstrap, **special)
+    with torch.device("meta"):  # no weights
+        _random(config, recipe)
+    return config
 
 
 def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
@@ -160,7 +167,7 @@ def _warm_up(
     """
     log.info("warm-up: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
-        raise models.ModelError(f"{settings.corpus}: no row is left to train on once the evaluation split is left out")
+        raise _bad_corpus(f"{settings.corpus} has no row to train on once the evaluation split is left out")
     history = None
     if settings.steps:
         history = training.fit(
@@ -231,13 +238,11 @@ def _corpus(recipe: Recipe, settings: WarmUp) -> list[dict[str, str]]:
     elif ":" in source:
         rows = functions.rows(source, recipe.folder)
     else:
-        raise models.ModelError(
-            f"the warm-up's `corpus` is {source!r}: there is no file {file}, and it is not `module:function`"
-        )
+        raise _bad_corpus(f"there is no file {file}, and {source!r} is not `module:function`")
     try:
         return _checked(source, rows)
     except functions.FunctionError as error:
-        raise models.ModelError(f"the warm-up's `corpus`: {error}") from error
+        raise _bad_corpus(error) from error
 
 
 def _checked(source: str, rows: Iterable[object]) -> list[dict[str, str]]:
@@ -249,21 +254,27 @@ def _checked(source: str, rows: Iterable[object]) -> list[dict[str, str]]:
             and isinstance(row.get("completion"), str)
             and row["completion"]
         ):
-            raise models.ModelError(
+            raise _bad_corpus(
                 f"{source}: row {number} is {row!r:.100}; expected {{prompt: text, completion: text that is not empty}}"
             )
         corpus.append({"prompt": row.get("prompt", ""), "completion": row["completion"]})
+    if not corpus:
+        raise _bad_corpus(f"{source} has no rows")
     return corpus
 
 
 def _json_lines(file: Path) -> Iterable[object]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise models.ModelError(f"{file}: line {number} is not JSON: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise _bad_corpus(f"{file}: line {number} is not JSON: {error}") from None
+
+
+def _bad_corpus(why: object) -> models.ModelError:
+    return models.ModelError(f"the warm-up's `corpus`: {why}")
 
 
 def _texts(rows: list[dict[str, str]]) -> Iterable[str]:
@@ -320,27 +331,33 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
 def _configuration(settings: Bootstrap, **filled_in: Any):
     """The model's configuration, with what is filled in; each setting has to be one of its type's."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     sizes = dict(settings.config)
     model_type = sizes.pop("model_type", None)
     if model_type is None:
         raise models.ModelError("model.bootstrap.config has no `model_type`, such as llama or gpt2")
-    try:
-        defaults = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise models.ModelError(f"model.bootstrap.config.model_type is {model_type!r}: {error}") from None
+    if model_type not in CONFIG_MAPPING:
+        near = nearest(str(model_type), CONFIG_MAPPING.keys())
+        raise models.ModelError(f"model.bootstrap.config.model_type: transformers has no {model_type!r}.{near}")
+    defaults = AutoConfig.for_model(model_type)
     known = {*defaults.to_dict(), *defaults.attribute_map}
     for name in sizes:
         if name not in known:  # transformers would keep it and build the model at its default size
-            near = difflib.get_close_matches(name, known, n=1)
             raise models.ModelError(
-                f"model.bootstrap.config.{name}: {model_type} has no such setting."
-                f"{f' Did you mean {near[0]!r}?' if near else ''}"
+                f"model.bootstrap.config.{name}: {model_type} has no such setting.{nearest(name, known)}"
             )
     try:
         return AutoConfig.for_model(model_type, **{**sizes, **filled_in})
     except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise _no_model(error) from error
+
+
+def _random(config, recipe: Recipe):
+    """A model of the configuration, on the device that tensors are made on, its weights from its random numbers."""
+    try:
+        return models.auto_class(recipe.task).from_config(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise _no_model(error) from error
 
 
@@ -365,10 +382,7 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
     config = _configuration(settings, **special, **labels, vocab_size=len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        try:
-            model = models.auto_class(recipe.task).from_config(config)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise _no_model(error) from error
+        model = _random(config, recipe)
     if model.can_generate():
         model.generation_config = GenerationConfig(**special)
     return model

@@ -50,12 +50,12 @@ def rows(reference: str, folder: Path) -> Iterator[Any]:
         if isinstance(returned, Iterable):
             yield from returned
             return
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FunctionError(f"{reference} failed: {told(error)}") from error
-    raise FunctionError(f"{reference} has to yield rows, and returned a {type(returned).__name__}")
+    raise FunctionError(f"{reference} has to yield rows, and returned something of the type {type(returned).__name__}")
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error of a user's function and where it was raised, without what the traceback keeps alive."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}, in {place.name})"
@@ -115,7 +115,7 @@ def _from_file(path: Path) -> ModuleType:
     try:
         # Compiled here: the import system would take a cached .pyc for an edit within the same second.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise FunctionError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
     return module
@@ -130,5 +130,5 @@ def _installed(module_name: str, reference: str, path: Path) -> ModuleType:
                 f"{reference}: there is no file {path} and no installed module {module_name!r}"
             ) from None
         raise FunctionError(f"{module_name} could not be imported: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FunctionError(f"{module_name} could not be imported: {type(error).__name__}: {error}") from error

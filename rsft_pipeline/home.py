@@ -38,13 +38,15 @@ class Home:
 
     @classmethod
     def here(cls) -> "Home":
-        """The home that the environment names. Raises OSError for a path that databases would read otherwise."""
+        """The home that the environment names. Raises OSError for one that can be none, saying why."""
         path = Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve()
         if found := set("?%*[\\") & set(str(path)):
             raise OSError(
                 f"RSFT_HOME is {path}: MLflow and Dagster read a path as a URL and DuckDB as a pattern of many, so it "
                 f"cannot have {min(found)!r}"
             )
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"RSFT_HOME is {path}, which is no folder")
         return cls(path)
 
     def folder(self, name: str) -> Path:

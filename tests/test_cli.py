@@ -113,12 +113,23 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
 
 
-def test_an_error_that_is_not_of_the_project_comes_with_its_stack(path, monkeypatch):
-    monkeypatch.setenv("RSFT_MLFLOW", f"sqlite:///{path}/mlflow.db")  # in a folder that is a file
+def test_an_error_that_is_not_of_the_project_comes_with_its_stack(home, path):
+    (home / "models").touch()  # where a folder is to be
     done = rsft("run", path, "--rounds", "1")
     assert done.returncode == 1
     assert "letters_loop r000 failed" in done.stdout
-    assert "tracking.py" in done.stderr
+    assert "bootstrap.py" in done.stderr
+
+
+def test_an_mlflow_that_cannot_be_had_is_told_before_anything_runs(home, path, monkeypatch):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        for uri in (f"sqlite:///{path}/mlflow.db", f"http://127.0.0.1:{nobody.getsockname()[1]}", "nowhere://at.all"):
+            monkeypatch.setenv("RSFT_MLFLOW", uri)
+            done = rsft("run", path, "--rounds", "1")
+            assert done.returncode == 2 and "Traceback" not in done.stderr
+            assert "RSFT_MLFLOW: rounds cannot be tracked there: " in done.stderr
+    assert not (home / "store").exists()
 
 
 def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, write_recipe):
@@ -127,7 +138,34 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     done = rsft("run", path, "--rounds", "1", "--json")
     assert done.returncode == 130
     assert "letters_loop r000 was interrupted: run it again to go on" in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1])["failed"]["interrupted"]
+    failed = json.loads(done.stdout.splitlines()[-1])["failed"]
+    assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
+
+
+def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
+    script = """
+        import os, signal, threading, duckdb
+        from cli import main, run
+
+        def slow(*_):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            duckdb.sql("SELECT sum(hash(range)) FROM range(1_000_000_000_000)").fetchall()
+
+        run._show = slow
+        main.main()
+    """
+    with Store.at(home) as store:
+        store.append("rounds", [{"recipe": "one", "round": "r000", "state": "started"}])
+    command = [sys.executable, "-c", textwrap.dedent(script), "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_streams_that_are_closed_stop_no_command(home):
+    for closed, status in ((">&-", 0), ("2>&-", 2), (">&- 2>&-", 0)):
+        words = f'exec "$0" -m cli.main {"status" if status == 0 else "check nothing"} {closed}'
+        done = subprocess.run(["sh", "-c", words, sys.executable], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (status, "")
 
 
 def test_progress_is_told_where_there_is_no_terminal(home, tmp_path):
@@ -198,6 +236,21 @@ def test_a_home_that_a_database_url_could_not_name_is_refused(tmp_path, monkeypa
         done = rsft("status")
         (odd,) = set(name) & set("?*[")
         assert done.returncode == 2 and f"it cannot have {odd!r}" in done.stderr
+
+
+def test_a_home_that_is_a_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path / "file"))
+    done = rsft("status")
+    assert done.returncode == 2 and f"RSFT_HOME is {tmp_path / 'file'}, which is no folder" in done.stderr
+
+
+def test_a_recipe_that_was_moved_away_from_under_its_link_is_told_with_the_place_it_was_at(home, path):
+    (home / "recipes").mkdir()
+    (home / "recipes" / path.name).symlink_to(path)
+    path.rename(path.with_name("moved.yaml"))
+    done = rsft("check", "letters_loop")
+    assert done.returncode == 2 and f"{path}: cannot be read: No such file" in done.stderr
 
 
 def test_a_store_that_cannot_be_opened_is_one_message(home):

@@ -24,6 +24,7 @@ from rsft_pipeline.prompts import encode, templates
 from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
 from rsft_pipeline.recipe.prompts import Prompts
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.sampling import Teacher
 from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.tasks import causal
 
@@ -338,6 +339,24 @@ def test_the_context_length_is_the_configurations(tmp_path):
     AutoConfig.for_model("xlm-roberta", max_position_embeddings=48, pad_token_id=1).save_pretrained(tmp_path / "xlmr")
     kinds = ("gpt2", "llama", "bloom", "phi3", "xlmr")
     assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32, 46]
+    AutoConfig.for_model("roberta", pad_token_id=None).save_pretrained(tmp_path / "roberta")
+    with pytest.raises(ModelError, match="no `pad_token_id`, from which a roberta counts on"):
+        models.context_length(tmp_path / "roberta")
+
+
+def test_a_check_goes_by_the_shorter_context_of_policy_and_teacher(tmp_path):
+    AutoConfig.for_model("gpt2", n_positions=48).save_pretrained(tmp_path / "teacher")
+    wanted = a_recipe(tmp_path)
+    own = models.check(wanted)
+    taught = wanted.sampling.model_copy(update={"source": "teacher", "teacher": Teacher(source="./teacher")})
+    taught = wanted.model_copy(update={"sampling": taught})
+    with pytest.raises(ModelError, match="safetensors weights"):
+        models.check(taught)
+    (tmp_path / "teacher" / "model.safetensors").touch()
+    assert own > models.check(taught) == 48
+    (tmp_path / "teacher" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"--set sampling\.teacher\.source="):
+        models.check(taught)
 
 
 @pytest.mark.parametrize("kind", sorted(models._BEHIND_PADDING))
@@ -515,7 +534,9 @@ def test_a_corpus_can_be_a_function_beside_the_recipe(tmp_path):
         ('{"prompt": "a="}', r"row 1 is \{'prompt': 'a='\}; expected"),
         ('{"prompt": "a=", "completion": ""}', "row 1 is"),
         ("not json", "line 1 is not JSON"),
-        ("", "no row is left"),
+        ("{}, 1", "line 1 is not JSON"),
+        ("", "corpus.jsonl has no rows"),
+        ('{"prompt": "o=", "completion": "pq"}', "has no row to train on"),
     ],
 )
 def test_a_bad_corpus_is_named_by_row(tmp_path, line, message):
@@ -525,16 +546,25 @@ def test_a_bad_corpus_is_named_by_row(tmp_path, line, message):
         models.base(wanted, tmp_path)
 
 
+def test_a_corpus_that_is_not_utf8_is_named_with_its_field_and_line(tmp_path):
+    wanted = a_recipe(tmp_path)
+    (tmp_path / "corpus.jsonl").write_bytes(b'{"completion": "a"}\n{"completion": "\xe4"}\n')
+    with pytest.raises(ModelError, match=r"the warm-up's `corpus`: .*corpus\.jsonl: line 2 is not JSON: 'utf-8' codec"):
+        models.check(wanted)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"corpus": "nowhere.jsonl"}, "there is no file .*nowhere.jsonl"),
         ({"config": {"hidden_size": 16}}, "has no `model_type`"),
-        ({"config": {"model_type": "lama"}}, "model_type is 'lama'"),
+        ({"config": {"model_type": "lama"}}, "transformers has no 'lama'. Did you mean 'llama'?"),
+        ({"config": {**LLAMA, "intermediate_size": -4}}, "makes no model: .* negative dimension -4"),
         ({"config": {**LLAMA, "hiden_size": 16}}, "no such setting. Did you mean 'hidden_size'?"),
         ({"config": {**LLAMA, "num_attention_heads": 3, "head_dim": None}}, "makes no model"),
     ],
 )
 def test_a_bad_bootstrap_section_is_explained(tmp_path, changes, message):
-    with pytest.raises(ModelError, match=message):
-        models.base(a_recipe(tmp_path, **changes), tmp_path)
+    for look in (models.check, lambda recipe: models.base(recipe, tmp_path)):
+        with pytest.raises(ModelError, match=message):
+            look(a_recipe(tmp_path, **changes))

@@ -83,6 +83,9 @@ def rows():
         ({"inbox": "inbox"}, None, "none of the 1 rows of rows.jsonl is usable"),
         ({"source": "inbox/more.jsonl"}, "size", "no prompt has a column 'size'; there is 'q', 'kind'"),
         ({"source": "endless:rows", "limit": 3}, "kind", "no prompt has a column 'kind'; there is 'q'"),
+        ({"source": "numbers:rows"}, None, "prompts.source: numbers:rows has to yield dicts, and row 1 is of the type"),
+        ({"source": "leaving:rows"}, None, "leaving:rows failed: SystemExit: enough .leaving.py, line 2, in rows"),
+        ({"source": "gone:rows"}, None, "gone.py could not be imported: SystemExit"),
     ],
 )
 def test_a_check_finds_what_reading_would(make, tmp_path, section, group_by, said):
@@ -90,10 +93,20 @@ def test_a_check_finds_what_reading_would(make, tmp_path, section, group_by, sai
     write(tmp_path / "rows.jsonl", b'{"other": "a"}')
     write(tmp_path / "inbox" / "more.jsonl", b'{"q": "a", "kind": "b"}')
     (tmp_path / "endless.py").write_text(ENDLESS)
+    (tmp_path / "numbers.py").write_text("def rows():\n    yield from range(3)\n")
+    (tmp_path / "leaving.py").write_text("def rows():\n    raise SystemExit('enough')\n")
+    (tmp_path / "gone.py").write_text("import sys\nsys.exit(0)\n")
     made = make(**section).model_copy(update={"group_by": group_by})
     for look in (prompts.check, read):
         with pytest.raises(prompts.PromptError, match=said):
             look(made)
+
+
+def test_a_check_counts_a_prompt_that_comes_twice_once(make, tmp_path):
+    write(tmp_path / "rows.jsonl", b'{"q": "a"}', b'{"q": "a"}', b'{"q": "b", "kind": "c"}')
+    made = make(limit=2).model_copy(update={"group_by": "kind"})
+    prompts.check(made)
+    assert len(read(made).prompts) == 2
 
 
 def test_a_bad_row_goes_to_quarantine_alone_with_its_bytes_and_its_reason(make, tmp_path):

@@ -60,7 +60,7 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
     [
         ({"sampling": {"draws": "many"}}, "sampling.draws: Input should be a valid integer"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature: Input should be greater than 0 (got 0)"),
-        ({"acceptance": {"rule": "treshold"}}, "got 'treshold'. Did you mean 'threshold'?"),
+        ({"acceptance": {"rule": "treshold"}}, "acceptance.rule: got 'treshold'. Did you mean 'threshold'?"),
         ({"training": {"start": "champ"}}, "training.start: got 'champ'. Did you mean 'champion'?"),
         ({"scoring": {"scorers": []}}, "scoring.scorers: List should have at least 1 item"),
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold: this field is required"),

@@ -492,6 +492,17 @@ def test_homes_that_share_a_tracking_database_share_experiments_too(home, tmp_pa
     assert artifacts == (home / "mlflow" / "artifacts" / "one").as_uri()  # and not wherever the process was started
 
 
+def test_a_home_that_is_moved_to_and_fro_keeps_being_tracked(home, monkeypatch):
+    elsewhere = home.with_name("elsewhere")
+    for here, there in ((home, elsewhere), (elsewhere, home)) * 2:
+        monkeypatch.setenv("RSFT_HOME", str(here))
+        tracking = Tracking()
+        run_id = tracking.begin("one", "r000", instead_of=None, params={})
+        experiment = tracking.client().get_run(run_id).info.experiment_id
+        assert tracking.client().get_experiment(experiment).artifact_location.startswith(here.as_uri())
+        here.rename(there)
+
+
 def test_tidying_up_in_mlflow_stops_no_round_and_no_revocation(home, instance, recipe):
     client = definitions.usual_resources()["tracking"].client()
     run(instance, recipe, "r000")

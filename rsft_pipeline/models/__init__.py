@@ -48,24 +48,26 @@ def check(recipe: Recipe) -> int | None:
     """See that the models that the recipe names can be had, before one is made or loaded. A hub is not asked.
 
     Returns:
-        The policy's context in tokens, where that can be told by now: see `context_length`.
+        The context in tokens of the policy or the teacher, whichever is shorter, where that can be told by now: see
+        `context_length`.
 
     Raises:
         ModelError: a folder that is not there or holds no weights, or what a model would be made of is not right.
     """
-    model, teacher = recipe.model, recipe.sampling.teacher
-    if teacher and (folder := local(recipe, "sampling.teacher.source", teacher.source)):
-        _check_folder(folder)
+    model, teacher, contexts = recipe.model, recipe.sampling.teacher, []
     if model.bootstrap or model.warm_up:
         from rsft_pipeline import bootstrap
 
         if made := bootstrap.check(recipe):
-            return context_of(made)
-    folder = local(recipe, "model.source", model.source)
-    if folder is None:
-        return None
-    _check_folder(folder)
-    return context_length(folder)
+            contexts.append(context_of(made))
+    named = {"sampling.teacher": teacher.source} if teacher else {}
+    if not model.bootstrap:
+        named["model"] = model.source
+    for field, source in named.items():
+        if folder := local(recipe, f"{field}.source", source):
+            _check_folder(folder, field)
+            contexts.append(context_length(folder))
+    return min((context for context in contexts if context is not None), default=None)
 
 
 def bases(home: Path) -> Path:
@@ -105,7 +107,7 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
     """A model of a recipe's field: a local folder, or from the hub. Raises ModelError, naming the field."""
     folder = local(recipe, f"{field}.source", source) or _download(field, source, revision)
-    _check_folder(folder)
+    _check_folder(folder, field)
     return Checkpoint(content_digest(folder), folder)
 
 
@@ -139,9 +141,9 @@ def _download(field: str, model_id: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, field: str = "model") -> None:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no model: there is no config.json. {POINT_TO_A_FOLDER.format(field='model')}")
+        raise ModelError(f"{folder} holds no model: there is no config.json. {POINT_TO_A_FOLDER.format(field=field)}")
     if not any(folder.glob("*.safetensors")):
         found = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
         raise ModelError(
@@ -297,7 +299,7 @@ def context_length(path: Path) -> int | None:
     """Tokens that prompt and completion have room for; None where the model's configuration sets no bound.
 
     Raises:
-        ModelError: it is no configuration.
+        ModelError: it is no configuration, or one that lacks what a position is counted from.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -327,9 +329,13 @@ _BEHIND_PADDING = {
 
 
 def first_position(config) -> int:
-    """The position id of a text's first token."""
+    """The position id of a text's first token. Raises ModelError where it would follow from what is not there."""
     config = config.get_text_config(decoder=True)
-    return config.pad_token_id + 1 if config.model_type in _BEHIND_PADDING else 0
+    if config.model_type not in _BEHIND_PADDING:
+        return 0
+    if config.pad_token_id is None:
+        raise ModelError(f"the model's configuration has no `pad_token_id`, from which a {config.model_type} counts on")
+    return config.pad_token_id + 1
 
 
 def context_of(config) -> int | None:

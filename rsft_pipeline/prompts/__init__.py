@@ -110,21 +110,23 @@ def check(recipe: Recipe) -> None:
     if sources.kind_of(recipe) == "hub":
         return
     sources.check_encoding(recipe.prompts.encoding)
-    refused, usable = [], []
+    refused: list[Refused] = []
+    seen: set[str] = set()
     for rows in (sources.rows(recipe), sources.inbox(recipe)):
         for row in rows:
             outcome = _outcome(row, recipe, None, math.inf)
             if isinstance(outcome, Refused):
                 refused.append(outcome)
                 continue
-            usable.append(outcome)
             if recipe.group_by in (None, *outcome.fields):
                 return
-            if len(usable) == recipe.prompts.limit:
-                raise PromptError(_no_group(recipe.group_by, outcome))
-        if not usable:
+            seen.add(outcome.prompt_id)
+            without = outcome
+            if len(seen) == recipe.prompts.limit:
+                raise PromptError(_no_group(recipe.group_by, without))
+        if not seen:
             raise PromptError(_nothing_usable(recipe.prompts.source, refused))
-    raise PromptError(_no_group(recipe.group_by, usable[0]))
+    raise PromptError(_no_group(recipe.group_by, without))
 
 
 def check_room(recipe: Recipe, context_length: int | None) -> None:

@@ -318,7 +318,10 @@ def _from_function(reference: str, folder: Path) -> Iterator[Row]:
     try:
         for number, fields in enumerate(functions.rows(reference, folder), 1):
             if not isinstance(fields, Mapping):
-                raise PromptError(f"{reference} yields rows as dicts; row {number} is a {type(fields).__name__}")
+                raise PromptError(
+                    f"prompts.source: {reference} has to yield dicts, and row {number} is of the type "
+                    f"{type(fields).__name__}"
+                )
             yield Row(reference, number, None, fields)
     except functions.FunctionError as error:
         raise PromptError(f"prompts.source: {error}") from error

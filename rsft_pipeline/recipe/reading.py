@@ -92,7 +92,9 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of fields at the top level")
@@ -154,6 +156,8 @@ def explain(error: ValidationError, path: Path) -> str:
                 expected = problem.get("ctx", {}).get("expected") or problem.get("ctx", {}).get("expected_tags", "")
                 options = re.findall(r"'([^']+)'", expected)
                 given = problem["ctx"].get("tag", problem["input"])
+                if tag := problem["ctx"].get("discriminator"):
+                    where += "." + tag.strip("'")
                 message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
             case _ if not isinstance(problem["input"], dict):
                 message = f"{message} (got {problem['input']!r})"

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from rsft_pipeline import acceptance, revocations, rounds
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe.evaluation import Evaluation
 from rsft_pipeline.rounds import Round, RoundError, starting_weights
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, ROUND_CANDIDATES, of_evaluation, of_round
 from rsft_pipeline.steps.score import unscored, versions
@@ -167,11 +166,12 @@ def over_controls(query: Query, row: Mapping[str, Any]) -> dict[str, Comparison]
     """
     if row["state"] == "started" or not (settings := json.loads(row["settings"] or "{}")).get("controls"):
         return {}
-    how, metric = Evaluation.model_validate(settings["evaluation"]), settings["promotion"]["metric"]
+    how, metric = settings["evaluation"], settings["promotion"]["metric"]
     roles = ("checkpoint", *settings["controls"])
     of = {role: recorded_results(query, row["recipe"], row["round"], role) for role in roles}
     made = of.pop("checkpoint")
-    return {role: compare(own, made, metric, k=how.k, confidence=how.confidence) for role, own in of.items() if own}
+    as_then = {"k": how["k"], "confidence": how["confidence"]}
+    return {role: compare(own, made, metric, **as_then) for role, own in of.items() if own}
 
 
 def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) -> None:
