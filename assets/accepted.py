@@ -16,7 +16,7 @@ def accepted(recipe: Recipe) -> dg.AssetsDefinition:
     def accepted(context: dg.AssetExecutionContext, store: StoreResource, tracking: Tracking) -> dg.MaterializeResult:
         """Which candidates are trained on, and why the others are not. Writes the table `decisions`."""
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             parameters = decide(lake, round_, context.run.run_id)
             facts = report.decisions(lake, round_)
         context.log.info("%d of %d candidates accepted", facts.accepted, facts.candidates)

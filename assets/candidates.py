@@ -38,7 +38,7 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
         """
         began = time.monotonic()
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             weights = rounds.drawing_weights(lake, round_, Home.here())
             tokenizer, run_id = models.tokenizer(weights.path), context.run.run_id
             asked = ask(lake, round_, tokenizer, split="train", run_id=run_id)

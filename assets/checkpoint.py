@@ -32,7 +32,7 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
         """
         home = Home.here()
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             for gate in gates.BLOCKING:  # a failed check stops only the run it ran in
                 if not (finding := gate(lake, round_)).passed:
                     raise dg.Failure(f"{gate.__name__}: {finding.reason}", allow_retries=False)

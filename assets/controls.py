@@ -28,7 +28,7 @@ def controls(recipe: Recipe) -> dg.AssetsDefinition:
         """Weights trained as the checkpoint is, on candidates that no score has chosen. Writes `checkpoints` too."""
         home, made = Home.here(), {}
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             start = rounds.starting_weights(lake, round_.recipe, home, round_.key, round_.recipe.training.start)
             for trained_on in round_.recipe.controls:
                 with (

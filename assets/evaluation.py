@@ -44,7 +44,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
         """
         home = Home.here()
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             contest = evaluate.contest(lake, round_, home)
             for weights in contest.weights:
                 _draw_and_score(context, lake, round_, weights, accelerator, sampler)

@@ -12,6 +12,7 @@ from resources.tracking import Tracking
 from rsft_pipeline import models, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import draw
 
 
 def policy(recipe: Recipe) -> dg.AssetsDefinition:
@@ -23,6 +24,11 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         """
         now, round_key = as_run(recipe, context), context.partition_key
         rounds.number(round_key)  # a partition may have been added by hand
+        if now.controls and not recipe.controls:
+            raise rounds.RoundError(
+                f"{now.name} has `controls` by now, and this job has no such asset: reload the code location first, "
+                "or use `rsft run`"
+            )
         with store.open() as lake:
             rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
@@ -37,7 +43,8 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
                 dagster_run_id=context.run.run_id,
                 policy=weights.digest,
             )
-            begun = rounds.Round(now, round_key, weights.digest, weights.source, drawn_from, run_id)
+            answers = draw.answers(lake, now)
+            begun = rounds.Round(now, round_key, weights.digest, weights.source, drawn_from, run_id, answers)
             rounds.begin(lake, begun, context.run.run_id)
         context.log.info("%s samples from %s (%s)", round_key, weights.source, weights.digest)
         return dg.MaterializeResult(

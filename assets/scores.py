@@ -22,7 +22,7 @@ def scores(recipe: Recipe) -> dg.AssetsDefinition:
         A candidate that a scorer of the same version has judged before is not judged again.
         """
         with store.open() as lake:
-            round_ = rounds.record(lake, recipe, context.partition_key)
+            round_ = rounds.resume(lake, recipe, context.partition_key)
             parameters = of_round(round_)
             total = lake.value(f"SELECT count(*) FROM ({ROUND_CANDIDATES})", parameters)
             with (

@@ -28,7 +28,7 @@ def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.
 
 def busy(instance: dg.DagsterInstance, recipe: Recipe) -> bool:
     """Whether a round of the recipe is queued or running."""
-    return any(_of(run) == recipe.name for run in under_way(instance))
+    return any(recipe.name in _of(run) for run in under_way(instance))
 
 
 def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
@@ -54,6 +54,13 @@ def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> li
     return list(instance.get_runs(dg.RunsFilter(tags=tags, statuses=ended, created_after=last)))
 
 
-def _of(run: dg.DagsterRun) -> str | None:
-    """The recipe that a run belongs to, also where assets were materialised without its job."""
-    return run.tags.get(LOOP) or next((asset.path[0] for asset in run.asset_selection or ()), None)
+def last(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> dg.DagsterRun | None:
+    """The last run of a round's job, whatever became of it."""
+    tags = {LOOP: recipe.name, "dagster/partition": round_key}
+    return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
+
+
+def _of(run: dg.DagsterRun) -> set[str]:
+    """The recipes that a run belongs to, also where assets were materialised without a job."""
+    job = run.tags.get(LOOP)
+    return {job} if job else {asset.path[0] for asset in run.asset_selection or ()}

@@ -11,7 +11,7 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.runs import busy, due, failures
+from automation.runs import busy, due, failures, last
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.prompts.sources import inbox_files
@@ -42,7 +42,7 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
         failed = failures(context.instance, now, round_key)
         if len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
-        return _request(now, round_key, _before(failed, begun))
+        return _request(now, round_key, _before(last(context.instance, now, round_key), begun))
 
     return next_round
 
@@ -74,7 +74,8 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         if again and len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
         cursor = json.dumps({"files": sorted(there), "round": round_key})
-        return _request(now, round_key, lineage.digest(cursor), _before(failed, begun))._replace(cursor=cursor)
+        before = _before(last(context.instance, now, round_key), begun)
+        return _request(now, round_key, lineage.digest(cursor), before)._replace(cursor=cursor)
 
     return new_prompts
 
@@ -88,10 +89,10 @@ def _asked(cursor: str | None) -> tuple[set[str], str | None]:
     return set(found.get("files", ())), found.get("round")
 
 
-def _before(failed: list[dg.DagsterRun], begun: dict[str, Any] | None) -> str:
-    """The run that last tried a round: one that failed, or whose round was revoked, or left begun by the graph."""
-    last = failed[0].run_id if failed else begun and begun["dagster_run_id"]
-    return f"after {last}" if last else ""
+def _before(tried: dg.DagsterRun | None, begun: dict[str, Any] | None) -> str:
+    """The runs that last tried a round: of its job, however that ended, and the one that began it, perhaps by hand."""
+    runs = dict.fromkeys([*([tried.run_id] if tried else []), *([begun["dagster_run_id"]] if begun else [])])
+    return f"after {' '.join(runs)}" if runs else ""
 
 
 def _look(round_key: str, failed: list[dg.DagsterRun]) -> dg.SkipReason:

@@ -53,12 +53,16 @@ def _nothing(store: Store, round_: Round) -> str:
 
 
 def no_eval_prompt(store: Store, round_: Round) -> Finding:
-    """No held-out prompt is trained on: not now, and not in any round before, in whatever words it was asked."""
+    """No held-out prompt is trained on: not now, and not in any round before, in whatever words it was asked.
+
+    What an attempt made that was begun again since is no round's, and nothing stands on it.
+    """
     rows = store.query(
         f"""SELECT candidate_id FROM ({ACCEPTED}) WHERE split <> 'train'
             UNION SELECT t.candidate_id FROM training_samples t
             JOIN candidates c ON c.candidate_id = t.candidate_id AND c.recipe = $recipe
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+            JOIN rounds r ON r.recipe = $recipe AND r.round = t.round AND r.checkpoint = t.checkpoint
             WHERE t.recipe = $recipe AND t.round < $last AND (p.split = 'eval' OR p.question IN (
                 SELECT question FROM prompts WHERE recipe = $recipe AND split = 'eval' AND active))""",
         of_training(round_),

@@ -37,8 +37,8 @@ def normalise(text: str) -> str:
 
 
 def prompt_id(text: str) -> str:
-    """Id of a prompt: the hash of its normalised rendered text."""
-    return digest(["prompt", normalise(text)])
+    """Id of a prompt: the hash of its rendered text, every space of it, since another one makes other tokens."""
+    return digest(["prompt", text])
 
 
 def question(values: Iterable[str]) -> str:

@@ -53,10 +53,11 @@ class Round:
     policy_source: str
     drawn_from: str  # the weights that candidates come from: the policy's, or a teacher's
     mlflow_run_id: str
+    answers: str | None = None  # digest of the reference answers it began with, where they are its candidates
 
 
 def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
-    """Raise RoundError when later rounds stand on this one: it cannot begin again then.
+    """Raise RoundError when later rounds stand on this one: neither it nor a step of it can be done again then.
 
     Nothing stands on a revoked round but what was revoked with it; nor, once that has begun again, do the rounds
     that were there before.
@@ -69,7 +70,7 @@ def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
     since = now and now["started_at"]
     if standing := store.query(later, {"recipe": recipe, "round": round_key, "since": since}):
         raise RoundError(
-            f"{recipe} {round_key} cannot begin again: {standing[0]['round']} stands on it. "
+            f"{recipe} {round_key} cannot be run again: {standing[0]['round']} stands on it. "
             "To start over with another recipe, copy it under another name"
         )
 
@@ -83,6 +84,7 @@ def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
         "policy": round_.policy,
         "policy_source": round_.policy_source,
         "drawn_from": round_.drawn_from,
+        "answers": round_.answers,
         "settings": round_.recipe.model_dump_json(),
         "recipe_digest": round_.recipe.digest,
         "mlflow_run_id": round_.mlflow_run_id,
@@ -127,7 +129,14 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
         row["policy_source"],
         row["drawn_from"] or row["policy"],  # rounds from before there were teachers have none
         row["mlflow_run_id"],
+        row["answers"],
     )
+
+
+def resume(store: Store, recipe: Recipe, round_key: str) -> Round:
+    """The record of a round, for a step of it that is to be done now. Raises RoundError also where it is too late."""
+    check_nothing_stands_on(store, recipe.name, round_key)
+    return record(store, recipe, round_key)
 
 
 def raw(store: Store, recipe: str, round_key: str) -> dict | None:

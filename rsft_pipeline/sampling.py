@@ -62,10 +62,15 @@ class Session(Protocol):
         """One candidate for each request, in their order."""
 
 
-def settings(sampling: Sampling, seed: int) -> str:
-    """Hash of what shapes a draw. How many are drawn, and how they are batched, does not."""
+def settings(sampling: Sampling, seed: int, answers: str | None = None) -> str:
+    """Hash of what shapes a draw. How many are drawn, and how they are batched, does not.
+
+    Args:
+        answers: digest of the reference answers, see Round; only where these are the candidates does it count.
+    """
     shaping = sampling.model_dump(include={"source", "temperature", "top_p", "top_k", "max_tokens", "stop"})
-    return lineage.digest({**shaping, "seed": seed})
+    given = {"answers": answers} if answers and sampling.source == "reference" else {}
+    return lineage.digest({**shaping, "seed": seed, **given})
 
 
 def evaluation_sampling(recipe: Recipe) -> Sampling:
@@ -83,7 +88,13 @@ def choose(prompts: Sequence[dict], number: int | None, salt: str) -> list[dict]
 
 
 def waves(
-    recipe: Recipe, scope: str, policy: str, asked: Sequence[Asked], sampling: Sampling, draws: range
+    recipe: Recipe,
+    scope: str,
+    policy: str,
+    asked: Sequence[Asked],
+    sampling: Sampling,
+    draws: range,
+    answers: str | None = None,
 ) -> list[list[Request]]:
     """The candidates of a scope, in waves: all draws of a prompt together, prompts of like length together.
 
@@ -94,8 +105,9 @@ def waves(
         scope: the round's key, or EVALUATION.
         policy: digest of the weights.
         draws: which of each prompt.
+        answers: see `settings`.
     """
-    name, seed, hashed = recipe.name, recipe.seed, settings(sampling, recipe.seed)
+    name, seed, hashed = recipe.name, recipe.seed, settings(sampling, recipe.seed, answers)
 
     def of(prompt: Asked) -> list[Request]:
         ids = [lineage.candidate_id(name, scope, policy, prompt.prompt_id, n, hashed) for n in draws]

@@ -98,6 +98,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     state VARCHAR,           -- 'started', 'finished', or 'revoked': to be run again
     policy VARCHAR, policy_source VARCHAR, checkpoint VARCHAR, champion VARCHAR,
     drawn_from VARCHAR,      -- digest of the weights that candidates come from: the policy's, or a teacher's
+    answers VARCHAR,         -- digest of the reference answers, where they are the round's candidates
     controls VARCHAR,        -- JSON: digest of each control checkpoint
     scorers VARCHAR,         -- JSON: the version of each scorer that its decisions rest on
     promoted BOOLEAN, verdict VARCHAR,
@@ -128,6 +129,7 @@ ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS trained_on VARCHAR;
 ALTER TABLE training_samples ADD COLUMN IF NOT EXISTS leaf VARCHAR;
 ALTER TABLE evaluations ADD COLUMN IF NOT EXISTS eligible INTEGER;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS drawn_from VARCHAR;
+ALTER TABLE rounds ADD COLUMN IF NOT EXISTS answers VARCHAR;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS controls VARCHAR;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS scorers VARCHAR;
 ALTER TABLE rounds ADD COLUMN IF NOT EXISTS evaluation_scorers VARCHAR;

@@ -247,7 +247,7 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
         ({"acceptance.treshold": "1"}, "unknown field. Did you mean 'threshold'?"),
         (
             {"acceptance.rule": "treshold"},
-            r"acceptance: got 'treshold'. Did you mean 'threshold'\? Expected one of: thr",
+            r"acceptance.rule: got 'treshold'. Did you mean 'threshold'\? Expected one of: thr",
         ),
         ({"acceptance.rule": "boltzmann"}, r"acceptance.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),

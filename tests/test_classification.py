@@ -1,6 +1,7 @@
 """Classification: one label as a completion, drawn, rated and trained on; heads; reports by class."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -255,6 +256,38 @@ def test_a_reference_that_is_no_label_goes_to_quarantine(tmp_path, recipe):
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("bert", {"classifier", "pooler"}),
+        ("distilbert", {"pre_classifier", "classifier"}),
+        ("deberta-v2", {"pooler", "classifier"}),
+        ("modernbert", {"head", "classifier"}),
+        ("gpt2", {"score"}),
+        ("bart", {"classification_head"}),
+    ],
+)
+def test_a_head_that_may_be_new_trains_whole_beside_adapters_whatever_it_is_called(kind, heads):
+    config = AutoConfig.for_model(kind, **BERT, num_labels=3, **({"pad_token_id": 0} if kind == "modernbert" else {}))
+    if kind == "distilbert":
+        config.dim, config.n_heads, config.n_layers, config.hidden_dim = 32, 2, 2, 64
+    if kind == "bart":
+        config.encoder_ffn_dim = config.decoder_ffn_dim = 32
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    above = {
+        name for name, _ in classifier.named_parameters() if heads & set(name.removeprefix("bert.").split(".")[:1])
+    }
+    adapted, _, _ = select_trainable(classifier, Model(source="-", train="lora"))
+    whole = {name for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert {re.sub(r"base_model\.model\.|modules_to_save\.default\.", "", name) for name in whole} == above != set()
+
+
+def test_blocks_that_are_one_cannot_be_told_apart():
+    albert = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("albert", **BERT, embedding_size=8))
+    with pytest.raises(models.ModelError, match="cannot be told apart: use `train: freeze`"):
+        select_trainable(albert, Model(source="-", train="last_layers"))
+
+
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
 def test_adapters_of_a_classifier_train_with_its_head_and_merge(kind):
     torch.manual_seed(0)
@@ -269,11 +302,12 @@ def test_adapters_of_a_classifier_train_with_its_head_and_merge(kind):
     assert type(adapted.merge_and_unload()) is type(classifier)
 
 
-def test_a_decoder_without_a_padding_token_classifies_by_its_tokenizers(tmp_path):
+@pytest.mark.parametrize("its_own", [None, 0])
+def test_a_decoder_classifies_by_the_padding_token_of_its_tokenizer(tmp_path, its_own):
     tokenizer = bootstrap._tokenizer(Bootstrap(config={}, corpus="-"), ["abcdefghij"])
     tokenizer.pad_token = None
     sizes = {**BERT, "vocab_size": len(tokenizer), "num_key_value_heads": 2}
-    config = AutoConfig.for_model("llama", **sizes, pad_token_id=None, num_labels=2)
+    config = AutoConfig.for_model("llama", **sizes, pad_token_id=its_own, num_labels=2)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     padded = models.tokenizer(tmp_path)

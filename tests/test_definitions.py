@@ -12,6 +12,7 @@ import pytest
 from toposort import CircularDependencyError
 
 import definitions
+from assets.shared import key
 from automation.jobs import LOOP, job_name
 from automation.runs import busy, under_way
 from automation.schedules import schedules
@@ -167,7 +168,26 @@ def test_what_failed_before_a_round_succeeded_counts_no_more_once_it_is_revoked(
                 store.replace("rounds", [{**row, "state": state}], recipe=recipe.name)
                 assert tick() == f"r000 after {made}"
             last = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
-            assert tick() == f"r000 after {last}"
+            assert tick() == f"r000 after {last} {made}"
+
+
+def test_a_step_that_was_run_again_by_itself_leaves_no_request_that_was_made_before(home, write_recipe, tmp_path):
+    recipe = load(write_recipe())
+    (sensor,) = sensors(recipe)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        keys = []
+        for status in (dg.DagsterRunStatus.FAILURE, SUCCESS, SUCCESS):  # the later ones are of one step alone
+            keys.append(ticked(sensor, recipe, instance).run_requests[0].run_key)
+            ended(instance, recipe, "r000", status)
+        assert len({*keys, ticked(sensor, recipe, instance).run_requests[0].run_key}) == 4
+
+
+def test_a_run_over_assets_of_two_recipes_is_of_both(home, write_recipe, tmp_path):
+    both = [load(write_recipe()), load(write_recipe(name="other"))]
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        chosen = frozenset(key(recipe, "policy") for recipe in both)
+        instance.add_run(dg.DagsterRun(job_name="by_hand", asset_selection=chosen, status=dg.DagsterRunStatus.STARTED))
+        assert [busy(instance, recipe) for recipe in both] == [True, True]
 
 
 def test_a_run_whose_process_is_gone_is_told_from_one_that_goes_on(home, write_recipe, tmp_path):

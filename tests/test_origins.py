@@ -1,9 +1,14 @@
 """Where candidates come from: the policy, a teacher, or the reference answers; what the lineage says of it."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 
 from rsft_pipeline import models, prompts, rounds
+from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.devices import Device
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.section import RecipeError
@@ -101,6 +106,39 @@ def test_references_are_rated_by_the_policy_and_marked(home, instance, write_rec
         assert row["checkpoint"] and store.value("SELECT count(*) FROM candidates WHERE origin = 'reference'") == len(
             drawn
         )
+
+
+def test_a_teacher_that_ends_otherwise_is_refused_until_its_end_is_a_stop(home, write_recipe, teacher):
+    folder = home / "ends"
+    shutil.copytree(teacher.path, folder)
+    told = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**told, "eos_token_id": [told["eos_token_id"], 5]}))
+    token = models.tokenizer(folder).convert_ids_to_tokens(5)
+    sampling = {**SAMPLING, "source": "teacher", "teacher": {"source": str(folder)}}
+    with pytest.raises(models.ModelError, match=re.escape(f'with `sampling.stop: ["{token}"]` it ends there')):
+        models.teacher(load(write_recipe(sampling=sampling)), teacher.path)
+    assert models.teacher(load(write_recipe(sampling={**sampling, "stop": [token]})), teacher.path).path == folder
+
+
+def test_a_reference_that_was_mended_is_taken_up_when_the_round_is_run_again(home, instance, write_recipe):  # noqa: F811
+    path = write_recipe(
+        sampling={**SAMPLING, "draws": 1, "source": "reference"}, acceptance={"rule": "loss", "k": 0.0001}
+    )
+    assert run(instance, load(path), "r000").success
+    source = path.parent / "letters.py"
+    source.write_text(source.read_text().replace('"answer": ', '"answer": "b" or '))
+    assert run(instance, load(path), "r000").success
+    with Store.at(home) as store:
+        accepted = store.query(
+            """SELECT c.text, p.reference FROM decisions d JOIN candidates c USING (candidate_id)
+               JOIN prompts p ON p.prompt_id = c.prompt_id WHERE d.accepted"""
+        )
+        assert accepted and {(row["text"], row["reference"]) for row in accepted} == {("b", "b")}
+        both = store.query("SELECT candidate_id, text FROM candidates WHERE split = 'train'")
+        assert len({row["candidate_id"] for row in both}) == len(both)
+        earlier = next(row["candidate_id"] for row in both if row["text"] != "b")
+        for candidate in (earlier, next(row["candidate_id"] for row in both if row["text"] == "b")):
+            assert not trace(store, candidate).gaps
 
 
 def home_of(folder):

@@ -118,6 +118,22 @@ def test_what_was_reached_before_may_be_revoked_for_its_own_sake_too(store):
     assert "was revoked by Bob: it leaked" in revocations.of_weights(store, checkpoint)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "text"])
+def test_who_erased_what_somebody_had_revoked_is_written_down_too(store, kind):
+    named = {"prompt": lambda: ids.thing(store, letters.prompt_id(3)), "text": lambda: ids.text(store, "answer 3 0")}
+    revoke(store, named[kind](), who="Ann", why="first")
+    thing = named[kind]()
+    revoke(store, thing, who="Bob", why="court order", erase=True)
+    rows = store.query("SELECT who, why, what, erased FROM revocations WHERE kind = ? AND cause IS NULL", [kind])
+    said = {"what": thing.unspoken, "erased": True}
+    assert sorted(rows, key=lambda row: row["who"]) == [
+        {"who": "Ann", "why": "first", **said},
+        {"who": "Bob", "why": "court order", **said},
+    ]
+    names = {row["cause"] for row in store.query("SELECT cause FROM revocations WHERE cause IS NOT NULL")}
+    assert names == {f"{kind} {thing.unspoken}"}
+
+
 def test_a_text_is_named_by_its_hash_where_that_is_kept(store):
     revoke(store, ids.text(store, "answer 9 0"), **WORDS)
     checkpoint = letters.CHECKPOINTS["r000"]

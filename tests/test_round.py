@@ -17,6 +17,7 @@ from resources.tracking import Tracking
 from rsft_pipeline import gates, lineage, models, prompts, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.verify import find, verify
 from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.reading import load
@@ -292,13 +293,45 @@ def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, r
     with Store.at(home) as store:
         before = store.query("SELECT * FROM rounds ORDER BY round")
         result = run(instance, recipe, "r000", {"training.learning_rate": "0.01"})
-        assert "r000 cannot begin again: r001 stands on it" in failure_of(result, f"{recipe.name}__policy")
+        assert "r000 cannot be run again: r001 stands on it" in failure_of(result, f"{recipe.name}__policy")
+        by_hand = definitions.build([recipe]).resolve_implicit_global_asset_job_def()
+        for step in ("candidates", "scores", "accepted", "checkpoint", "evaluation"):
+            result = by_hand.execute_in_process(
+                instance=instance,
+                partition_key="r000",
+                asset_selection=[dg.AssetKey([recipe.name, step])],
+                raise_on_error=False,
+            )
+            assert "r001 stands on it" in failure_of(result, f"{recipe.name}__{step}")
         assert store.query("SELECT * FROM rounds ORDER BY round") == before
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
     tracked = client.search_runs([client.get_experiment_by_name(recipe.name).experiment_id])
     assert [each.info.status for each in tracked] == ["FINISHED", "FINISHED"]
+
+
+def test_controls_that_a_job_does_not_have_are_told_before_anything_is_drawn(home, instance, recipe):
+    result = run(instance, recipe, "r000", {"controls": "[random]"})
+    assert "reload the code location first" in failure_of(result, f"{recipe.name}__policy")
+    with Store.at(home) as store:
+        assert not store.query("SELECT * FROM rounds")
+
+
+def test_another_space_in_the_template_makes_other_prompts_and_leaves_those_of_before_alone(home, instance, recipe):
+    run(instance, recipe, "r000")
+    run(instance, recipe, "r001", {"prompts.template": "'{question} '"})
+    with Store.at(home) as store:
+        drawn = store.query(
+            """SELECT c.round, c.split, p.text LIKE '% ' AS spaced, count(*) AS n FROM candidates c
+               JOIN prompts p USING (prompt_id) GROUP BY ALL"""
+        )
+        assert {(row["round"], row["spaced"]) for row in drawn} == {("r000", False), ("r001", True)}
+        assert {row["split"] for row in drawn if row["spaced"]} == {"train", "eval"}  # champion and all, asked anew
+        split = store.query("SELECT count(*) AS n FROM prompts GROUP BY question HAVING count(DISTINCT split) > 1")
+        assert not split
+        made = find(store, rounds.raw(store, recipe.name, "r000")["checkpoint"])
+        assert not verify(store, made, Home(home)).findings
 
 
 def test_the_last_round_may_begin_again_and_its_first_checkpoint_keeps_its_lineage(home, instance, recipe):
@@ -400,6 +433,7 @@ def test_the_first_round_may_begin_again_with_another_fraction(home, instance, r
             assert result.success and checks(result)["no_eval_prompt"]
             split = store.query("SELECT split, count(*) AS n FROM prompts GROUP BY split ORDER BY split")
             assert split[0]["n"] / (split[0]["n"] + split[1]["n"]) == pytest.approx(fraction, abs=0.15)
+    assert run(instance, recipe, "r001", {"prompts.eval_fraction": "0.6"}).success  # nothing stands on the first try
 
 
 def test_a_question_that_was_trained_on_is_not_held_out_in_other_words(home, instance, recipe):

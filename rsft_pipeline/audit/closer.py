@@ -97,7 +97,8 @@ def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
     wrong = [
         prompt_id
         for prompt_id, row in asked.items()
-        if prompt_id != lineage.prompt_id(row["prompt"])
+        # An id from before every space of a text counted is that of the text normalised.
+        if prompt_id not in {lineage.prompt_id(text) for text in (row["prompt"], lineage.normalise(row["prompt"]))}
         or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
     ]
     changed = sum(row["unchanged"] is False for row in asked.values())

@@ -67,7 +67,7 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
 
 
 def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why: str, erased: bool) -> None:
-    """Write the rows that are not there yet: for the thing, and for all that has to be known by its id."""
+    """Write down who said what of the thing, each time, and of all that has to be known by its id what is not yet."""
     thing = found.thing
     what = thing.unspoken if erased else thing.what
     name = f"{thing.kind} {what}"
@@ -79,10 +79,8 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
     if thing.kind == "text":
         touched = "SELECT recipe, candidate_id FROM touched"
         rows += [(recipe, "candidate", one, name) for recipe, one in connection.execute(touched).fetchall()]
-    # What somebody revoked for its own sake is written down also where it had been reached by something else before.
     there = set(connection.execute("SELECT recipe, kind, what FROM revocations").fetchall())
-    direct = set(connection.execute("SELECT recipe, kind, what FROM revocations WHERE cause IS NULL").fetchall())
-    rows = [row for row in rows if row[:3] not in (there if row[3] else direct)]
+    rows = [row for row in rows if row[3] is None or row[:3] not in there]
     new = [dict(zip(("recipe", "kind", "what", "cause"), row, strict=True)) for row in rows]
     (now,) = connection.execute("SELECT now()").fetchone()
     insert(
@@ -93,7 +91,8 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
         said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
         connection.execute(said, [*of, thing.kind, what])
     if what != thing.what:  # it may have been revoked before, and not erased
-        connection.execute(f"DELETE FROM revocations WHERE {_OF} AND kind = 'text' AND what = ?", [*of, thing.what])
+        hashed = f"UPDATE revocations SET what = ?, erased = true WHERE {_OF} AND kind = 'text' AND what = ?"
+        connection.execute(hashed, [what, *of, thing.what])
         plain = f"{thing.kind} {thing.what}"
         connection.execute(
             f"UPDATE revocations SET cause = ?, erased = true WHERE {_OF} AND cause = ?", [name, *of, plain]

@@ -211,7 +211,7 @@ _PROMPT = """SELECT prompt_id, split, source, line, text, reference, fields, con
     FROM prompts {at} WHERE recipe = $recipe AND prompt_id = $prompt"""
 EARLIER = "SELECT source, line, dagster_run_id FROM earlier_sources WHERE recipe = $recipe AND prompt_id = $prompt"
 _ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, checkpoint, champion, scorers,
-        coalesce(evaluation_scorers, scorers) AS evaluation_scorers, settings,
+        coalesce(evaluation_scorers, scorers) AS evaluation_scorers, settings, answers,
         settings::JSON ->> '$.model.source' AS base, settings::JSON ->> '$.sampling.teacher.source' AS teacher
     FROM rounds ORDER BY recipe, round"""
 
@@ -272,25 +272,25 @@ def _base(made: Mapping, rounds: list[dict]) -> str | None:
 
 def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | None:
     """The recipe that the candidate was drawn by: as the round recorded it, now or at an earlier attempt."""
-    if round_ and (found := _shapes(round_["settings"], drawn)):
+    if round_ and (found := _shapes(round_, drawn)):
         return found
     (there,) = query("SELECT min(snapshot_id) AS first, max(snapshot_id) AS last FROM lake.snapshots()")
     earlier = query(
-        f"""SELECT settings FROM lake.table_changes('rounds', {there["first"]}, {there["last"]})
+        f"""SELECT settings, answers FROM lake.table_changes('rounds', {there["first"]}, {there["last"]})
             WHERE recipe = $recipe AND round = $round ORDER BY snapshot_id DESC""",
         {"recipe": drawn["recipe"], "round": drawn["round"]},
     )
-    return next((found for row in earlier if (found := _shapes(row["settings"], drawn))), None)
+    return next((found for row in earlier if (found := _shapes(row, drawn))), None)
 
 
-def _shapes(recorded: str, drawn: Mapping) -> Recipe | None:
-    """The recorded recipe, where the candidate's hash of settings is of its, and its draw one of as many."""
-    recipe = _recipe(recorded, drawn["recipe"])
+def _shapes(recorded: Mapping, drawn: Mapping) -> Recipe | None:
+    """The recipe of a round's record, where the candidate's hash of settings is of its, and its draw one of as many."""
+    recipe = _recipe(recorded["settings"], drawn["recipe"])
     if recipe is None:
         return None
     how = recipe.sampling if drawn["split"] == "train" else sampling.evaluation_sampling(recipe)
-    its_own = sampling.settings(how, recipe.seed) == drawn["settings"] and drawn["draw"] < how.most_draws
-    return recipe if its_own else None
+    hashed = sampling.settings(how, recipe.seed, recorded["answers"])
+    return recipe if hashed == drawn["settings"] and drawn["draw"] < how.most_draws else None
 
 
 def _recipe(recorded: str, name: str) -> Recipe | None:
@@ -306,7 +306,8 @@ def _of_round(query: Query, drawn: Mapping, round_: Mapping | None) -> bool:
     if recipe is None or drawn["split"] == "eval":  # held-out draws are of every round that evaluates their policy
         return True
     policy = round_["policy"]
-    ran = Round(recipe, round_["round"], policy, round_["policy_source"], round_["drawn_from"] or policy, "")
+    drawn_from = round_["drawn_from"] or policy
+    ran = Round(recipe, round_["round"], policy, round_["policy_source"], drawn_from, "", round_["answers"])
     sql = f"SELECT 1 FROM ({ROUND_CANDIDATES}) WHERE candidate_id = $candidate"
     return bool(query(sql, {**of_round(ran), "candidate": drawn["candidate_id"]}))
 

@@ -9,13 +9,22 @@ Weights are read as safetensors only, and no code that comes with a model is eve
 
 import functools
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models.checkpoints import CONTENT, Checkpoint, ModelError, content_digest, no_bars, verify
+from rsft_pipeline.models.checkpoints import (
+    ANOTHER_FORMAT,
+    CONTENT,
+    Checkpoint,
+    ModelError,
+    content_digest,
+    no_bars,
+    verify,
+)
 from rsft_pipeline.recipe.recipe import Recipe
 
 POINT_TO_A_FOLDER = "To use a model that is on this machine: --set {field}.source=/path/to/folder"
@@ -92,16 +101,36 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
     """The weights of the recipe's teacher.
 
     Raises:
-        ModelError: it cannot be fetched, or its token ids mean other text than the student's.
+        ModelError: it cannot be fetched, its token ids mean other text than the student's, or it ends what it says
+            by a token that the student would go on from.
     """
     wanted = recipe.sampling.teacher
     found = fetch(recipe, "sampling.teacher", wanted.source, wanted.revision)
-    if tokenizer(found.path).get_vocab() != tokenizer(student).get_vocab():
+    its, own = tokenizer(found.path), tokenizer(student)
+    if its.get_vocab() != own.get_vocab():
         raise ModelError(
             f"sampling.teacher {wanted.source!r} has another vocabulary than the policy: training is on the very token "
             "ids that were drawn, so teacher and policy need the same tokenizer"
         )
+    stops = own(recipe.sampling.stop, add_special_tokens=False)["input_ids"] if recipe.sampling.stop else []
+    known = _ends(_generation(student), own) | {token for ids in stops for token in ids}
+    if others := _ends(_generation(found.path), its) - known:
+        texts = json.dumps(its.convert_ids_to_tokens(sorted(others)), ensure_ascii=False)
+        raise ModelError(
+            f"sampling.teacher {wanted.source!r} ends what it says by {texts} too, which the policy would learn to "
+            f"write and then go on from: with `sampling.stop: {texts}` it ends there as well"
+        )
     return found
+
+
+def _generation(path: Path):
+    """How a model that is not loaded says that it generates."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # it says so in its configuration, or nowhere
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
@@ -129,7 +158,7 @@ def _download(field: str, model_id: str, revision: str | None) -> Path:
 
     try:
         folder = snapshot_download(
-            model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", "consolidated*"]
+            model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", ANOTHER_FORMAT]
         )
     except (OSError, ValueError) as error:  # every error of the hub's client is one of the two
         wanted = model_id if revision is None else f"{model_id} at {revision}"
@@ -258,8 +287,11 @@ def _check_order(path: Path, labels: Sequence[str]) -> None:
 
 
 def _pad_as_the_tokenizer(model, path: Path) -> None:
-    """Decoder models find a text's last token, where they classify, by the padding behind it."""
-    if model.config.pad_token_id is None:
+    """Decoder models find a text's last token, where they classify, by the padding behind it, which is the tokenizer's.
+
+    Others count positions by their own.
+    """
+    if model.config.model_type not in _BEHIND_PADDING:
         model.config.pad_token_id = tokenizer(path).pad_token_id
 
 
@@ -270,7 +302,11 @@ def head(labels: Sequence[str]) -> dict:
 
 def stop_ids(model, tokenizer) -> set[int]:
     """Ids after which a completion has ended: the generation config's and the tokenizer's EOS."""
-    configured = model.generation_config.eos_token_id
+    return _ends(model.generation_config, tokenizer)
+
+
+def _ends(generation, tokenizer) -> set[int]:
+    configured = generation.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
@@ -372,7 +408,8 @@ def _stored_dtype(folder: Path):
     from safetensors import safe_open
 
     formats: Counter[str] = Counter()
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
+    files = set(folder.glob("*.safetensors")) - set(folder.glob(ANOTHER_FORMAT))
+    with safe_open(min(files), framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118 (not a mapping)
             tensor = weights.get_slice(name)
             formats[tensor.get_dtype()] += functools.reduce(int.__mul__, tensor.get_shape(), 1)

@@ -5,6 +5,7 @@ Not: training them (training.py).
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from rsft_pipeline.models.checkpoints import ModelError
@@ -49,9 +50,9 @@ def _with_adapters(model, config: Model, seed: int):
         import peft
     except ImportError:
         raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
-    lora, kind, whole = config.lora, "CAUSAL_LM", None
-    if not model.can_generate():
-        kind, whole = "SEQ_CLS", r"(.*\.)?(\w*classifier|score)(\..*)?"  # which peft then trains whole
+    lora, kind, heads = config.lora, "CAUSAL_LM", []
+    if not model.can_generate():  # a head may be new, and is trained whole
+        kind, heads = "SEQ_CLS", list(_heads(model))
     elif model.config.is_encoder_decoder:
         kind = "SEQ_2_SEQ_LM"
     settings = peft.LoraConfig(
@@ -59,7 +60,8 @@ def _with_adapters(model, config: Model, seed: int):
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        exclude_modules=whole,
+        modules_to_save=heads or None,
+        exclude_modules=rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
         task_type=kind,
     )
     with torch.random.fork_rng():
@@ -91,23 +93,28 @@ def _train_last_layers(model, count: int) -> None:
     if count > depth:
         raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
     whole = model.get_decoder() if model.config.is_encoder_decoder else model
-    path, blocks = next(
-        (name, module)
-        for name, module in whole.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    )
+    lists = {n: module for n, module in whole.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    path, blocks = next(((name, blocks) for name, blocks in lists.items() if len(blocks) == depth), (None, None))
+    if blocks is None:  # ALBERT has one for all of its depth
+        raise ModelError("`train: last_layers`: this model's blocks cannot be told apart: use `train: freeze`")
     decoder = whole.get_submodule(path.rpartition(".")[0])
     norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
-    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
-    heads = [module for name, module in model.named_children() if name not in body]
-    if pooler := getattr(model.base_model, "pooler", None):
-        heads.append(pooler)
+    heads = _heads(model).values()
     model.requires_grad_(False)
     for module in [*blocks[-count:], *norms, *heads]:
         module.requires_grad_(True)
     embedding = model.get_input_embeddings()
     if any(getattr(module, "weight", None) is embedding.weight for module in heads):
         embedding.requires_grad_(False)
+
+
+def _heads(model) -> dict:
+    """What stands above the blocks and has weights, by name: the pooler too, which may be as new as a head."""
+    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
+    heads = {name: module for name, module in model.named_children() if name not in body}
+    if pooler := getattr(model.base_model, "pooler", None):
+        heads[f"{model.base_model_prefix}.pooler"] = pooler
+    return {name: module for name, module in heads.items() if list(module.parameters())}
 
 
 def _freeze(model, patterns: Iterable[str]) -> None:

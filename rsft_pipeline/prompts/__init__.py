@@ -56,8 +56,8 @@ class Ingest:
 def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     """All prompts of the recipe's source and then of its inbox, and the rows refused.
 
-    A prompt whose id was seen on an earlier row, of the source or the inbox, is a duplicate. With `limit`,
-    reading stops at the row that fills it, and rows after it are not counted. The inbox need not exist; its
+    A prompt whose text, normalised, was seen on an earlier row, of the source or the inbox, is a duplicate. With
+    `limit`, reading stops at the row that fills it, and rows after it are not counted. The inbox need not exist; its
     sub-folders and hidden files are not looked at.
 
     Args:
@@ -120,7 +120,7 @@ def check(recipe: Recipe) -> None:
                 continue
             if recipe.group_by in (None, *outcome.fields):
                 return
-            seen.add(outcome.prompt_id)
+            seen.add(lineage.normalise(outcome.text))
             without = outcome
             if len(seen) == recipe.prompts.limit:
                 raise PromptError(_no_group(recipe.group_by, without))
@@ -259,7 +259,7 @@ def _measured(
 ) -> Iterator[Prompt | Refused]:
     """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated.
 
-    And less those that are in `seen`, where the id of each that is left is noted.
+    And less those that are in `seen`, where the text of each that is left is noted, normalised.
     """
     while batch := list(islice(judged, BATCH)):
         lengths = _lengths([outcome for _, outcome in batch if isinstance(outcome, Prompt)], recipe, tokenizer)
@@ -275,10 +275,10 @@ def _measured(
                 yield row.refused("empty", "the tokenizer makes no token of it")
             elif answer > room:
                 yield row.refused("too long", f"the reference is {answer} tokens with its end, {room} fit")
-            elif outcome.prompt_id in seen:
-                yield row.refused("duplicate", f"the same text as {seen[outcome.prompt_id]}")
+            elif (same := lineage.normalise(outcome.text)) in seen:
+                yield row.refused("duplicate", f"the same text as {seen[same]}")
             else:
-                seen[outcome.prompt_id] = f"line {row.line} of {row.source}"
+                seen[same] = f"line {row.line} of {row.source}"
                 yield outcome
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from rsft_pipeline import prompts, sampling
+from rsft_pipeline import lineage, prompts, sampling
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round, RoundError
@@ -22,6 +22,14 @@ from rsft_pipeline.store import Store, columns
 def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
     """The prompts of a split that are in the sources now."""
     return store.query("SELECT * FROM prompts WHERE recipe = ? AND split = ? AND active", [recipe.name, split])
+
+
+def answers(store: Store, recipe: Recipe) -> str | None:
+    """Digest of the reference answers of now, where they are the candidates of a round; None where they are not."""
+    if recipe.sampling.source != "reference":
+        return None
+    known = prompts_of(store, recipe, "train")
+    return lineage.set_digest(lineage.digest([row["prompt_id"], row["reference"]]) for row in known)
 
 
 def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> list[Asked]:
@@ -61,7 +69,7 @@ def plan(
     else:
         scope, how = EVALUATION, evaluation_sampling(recipe)
         there = EVALUATION_CANDIDATES, of_evaluation(round_, policy)
-    waves = sampling.waves(recipe, scope, policy, asked, how, draws)
+    waves = sampling.waves(recipe, scope, policy, asked, how, draws, round_.answers)
     sql, parameters = there
     drawn = set(store.arrow(f"SELECT candidate_id FROM ({sql})", parameters)["candidate_id"].to_pylist())
     return list(sampling.pending(waves, drawn))
@@ -81,7 +89,8 @@ def draw(
     """Draw the waves and persist each, whole, as soon as it is drawn. Returns the tokens drawn."""
     recipe = round_.recipe
     how = recipe.sampling if split == "train" else evaluation_sampling(recipe)
-    hashed, tokens, done, began = sampling.settings(how, recipe.seed), 0, 0, time.monotonic()
+    hashed = sampling.settings(how, recipe.seed, round_.answers)
+    tokens, done, began = 0, 0, time.monotonic()
     for number, requests in waves:
         drawn = session.draw(requests, how)
         store.append(

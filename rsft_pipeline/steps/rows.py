@@ -50,7 +50,7 @@ def of_round(round_: Round) -> dict:
         "recipe": recipe.name,
         "round": round_.key,
         "policy": round_.drawn_from,
-        "settings": sampling.settings(recipe.sampling, recipe.seed),
+        "settings": sampling.settings(recipe.sampling, recipe.seed, round_.answers),
         "draws": recipe.sampling.most_draws,
     }
 
