@@ -26,8 +26,8 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         rounds.number(round_key)  # a partition may have been added by hand
         if now.controls and not recipe.controls:
             raise rounds.RoundError(
-                f"{now.name} has `controls` by now, and this job has no such asset: reload the code location first, "
-                "or use `rsft run`"
+                f"{now.name} has `controls` by now, and this job has no such asset: if they are in the recipe's file, "
+                "reload the code location; if they were given at launch, use `rsft run --set`"
             )
         with store.open() as lake:
             rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,7 @@ from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit import whatif as asking
+from rsft_pipeline.audit import words
 from rsft_pipeline.audit.ids import AuditError, check_recipe
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.home import Home
@@ -213,7 +214,9 @@ def _compared(head: str, answer: Any) -> RenderableType:
         if finding.ids:
             lines.append(Text(f"  {' '.join(finding.ids)}{more}"))
     number = len(answer.findings)
-    verdict = "nothing is different" if answer.ok else "1 finding" if number == 1 else f"{number} findings"
+    left = sum(check.differing is None for check in answer.checks)
+    same = f"nothing that was compared is different, {left} of the lines were not" if left else "nothing is different"
+    verdict = same if answer.ok else "1 finding" if number == 1 else f"{number} findings"
     return Group(*lines, Text(f"{verdict}, in {answer.seconds:.1f} s", style="green" if answer.ok else "red"))
 
 
@@ -244,7 +247,12 @@ def _side_by_side(answer: asking.WhatIf) -> RenderableType:
 
 
 def _rule(parameters: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in parameters.items() if value is not None)
+    said = words.rule(parameters)
+    return ", ".join((said.pop("rule"), named(said)))
+
+
+def named(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _spread(per_prompt: dict[int, int]) -> str:

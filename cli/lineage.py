@@ -13,10 +13,10 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, opened, show
+from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, named, opened, show
 from cli.run import _instance
 from rsft_pipeline.audit import export as exporting
-from rsft_pipeline.audit import ids
+from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit import impact as following
 from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit import trace as tracing
@@ -137,7 +137,7 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
     for name, one in (("decided", found.decision), ("when it was trained on", found.decision_then)):
         if one:
             node = tree.add(Text(f"{name}: {one.reason}: {one.words}", style="green" if one.accepted else "yellow"))
-            numbers = ", ".join(f"{key} {value}" for key, value in one.parameters.items() if value is not None)
+            numbers = named(words.rule(one.parameters))
             log_a = "" if one.log_a is None else f", log A {one.log_a:.6g}"
             node.add(Text(f"{numbers}; u {one.u:.6g}{log_a}"))
     if found.evaluated:
@@ -293,7 +293,12 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
         count = sum(name == recipe for name, _ in done.marked)
         tree.add(f"marked: `rsft run {recipe} --rounds {count}` runs them again")
     if done.erased:
-        node = tree.add(", ".join(f"{count:,} texts erased from `{table}`" for table, count in done.erased.items()))
+        node = tree.add(
+            ", ".join(
+                f"{count:,} {'text' if count == 1 else 'texts'} erased from `{table}`"
+                for table, count in done.erased.items()
+            )
+        )
         if forget:
             node.add("older snapshots are gone, with their files")
             for file in left:

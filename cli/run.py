@@ -76,6 +76,8 @@ def run(
         finished.append(round_key)
     with _store() as store:
         _show(store, loaded.name, finished)
+        if finished:
+            _show_pages()
         if json_:
             told = {"failed": asdict(failure)} if failure else {}
             print(json.dumps(_summary(store, loaded.name, finished) | told))
@@ -95,6 +97,8 @@ def status(
             if name not in there:
                 raise RecipeError(f"{_find(recipe).stem} has no rounds yet: rsft run {recipe}")
             _show(store, name, None)
+        if there:
+            _show_pages()
         if not names:
             console.print("no rounds yet: rsft run arithmetic")
         if json_:
@@ -247,7 +251,9 @@ def _checked(recipe: Recipe) -> Recipe:
         scoring.check(recipe)
         prompts.check_room(recipe, models.check(recipe))
         dg.Definitions.validate_loadable(build([recipe]))
-    except (ValueError, models.ModelError, dg.DagsterError) as error:
+    except dg.DagsterError as error:  # of a recipe that was read these are all that it judges
+        raise RecipeError(f"{recipe.file}: `schedule` or `owners`: {error}") from error
+    except (ValueError, models.ModelError) as error:
         raise RecipeError(f"{recipe.file}: {error}") from error
     return recipe
 
@@ -374,6 +380,9 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
     console.print(state, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_pages() -> None:
     console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
     for server in pages.SERVERS:
         console.print(f"  {server:<8} {pages.at(server)}", highlight=False, markup=False)

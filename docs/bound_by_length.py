@@ -22,6 +22,9 @@ PILOT, WORDS = 100, 8
 
 
 def main(model_path: str, texts: str) -> None:
+    for path in (model_path, texts):
+        if not Path(path).exists():
+            sys.exit(f"{path} is not there: docs/real-input.md says where such a model and texts are from")
     tokenizer, model = models.tokenizer(Path(model_path)), models.load(Path(model_path), Device("cpu", "float32"))
     stop_ids = frozenset(models.stop_ids(model, tokenizer))
     with open(texts, encoding="utf-8") as lines:

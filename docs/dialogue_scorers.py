@@ -25,6 +25,10 @@ CPU = Device("cpu", "float32")
 RESAMPLES = 10_000
 
 
+if not DATA.is_dir():
+    raise SystemExit(f"{DATA} is not there: docs/dialogue-scorers.md says where its files are from")
+
+
 def recipe_for(*scorers: dict) -> Recipe:
     """A recipe with these scorers."""
     fields = {

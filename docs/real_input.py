@@ -19,6 +19,10 @@ from rsft_pipeline.recipe.recipe import Recipe
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
+if not DATA.is_dir():
+    raise SystemExit(f"{DATA} is not there: docs/real-input.md says where its files are from")
+
+
 def recipe_for(**source) -> Recipe:
     """A recipe that reads one source."""
     fields = {

@@ -10,6 +10,8 @@ WORDS = 8
 
 def openings() -> Iterator[dict[str, str]]:
     """The first words of each story: {opening}."""
+    if not STORIES.exists():
+        raise FileNotFoundError(f"{STORIES} is not there: docs/real-input.md says where it is from")
     with open(STORIES, encoding="utf-8") as lines:
         for line in lines:
             yield {"opening": " ".join(json.loads(line)["text"].split()[:WORDS])}

@@ -6,13 +6,13 @@ to the other.
 
 import functools
 import re
+import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dagster as dg
 from pydantic import Field
@@ -38,8 +38,10 @@ class Tracking(dg.ConfigurableResource):
             return
         try:
             if self.uri.startswith(("http://", "https://")):  # MLflow itself would go on asking for minutes
-                with suppress(urllib.error.HTTPError):  # somebody answers
-                    urllib.request.urlopen(self.uri, timeout=10).close()
+                server = urlsplit(self.uri)
+                usual = {"http": 80, "https": 443}[server.scheme]
+                if not urllib.request.getproxies().get(server.scheme):
+                    socket.create_connection((server.hostname, server.port or usual), timeout=10).close()
             self.client().search_experiments(max_results=1)
         except Exception as error:  # each database's driver has its own
             raise ConnectionError(f"RSFT_MLFLOW: rounds cannot be tracked there: {error}") from error

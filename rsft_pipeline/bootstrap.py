@@ -337,7 +337,7 @@ def _configuration(settings: Bootstrap, **filled_in: Any):
     model_type = sizes.pop("model_type", None)
     if model_type is None:
         raise models.ModelError("model.bootstrap.config has no `model_type`, such as llama or gpt2")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         near = nearest(str(model_type), CONFIG_MAPPING.keys())
         raise models.ModelError(f"model.bootstrap.config.model_type: transformers has no {model_type!r}.{near}")
     defaults = AutoConfig.for_model(model_type)
@@ -357,12 +357,12 @@ def _random(config, recipe: Recipe):
     """A model of the configuration, on the device that tensors are made on, its weights from its random numbers."""
     try:
         return models.auto_class(recipe.task).from_config(config)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # each kind of model has its own
         raise _no_model(error) from error
 
 
 def _no_model(error: Exception) -> models.ModelError:
-    reason = str(error).strip().splitlines()[-1].strip()
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
     return models.ModelError(f"model.bootstrap.config makes no model: {reason}")
 
 

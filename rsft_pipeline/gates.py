@@ -43,7 +43,8 @@ def _nothing(store: Store, round_: Round) -> str:
         return "nothing was accepted: no candidate was decided on"
     why = ", ".join(f"{row['reason']}: {row['n']}" for row in rows)
     rule = json.loads(rows[0]["rule"])
-    numbers = ", ".join(f"{name} {value:g}" for name, value in rule.items() if type(value) in (int, float))
+    of_rule = {name: value for name, value in rule.items() if name != "pilot" and type(value) in (int, float)}
+    numbers = ", ".join(f"{name} {value:g}" for name, value in of_rule.items())
     scores = [row[end] for row in rows for end in ("low", "high") if row[end] is not None]
     reached = f"Combined scores are from {min(scores):.4g} to {max(scores):.4g}" if scores else "Nothing has a score"
     return (

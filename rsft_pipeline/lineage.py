@@ -41,6 +41,11 @@ def prompt_id(text: str) -> str:
     return digest(["prompt", text])
 
 
+def same_text(text: str) -> str:
+    """What prompts share that are one to people: the hash of the normalised text. Once it was a prompt's id."""
+    return digest(["prompt", normalise(text)])
+
+
 def question(values: Iterable[str]) -> str:
     """Id of what is asked: the values of the columns that a prompt is made of, in whatever words and order."""
     return digest(["split", *sorted(map(normalise, values))])

@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 
+from rsft_pipeline import lineage
 from rsft_pipeline.acceptance import UNIFORM_SQL
 from rsft_pipeline.prompts import Ingest, Prompt, Refused
 from rsft_pipeline.store import Store
@@ -83,12 +84,18 @@ def without(store: Store, recipe: str, read: Ingest) -> Ingest:
     if not rows:
         return read
     revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in ("prompt", "source", "text")}
+    same = store.query(
+        """SELECT DISTINCT same_text FROM prompts WHERE recipe = $recipe AND same_text IS NOT NULL
+           AND list_contains($ids, prompt_id)""",
+        {"recipe": recipe, "ids": list(revoked["prompt"])},
+    )
+    texts_revoked = revoked["prompt"] | {row["same_text"] for row in same}
     spelt = [each for words in revoked["text"] for each in spellings(words)]
 
     def is_revoked(prompt: Prompt) -> bool:
         texts = (prompt.text, prompt.reference or "", json.dumps(prompt.fields, ensure_ascii=False))
         return (
-            prompt.prompt_id in revoked["prompt"]
+            lineage.same_text(prompt.text) in texts_revoked
             or prompt.source in revoked["source"]
             or any(words in text for words in spelt for text in texts)
         )

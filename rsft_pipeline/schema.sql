@@ -10,6 +10,7 @@ CREATE TABLE IF NOT EXISTS prompts (
     reference VARCHAR,       -- the reference answer, if the source has one
     fields VARCHAR,          -- JSON of the row's mapped columns
     question VARCHAR,        -- id of what is asked, in whatever words: of the values of the text's columns
+    same_text VARCHAR,       -- id of the text, whatever its spaces; null: prompt_id is that
     split VARCHAR,           -- 'train', or 'eval': held out for ever
     content VARCHAR,         -- digest of text, reference and fields: what scorers see of it
     source VARCHAR, line BIGINT,
@@ -123,6 +124,7 @@ CREATE TABLE IF NOT EXISTS revocations (
 
 -- Columns that a store from before them lacks.
 ALTER TABLE prompts ADD COLUMN IF NOT EXISTS question VARCHAR;
+ALTER TABLE prompts ADD COLUMN IF NOT EXISTS same_text VARCHAR;
 ALTER TABLE prompts ADD COLUMN IF NOT EXISTS settings VARCHAR;
 ALTER TABLE candidates ADD COLUMN IF NOT EXISTS origin VARCHAR;
 ALTER TABLE checkpoints ADD COLUMN IF NOT EXISTS trained_on VARCHAR;

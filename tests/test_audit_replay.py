@@ -231,6 +231,8 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
 def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
     told = {"acceptance.threshold": "-1", "acceptance.cap": "null", "acceptance.distinct": "false"}
     before = whatif(mine, recipe, "r000", told)
+    at_once = whatif(mine, recipe, "r000", {"acceptance": "{threshold: -1, cap: null, distinct: false}"})
+    assert at_once.would == before.would
     prompt = some(mine)["prompt_id"]
     draws = mine.value("SELECT count(*) FROM decisions WHERE round = 'r000' AND prompt_id = ?", [prompt])
     revoke(mine, thing(mine, prompt), who="ann", why="asked to")
@@ -251,6 +253,8 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
         ),
         ({"acceptance.rule": "boltzmann"}, r"acceptance.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
+        ({"acceptance": "2"}, "only the rule can be asked about"),
+        ({"acceptance": "{rule: rejection, target: answer}"}, "whose scores are no log-probabilities"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "every draw"),
     ],
 )

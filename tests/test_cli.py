@@ -147,6 +147,8 @@ def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
         import os, signal, threading, duckdb
         from cli import main, run
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
         def slow(*_):
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             duckdb.sql("SELECT sum(hash(range)) FROM range(1_000_000_000_000)").fetchall()
@@ -211,6 +213,8 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_remedy(path, monke
         (("check", "arithmetic", "--set", "scoring.scorers.²=1"), "expected a list position"),
         (("check", "arithmetic", "--set", "prompts.template=what is {sum}?"), "no column 'sum'; there is 'question'"),
         (("check", "arithmetic", "--set", "group_by=sum"), "group_by: no prompt has a column 'sum'"),
+        (("check", "arithmetic", "--set", "schedule=daily"), "`schedule` or `owners`: Found invalid cron schedule"),
+        (("check", "stories", "--set", "prompts.source=stories:openings"), "docs/real-input.md says where it is from"),
         (("check", "arithmetic", "--set", "model.bootstrap.corpus=no.jsonl"), "there is no file"),
         (("check", "arithmetic", "--set", "model.bootstrap.config.hidden=8"), "llama has no such setting"),
         (("check", "arithmetic", "--set", "model={source: /nowhere}"), "there is no folder /nowhere"),
@@ -265,7 +269,10 @@ def test_where_no_terminal_is_lines_are_neither_cut_nor_wrapped(ran, monkeypatch
     chain = rsft("audit", "trace", "--accepted", "letters_loop", "r000", "1", "--quick").stdout.splitlines()
     assert all(re.match("[│ ]*[├└]── ", line) for line in chain[1:]) and max(map(len, chain)) > 120
     table = rsft("audit", "whatif", ran / "letters_loop.yaml", "r000", "--set", "acceptance.cap=1").stdout
-    assert re.search("rule +distinct True, cap 2, .* raise_by 0.0 +distinct True, cap 1, .* raise_by 0.0", table)
+    assert re.search(
+        "rule +threshold, distinct True, cap 2, .* raise_by 0.0 +threshold, distinct True, cap 1, .* raise_by 0.0",
+        table,
+    )
 
 
 def test_check_and_schema(home, path):

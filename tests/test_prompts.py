@@ -83,6 +83,7 @@ def rows():
         ({"inbox": "inbox"}, None, "none of the 1 rows of rows.jsonl is usable"),
         ({"source": "inbox/more.jsonl"}, "size", "no prompt has a column 'size'; there is 'q', 'kind'"),
         ({"source": "endless:rows", "limit": 3}, "kind", "no prompt has a column 'kind'; there is 'q'"),
+        ({"template": "{{q}}"}, None, "prompts.template: no {column} is in it"),
         ({"source": "numbers:rows"}, None, "prompts.source: numbers:rows has to yield dicts, and row 1 is of the type"),
         ({"source": "leaving:rows"}, None, "leaving:rows failed: SystemExit: enough .leaving.py, line 2, in rows"),
         ({"source": "gone:rows"}, None, "gone.py could not be imported: SystemExit"),

@@ -61,6 +61,15 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"sampling": {"draws": "many"}}, "sampling.draws: Input should be a valid integer"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature: Input should be greater than 0 (got 0)"),
         ({"acceptance": {"rule": "treshold"}}, "acceptance.rule: got 'treshold'. Did you mean 'threshold'?"),
+        ({"acceptance": {"k": 2}}, "acceptance.rule: this field is required. Expected one of: threshold, top_k"),
+        (
+            {"scoring": {"scorers": [{"match": "exact"}]}},
+            "scoring.scorers.0.kind: this field is required. Expected one of: answer, blocklist",
+        ),
+        (
+            {"acceptance": {"rule": "rejection", "target": "answer"}},
+            "acceptance.target is 'answer', whose scores are no log-probabilities",
+        ),
         ({"training": {"start": "champ"}}, "training.start: got 'champ'. Did you mean 'champion'?"),
         ({"scoring": {"scorers": []}}, "scoring.scorers: List should have at least 1 item"),
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold: this field is required"),

@@ -14,7 +14,7 @@ from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
-from rsft_pipeline.prompts import Ingest, Refused
+from rsft_pipeline.prompts import Ingest, Prompt, Refused
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.store import Store
@@ -116,6 +116,33 @@ def test_what_was_reached_before_may_be_revoked_for_its_own_sake_too(store):
     assert rows == [{"who": "Ada", "cause": f"prompt {letters.prompt_id(3)}"}, {"who": "Bob", "cause": None}]
     store.commit(lambda connection: revocations.lift(connection, checkpoint))
     assert "was revoked by Bob: it leaked" in revocations.of_weights(store, checkpoint)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_prompt_is_revoked_whatever_its_spaces(store, known):
+    texts = ["who  is it?\n", "who is it?", "who is  it?"]
+    before = lineage.same_text(texts[0])  # what the id was before every space counted
+    rows = [{"prompt_id": lineage.prompt_id(text), "text": text, "same_text": before} for text in texts[:2]]
+    if not known:  # the first from before that
+        rows[0] |= {"prompt_id": before, "same_text": None}
+        rows[1] |= {"prompt_id": lineage.prompt_id(texts[2]), "text": texts[2]}
+    of = {"recipe": letters.RECIPE, "split": "train", "source": "people.jsonl", "active": True}
+    store.append("prompts", [row | of for row in rows])
+    drawn = {"recipe": letters.RECIPE, "round": "r000", "split": "train", "draw": 0, "text": "b"}
+    ids_ = [row["prompt_id"] for row in rows]
+    store.append(
+        "candidates", [{**drawn, "candidate_id": str(i) * 32, "prompt_id": each} for i, each in enumerate(ids_)]
+    )
+    found = impact(store, ids.thing(store, ids_[1]))
+    assert (found.prompts, found.candidates) == (2, 2)
+    revoke(store, ids.thing(store, ids_[1]), **WORDS, erase=True)
+    assert {row["what"] for row in store.query("SELECT what FROM revocations WHERE kind = 'prompt'")} == {*ids_}
+    asked = [
+        Prompt(lineage.prompt_id(text), text, None, None, {"q": text}, "q", "train", "people.jsonl", i)
+        for i, text in enumerate([*texts, "who else?"])
+    ]
+    left = revocations.without(store, letters.RECIPE, Ingest(asked, [], 4, "digest"))
+    assert [prompt.text for prompt in left.prompts] == ["who else?"]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "text"])

@@ -313,7 +313,7 @@ def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, r
 
 def test_controls_that_a_job_does_not_have_are_told_before_anything_is_drawn(home, instance, recipe):
     result = run(instance, recipe, "r000", {"controls": "[random]"})
-    assert "reload the code location first" in failure_of(result, f"{recipe.name}__policy")
+    assert "this job has no such asset" in failure_of(result, f"{recipe.name}__policy")
     with Store.at(home) as store:
         assert not store.query("SELECT * FROM rounds")
 

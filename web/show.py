@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from resources import pages
+from rsft_pipeline.audit.words import rule
 from rsft_pipeline.report import NAMES
 
 FOLDED = 280  # characters from which a text is folded
@@ -76,7 +77,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {f.__name__: f for f in (visible, number, percent, moment, short, raw)}
-    made.filters["fromjson"] = json.loads
+    made.filters |= {"fromjson": json.loads, "rule": rule}
     made.globals |= {"to": pages, "NAMES": NAMES, "FOLDED": FOLDED, "CUT": CUT}
     return made
 

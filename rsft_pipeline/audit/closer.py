@@ -98,7 +98,7 @@ def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
         prompt_id
         for prompt_id, row in asked.items()
         # An id from before every space of a text counted is that of the text normalised.
-        if prompt_id not in {lineage.prompt_id(text) for text in (row["prompt"], lineage.normalise(row["prompt"]))}
+        if prompt_id not in (lineage.prompt_id(row["prompt"]), lineage.same_text(row["prompt"]))
         or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
     ]
     changed = sum(row["unchanged"] is False for row in asked.values())

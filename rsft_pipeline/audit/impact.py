@@ -116,7 +116,7 @@ def follow(query: Query, thing: Thing) -> Impact:
 _ASKED = "SELECT prompt_id FROM touched_prompts WHERE recipe = $recipe"
 _CANDIDATES = {
     "candidate": "candidate_id = $what",
-    "prompt": "prompt_id = $what",
+    "prompt": f"(prompt_id = $what OR prompt_id IN ({_ASKED}))",
     "source": f"prompt_id IN ({_ASKED})",
     "text": f"contains(text, $what) OR prompt_id IN ({_ASKED})",
     "checkpoint": "policy = $what",
@@ -128,6 +128,12 @@ _PROMPTS = {
     "text": """list_bool_or(list_transform($spellings,
         lambda words: contains(concat_ws(chr(10), text, reference, fields, messages), words)))""",
 }
+
+
+# Prompts that differ from those only in their spaces. (Those from before this was told apart have it as their id.)
+_OF_THE_SAME_TEXT = f"""SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND prompt_id NOT IN ({_ASKED})
+    AND coalesce(same_text, prompt_id) IN (
+        SELECT coalesce(same_text, prompt_id) FROM prompts WHERE recipe = $recipe AND prompt_id IN ({_ASKED}))"""
 
 
 def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, str], int]]:
@@ -147,6 +153,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
         if thing.kind in _PROMPTS:
             prompts = f"SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND ({_PROMPTS[thing.kind]})"
             query(f"INSERT INTO touched_prompts {prompts}", of)
+            query(f"INSERT INTO touched_prompts {_OF_THE_SAME_TEXT}", {"recipe": recipe})
         query(
             f"""INSERT INTO touched SELECT recipe, round, candidate_id, prompt_id, split, policy FROM candidates
                 WHERE recipe = $recipe AND ({_CANDIDATES[thing.kind]})""",
@@ -172,7 +179,7 @@ _COUNTS = """SELECT
 # column, and in no order. Of a scorer, those that rest on this version: another may have judged the same since.
 _DECIDED = {
     "candidate": "candidate_id = $what",
-    "prompt": "prompt_id = $what",
+    "prompt": f"(prompt_id = $what OR prompt_id IN ({_ASKED}))",
     "source": f"prompt_id IN ({_ASKED})",
     "scorer": "round IN (SELECT round FROM rounds WHERE recipe = $recipe AND contains(scorers, $what))",
     **dict.fromkeys(("text", "checkpoint"), f"candidate_id IN ({_TOUCHED})"),

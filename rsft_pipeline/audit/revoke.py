@@ -73,9 +73,10 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
     name = f"{thing.kind} {what}"
     rows = [(recipe, thing.kind, what, None) for recipe in thing.recipes]
     rows += [(one.recipe, "checkpoint", one.checkpoint, name) for one in found.checkpoints if one.checkpoint != what]
-    if thing.kind in ("source", "text"):
+    if thing.kind in ("prompt", "source", "text"):
         touched = "SELECT DISTINCT recipe, prompt_id FROM touched_prompts"
-        rows += [(recipe, "prompt", prompt, name) for recipe, prompt in connection.execute(touched).fetchall()]
+        others = [row for row in connection.execute(touched).fetchall() if row[1] != what]
+        rows += [(recipe, "prompt", prompt, name) for recipe, prompt in others]
     if thing.kind == "text":
         touched = "SELECT recipe, candidate_id FROM touched"
         rows += [(recipe, "candidate", one, name) for recipe, one in connection.execute(touched).fetchall()]

@@ -20,7 +20,7 @@ from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.audit.ids import AuditError, check_round
 from rsft_pipeline.audit.reading import as_of
 from rsft_pipeline.recipe import reading
-from rsft_pipeline.recipe.acceptance import Rule
+from rsft_pipeline.recipe.acceptance import RejectionRule, Rule
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import set_aside
 from rsft_pipeline.store import Store
@@ -72,7 +72,8 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
 
     Args:
         recipe: as its file is now; the rule that is changed is the one that the round recorded.
-        changes: `acceptance.x` → value as YAML text. Another `acceptance.rule` takes over `distinct` and `cap` alone.
+        changes: `acceptance.x`, or `acceptance` for several at once, → value as YAML text. Another `acceptance.rule`
+            takes over `distinct` and `cap` alone.
 
     Raises:
         AuditError: there is no such round, nothing was decided in it, or the changed rule is none, or cannot decide on
@@ -113,21 +114,29 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
     given = {}
     for key, text in changes.items():
         section, _, name = key.partition(".")
-        if section != "acceptance" or not name:
-            raise AuditError(f"--set {key}: only the rule can be asked about, as acceptance.x=value")
         try:
-            given[name] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise AuditError(f"--set {key}: {text!r} is not YAML: {error}") from None
+        if section != "acceptance" or not (name or isinstance(value, dict)):
+            raise AuditError(
+                f"--set {key}: only the rule can be asked about, as acceptance.x=value or acceptance={{x: value, …}}"
+            )
+        given |= {name: value} if name else value
     if given.get("rule", rule["rule"]) != rule["rule"]:
         rule = {name: rule[name] for name in Rule.model_fields}
     try:
         asked = {**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}}
         asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
-        return recipe.model_copy(update={"acceptance": recipe.as_recorded(asked).acceptance})
+        rule = recipe.as_recorded(asked).acceptance
+        if isinstance(rule, RejectionRule) and given.keys() & {"rule", "target"}:
+            recipe.check_target(rule.target)
+        return recipe.model_copy(update={"acceptance": rule})
     except ValidationError as error:
         _, _, fields = reading.explain(error, recipe.file).partition("\n")  # the first line is about the file
         raise AuditError(f"no such rule:\n{fields}") from None
+    except ValueError as error:
+        raise AuditError(str(error)) from None
 
 
 def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[str, Any]) -> Side:

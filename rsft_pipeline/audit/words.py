@@ -10,6 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def rule(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's parameters as people read them: the rule first, and none that says nothing of these decisions."""
+    picked = "pilot_candidates" in parameters or parameters.get("M") == "estimate"
+    said = {name: value for name, value in parameters.items() if value is not None and (name != "pilot" or picked)}
+    return {"rule": said.pop("rule"), **said}
+
+
 def decision(row: Mapping[str, Any]) -> str:
     """Why a candidate was accepted or rejected: `p/(M·q) = 0.71 > u = 0.33`.
 

@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models.checkpoints import (
-    ANOTHER_FORMAT,
-    CONTENT,
-    Checkpoint,
-    ModelError,
-    content_digest,
-    no_bars,
-    verify,
-)
+from rsft_pipeline.models.checkpoints import CONTENT, Checkpoint, ModelError, content_digest, no_bars, verify
 from rsft_pipeline.recipe.recipe import Recipe
 
 POINT_TO_A_FOLDER = "To use a model that is on this machine: --set {field}.source=/path/to/folder"
@@ -112,10 +104,13 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
             f"sampling.teacher {wanted.source!r} has another vocabulary than the policy: training is on the very token "
             "ids that were drawn, so teacher and policy need the same tokenizer"
         )
+    if recipe.task == "classification":  # a label has no end
+        return found
     stops = own(recipe.sampling.stop, add_special_tokens=False)["input_ids"] if recipe.sampling.stop else []
     known = _ends(_generation(student), own) | {token for ids in stops for token in ids}
-    if others := _ends(_generation(found.path), its) - known:
-        texts = json.dumps(its.convert_ids_to_tokens(sorted(others)), ensure_ascii=False)
+    can_be_drawn = {token for token in _ends(_generation(found.path), its) if token < len(its)}
+    if others := can_be_drawn - known:
+        texts = json.dumps([its.decode([token]) for token in sorted(others)], ensure_ascii=False)
         raise ModelError(
             f"sampling.teacher {wanted.source!r} ends what it says by {texts} too, which the policy would learn to "
             f"write and then go on from: with `sampling.stop: {texts}` it ends there as well"
@@ -158,7 +153,7 @@ def _download(field: str, model_id: str, revision: str | None) -> Path:
 
     try:
         folder = snapshot_download(
-            model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", ANOTHER_FORMAT]
+            model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", "consolidated*"]
         )
     except (OSError, ValueError) as error:  # every error of the hub's client is one of the two
         wanted = model_id if revision is None else f"{model_id} at {revision}"
@@ -408,8 +403,7 @@ def _stored_dtype(folder: Path):
     from safetensors import safe_open
 
     formats: Counter[str] = Counter()
-    files = set(folder.glob("*.safetensors")) - set(folder.glob(ANOTHER_FORMAT))
-    with safe_open(min(files), framework="pt") as weights:
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118 (not a mapping)
             tensor = weights.get_slice(name)
             formats[tensor.get_dtype()] += functools.reduce(int.__mul__, tensor.get_shape(), 1)

@@ -19,7 +19,6 @@ from rsft_pipeline import lineage
 
 # What a model's content is: weights, configuration, tokenizer, chat template.
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
-ANOTHER_FORMAT = "consolidated*"  # the same weights for other programs, which may be there or not
 META = "meta.json"
 
 
@@ -139,7 +138,6 @@ def _digest_of(files: dict[str, str]) -> str:
 def _file_digests(folder: Path) -> dict[str, str]:
     """File name → SHA-256 of every CONTENT file."""
     names = {path.name for pattern in CONTENT for path in folder.glob(pattern)} - {META}
-    names -= {path.name for path in folder.glob(ANOTHER_FORMAT)}
     return {name: _file_digest(folder.resolve() / name) for name in sorted(names)}
 
 

@@ -73,6 +73,7 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
     if recipe.task == "classification":
         context, completion = min(context, tokenizer.model_max_length), 0
     check_room(recipe, context_length)
+    templates.check(section)
     longest = min(section.max_tokens or math.inf, context if recipe.task == "seq2seq" else context - completion)
     sources.check_encoding(section.encoding)
 
@@ -107,6 +108,7 @@ def check(recipe: Recipe) -> None:
         PromptError: the source is not there, no row is usable, or none of those has the column of `group_by`.
     """
     sources.check(recipe)
+    templates.check(recipe.prompts)
     if sources.kind_of(recipe) == "hub":
         return
     sources.check_encoding(recipe.prompts.encoding)
@@ -120,7 +122,7 @@ def check(recipe: Recipe) -> None:
                 continue
             if recipe.group_by in (None, *outcome.fields):
                 return
-            seen.add(lineage.normalise(outcome.text))
+            seen.add(lineage.same_text(outcome.text))
             without = outcome
             if len(seen) == recipe.prompts.limit:
                 raise PromptError(_no_group(recipe.group_by, without))
@@ -259,7 +261,7 @@ def _measured(
 ) -> Iterator[Prompt | Refused]:
     """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated.
 
-    And less those that are in `seen`, where the text of each that is left is noted, normalised.
+    And less those that are in `seen`, where `lineage.same_text` of each that is left is noted.
     """
     while batch := list(islice(judged, BATCH)):
         lengths = _lengths([outcome for _, outcome in batch if isinstance(outcome, Prompt)], recipe, tokenizer)
@@ -275,7 +277,7 @@ def _measured(
                 yield row.refused("empty", "the tokenizer makes no token of it")
             elif answer > room:
                 yield row.refused("too long", f"the reference is {answer} tokens with its end, {room} fit")
-            elif (same := lineage.normalise(outcome.text)) in seen:
+            elif (same := lineage.same_text(outcome.text)) in seen:
                 yield row.refused("duplicate", f"the same text as {seen[same]}")
             else:
                 seen[same] = f"line {row.line} of {row.source}"

@@ -24,6 +24,15 @@ def parts(section: Prompts) -> list[str]:
     return [section.template] if section.messages is None else [message.content for message in section.messages]
 
 
+def check(section: Prompts) -> None:
+    """See that prompts differ at all. Raises PromptError."""
+    if not any(placeholders(part) for part in parts(section)):
+        raise PromptError(
+            f"prompts.{'template' if section.messages is None else 'messages'}: no {{column}} is in it, so that all "
+            "rows would be one prompt"
+        )
+
+
 def whole(section: Prompts, columns: Sequence[str], tokenizer) -> list[str]:
     """The templates that make a text of all columns: the prompt as the policy reads it, and messages that have all."""
     if section.messages is None:

@@ -152,6 +152,10 @@ def explain(error: ValidationError, path: Path) -> str:
                 )
             case "missing":
                 message = "this field is required"
+            case "union_tag_not_found":
+                tag = problem["ctx"]["discriminator"].strip("'")
+                where += f".{tag}"
+                message = f"this field is required. Expected one of: {', '.join(_tags_at(problem['loc'], tag))}"
             case "literal_error" | "union_tag_invalid":
                 expected = problem.get("ctx", {}).get("expected") or problem.get("ctx", {}).get("expected_tags", "")
                 options = re.findall(r"'([^']+)'", expected)
@@ -175,6 +179,12 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that an error's location points into."""
     _, sections = [("", [Recipe]), *_walked(location)][-1]
     return sorted({name for section in sections for name in section.model_fields})
+
+
+def _tags_at(location: tuple[int | str, ...], tag: str) -> list[str]:
+    """What a field may say that tells such sections apart."""
+    _, sections = list(_walked(location))[-1]
+    return [typing.get_args(section.model_fields[tag].annotation)[0] for section in sections]
 
 
 def _walked(location: tuple[int | str, ...]) -> Iterator[tuple[str, list[type[Section]]]]:

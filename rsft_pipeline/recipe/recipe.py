@@ -18,6 +18,8 @@ from rsft_pipeline.recipe.scoring import Scoring
 from rsft_pipeline.recipe.section import RECORDED, RecipeError, Section, is_recorded
 from rsft_pipeline.recipe.training import Training
 
+LOG_PROBABILITIES = ("knowledge", "likelihood", "reward", "function")  # scorers that may say a log p, normalised or not
+
 
 class Recipe(Section):
     """One pipeline: prompts, a model, how to draw, judge, accept, train, compare, and when to stop."""
@@ -61,7 +63,7 @@ class Recipe(Section):
             if self.acceptance.target not in known:
                 raise ValueError(f"acceptance.target is {self.acceptance.target!r}; expected one of {', '.join(known)}")
             if not is_recorded(info):
-                self._check_target(self.acceptance.target)
+                self.check_target(self.acceptance.target)
         if (self.task == "classification") != bool(self.model.labels):
             raise ValueError("`task: classification` and a list of `model.labels` go together")
         if self.sampling.source == "reference" and self.prompts.reference is None:
@@ -74,8 +76,14 @@ class Recipe(Section):
             self._check_until(self.sampling.until)
         return self
 
-    def _check_target(self, target: str) -> None:
+    def check_target(self, target: str) -> None:
+        """Raise ValueError for the name of a scorer that `rule: rejection` cannot take for log p."""
         kinds = {scorer.label: scorer.kind for scorer in self.scoring.scorers}
+        if target in kinds and kinds[target] not in LOG_PROBABILITIES:
+            raise ValueError(
+                f"acceptance.target is {target!r}, whose scores are no log-probabilities: give `policy`, or a scorer "
+                f"that is one of {', '.join(LOG_PROBABILITIES)}"
+            )
         if kinds.get(target) == "likelihood" and self.sampling.stop:
             raise ValueError(
                 f"acceptance.target: {target!r} rates every completion that ended as one that the end of sequence "

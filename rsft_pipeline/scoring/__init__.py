@@ -242,7 +242,7 @@ def _judged(label: str, judge: Judge, samples: Sequence[Sample]) -> list[float |
         return []
     try:
         returned = judge(samples)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.warning("scorer %r raised on %d samples; asking one by one: %s", label, len(samples), repr(error))
     else:
         return _checked(label, returned, len(samples))
@@ -255,7 +255,7 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
     for i, sample in enumerate(samples):
         try:
             returned = judge([sample])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if devices.out_of_memory(error):  # None would be recorded for good, and it may fit another time
                 raise ScoringError(
                     f"scorer {label!r} ran out of memory on a single sample: {error}. Nothing is lost: run the round "

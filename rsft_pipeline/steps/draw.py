@@ -46,6 +46,10 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
             f"{recipe.name} {round_.key}: its prompts were read by another section `prompts` than the round began "
             "with: the recipe was changed in between. Run the round again, from its prompts on"
         )
+    if split == "train" and round_.answers not in (None, answers(store, recipe)):
+        raise RoundError(
+            f"{recipe.name} {round_.key}: its reference answers are others than when it began: run the round again"
+        )
     scope = round_.key if split == "train" else EVALUATION
     number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts
     chosen = sampling.choose(prompts_of(store, recipe, split), number, f"{recipe.seed} {scope}")

@@ -38,7 +38,9 @@ def ingest(
     revoked = store.query(_REVOKED, [recipe.name])
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
     sides = _sides(store, recipe, round_key)
-    split = {p.prompt_id: sides.get(p.question) or sides.get(p.prompt_id) or p.split for p in read.prompts}
+    split = {
+        p.prompt_id: sides.get(p.question) or sides.get(lineage.same_text(p.text)) or p.split for p in read.prompts
+    }
     read = replace(read, prompts=[replace(p, split=split[p.prompt_id]) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
         left_out = sum(row.reason == revocations.REASON for row in read.refused)
@@ -58,6 +60,7 @@ def ingest(
             "reference": prompt.reference,
             "fields": json.dumps(prompt.fields, ensure_ascii=False),
             "question": prompt.question,
+            "same_text": lineage.same_text(prompt.text),
             "split": prompt.split,
             "content": lineage.digest([prompt.text, prompt.reference, prompt.fields]),
             "source": prompt.source,
@@ -113,14 +116,15 @@ def settings(recipe: Recipe) -> str:
 
 
 def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:
-    """The split of each question that is known, and of each prompt. One that was ever trained on is not held out."""
+    """The split of each question that is known, and of each text. One that was ever trained on is not held out."""
     rows = store.query(
-        """SELECT prompt_id, question, split FROM prompts WHERE recipe = $recipe AND EXISTS (
+        """SELECT coalesce(same_text, prompt_id) AS text, question, split FROM prompts
+           WHERE recipe = $recipe AND EXISTS (
              FROM rounds WHERE recipe = $recipe AND state <> 'started' AND ($round IS NULL OR round < $round))
            ORDER BY split""",  # eval, train
         {"recipe": recipe.name, "round": round_key},
     )
-    return {row[by]: row["split"] for row in rows for by in ("question", "prompt_id") if row[by]}
+    return {row[by]: row["split"] for row in rows for by in ("question", "text") if row[by]}
 
 
 def _values(row: dict) -> tuple:
