@@ -47,7 +47,7 @@ def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
 
 def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> list[dg.DagsterRun]:
     """Runs of a round that have failed or were cancelled since one last succeeded, the last one first."""
-    tags = {LOOP: recipe.name, "dagster/partition": round_key}
+    tags = _tags(recipe, round_key)
     succeeded = dg.RunsFilter(tags=tags, statuses=[dg.DagsterRunStatus.SUCCESS])
     last = next((record.create_timestamp for record in instance.get_run_records(succeeded, limit=1)), None)
     ended = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -56,8 +56,12 @@ def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> li
 
 def last(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> dg.DagsterRun | None:
     """The last run of a round's job, whatever became of it."""
-    tags = {LOOP: recipe.name, "dagster/partition": round_key}
-    return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
+    return next(iter(instance.get_runs(dg.RunsFilter(tags=_tags(recipe, round_key)), limit=1)), None)
+
+
+def _tags(recipe: Recipe, round_key: str) -> dict[str, str]:
+    """What the runs of a round's job are known by."""
+    return {LOOP: recipe.name, "dagster/partition": round_key}
 
 
 def _of(run: dg.DagsterRun) -> set[str]:
