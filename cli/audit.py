@@ -286,7 +286,7 @@ def _differences(answer: differing.Diff) -> RenderableType:
                 _number(shift.before),
                 _number(shift.after),
                 f"{shift.difference:+.4g}",
-                f"[{_number(shift.low)}, {_number(shift.high)}]",
+                "open" if shift.low is shift.high is None else f"[{_number(shift.low)}, {_number(shift.high)}]",
             )
         lines.append(table)
         for what, changes in (("solved", found.solved_first), ("lost", found.lost_first)):

@@ -1,7 +1,9 @@
 """The `rsft` command."""
 
+import importlib.metadata
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -28,6 +30,19 @@ app.command("ui")(ui.ui)
 for command in (lineage.trace, lineage.impact, lineage.revoke, lineage.export, audit_ui.ui):
     audit.app.command()(command)
 app.add_typer(audit.app, name="audit")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("rsft-pipeline"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and stop.")] = False,
+) -> None:
+    """What `rsft` itself takes, before a command."""
 
 
 def main() -> None:

@@ -46,6 +46,12 @@ def rows(reference: str, folder: Path) -> Iterator[Any]:
     """
     function = load(reference, folder)
     try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise FunctionError(f"{reference} is called with no arguments: {error}") from None
+    except ValueError:  # a builtin that does not say what it takes
+        pass
+    try:
         returned = function()
         if isinstance(returned, Iterable):
             yield from returned

@@ -296,6 +296,13 @@ def test_diff_is_what_the_rows_say(mine, recipe):
     assert diff(mine, recipe, "r000", "r001").notes == ("the rounds had different `evaluation` settings",)
 
 
+def test_diff_says_why_rounds_have_no_prompt_in_common(mine, recipe):
+    for table in ("candidates", "round_prompts"):
+        change(mine, f"UPDATE {table} SET prompt_id = reverse(prompt_id) WHERE round = 'r001' AND split = 'train'")
+    answer = diff(mine, recipe, "r000", "r001")
+    assert answer.drawn.shared == 0 < answer.drawn.only_after and "no prompt is in both" in answer.notes[0]
+
+
 # --- rows that somebody changed ---------------------------------------------------------------
 
 TAMPERED = {

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from cli import ui
 from resources import pages
+from rsft_pipeline.home import ROOT
 from rsft_pipeline.recipe.reading import RECIPES
 from rsft_pipeline.store import Store
 
@@ -273,6 +275,11 @@ def test_where_no_terminal_is_lines_are_neither_cut_nor_wrapped(ran, monkeypatch
         "rule +threshold, distinct True, cap 2, .* raise_by 0.0 +threshold, distinct True, cap 1, .* raise_by 0.0",
         table,
     )
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert rsft("--version").stdout == f"{project['version']}\n"
 
 
 def test_check_and_schema(home, path):

@@ -123,16 +123,17 @@ def test_a_bad_row_goes_to_quarantine_alone_with_its_bytes_and_its_reason(make, 
         10: (b'{"q": "\\ud800"}', "not storable"),
         11: (b'{"q": " one  "}\r', "duplicate"),
         12: (b'{"q": "' + b"x" * 990 + b'"}', "too long"),
+        13: (b'{"q": "thirteen", "more": [{"r": 1, "r": 2}]}', "broken JSON"),
     }
     write(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"q": "one"}', *(raw for raw, _ in bad.values()), b'{"q": "last"}')
 
     ingest = read(make())
 
-    assert [(p.line, p.text) for p in ingest.prompts] == [(1, "one"), (13, "last")]
+    assert [(p.line, p.text) for p in ingest.prompts] == [(1, "one"), (14, "last")]
     assert refusals(ingest) == [(line, reason, raw) for line, (raw, reason) in bad.items()]
-    assert ingest.rows == 13
+    assert ingest.rows == 14
     details = {refused.line: refused.detail for refused in ingest.refused}
-    assert details[4] == "byte 0xe9 at position 10"
+    assert details[4] == "byte 0xe9 at position 10" and details[13] == "'r' is there more than once"
     assert details[5] == "no column 'q'; there is 'Q'"
     assert details[11] == "the same text as line 1 of rows.jsonl"
     assert details[12] == "991 tokens, 990 fit"
@@ -483,3 +484,9 @@ def test_a_function_that_cannot_be_used_says_why(tmp_path, reference, message):
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(functions.FunctionError, match=message.replace("(", r"\(").replace(")", r"\)")):
         functions.load(reference, tmp_path)
+
+
+def test_a_function_of_rows_that_wants_an_argument_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(path): yield path\n")
+    with pytest.raises(functions.FunctionError, match=r"mine:f is called with no arguments: missing .*'path'"):
+        list(functions.rows("mine:f", tmp_path))

@@ -374,3 +374,12 @@ def test_only_a_form_of_this_server_revokes(tmp_path):
 def test_a_decision_in_words(reason, log_a, rule, expected):
     row = {"accepted": reason == "accepted", "reason": reason, "score": 0.7, "log_a": log_a, "u": 0.33}
     assert words.decision({**row, "parameters": json.dumps(rule)}) == expected
+
+
+def test_a_store_that_fails_is_said_on_the_page(tmp_path):
+    with letters.write(tmp_path) as store, TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        for file in (tmp_path / "store").rglob("*.parquet"):
+            file.write_bytes(b"PAR1 nothing that DuckDB can read PAR1")
+        answer = client.get(f"{ROUND}")
+        assert answer.status_code == 500 and f"The store of {tmp_path} failed" in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+import duckdb
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
@@ -91,6 +92,11 @@ def create(
     @app.exception_handler(AuditError)
     def unanswerable(request: Request, error: AuditError) -> Response:
         return _error(request, 404, str(error))
+
+    @app.exception_handler(duckdb.Error)
+    def broken(request: Request, error: duckdb.Error) -> Response:
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return _error(request, 500, f"The store of {home.path} failed: {error}")
 
     @app.exception_handler(404)
     def absent(request: Request, error: Exception) -> Response:

@@ -87,10 +87,15 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
     drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)
     evaluated = [recorded_results(store.query, round_.recipe.name, round_.key, "checkpoint") for round_ in rounds_]
     held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
-    return Diff(recipe.name, before, after, drawn, held_out, _notes(store, *rounds_))
+    notes = _notes(store, *rounds_)
+    if not drawn.shared:
+        notes.append(
+            "no prompt is in both rounds: one is known by its exact text, and the sources or the template gave others"
+        )
+    return Diff(recipe.name, before, after, drawn, held_out, tuple(notes))
 
 
-def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
+def _notes(store: Store, before: Round, after: Round) -> list[str]:
     def versions(round_: Round) -> list[dict[str, str]]:
         return store.commit(lambda c: [recorded.versions(c, round_, held_out=held_out) for held_out in (False, True)])
 
@@ -101,7 +106,7 @@ def _notes(store: Store, before: Round, after: Round) -> tuple[str, ...]:
     for section in ("sampling", "acceptance", "prompts", "evaluation"):
         if getattr(before.recipe, section) != getattr(after.recipe, section):
             notes.append(f"the rounds had different `{section}` settings")
-    return tuple(notes)
+    return notes
 
 
 _DRAWN = f"""

@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +180,7 @@ def _jsonl(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
             yield Refused(name, number, raw, "empty", "a blank line")
             continue
         try:
-            fields = json.loads(_decode(number, raw, encoding))
+            fields = json.loads(_decode(number, raw, encoding), object_pairs_hook=_distinct)
         except UnicodeDecodeError as error:
             yield _undecodable(name, number, raw, encoding, error)
         except (ValueError, RecursionError) as error:
@@ -190,6 +190,15 @@ def _jsonl(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
                 yield Row(name, number, raw, fields)
             else:
                 yield Refused(name, number, raw, "broken JSON", f"a {type(fields).__name__}, not an object")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object. Of two by one name, Python would silently keep the last."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there more than once")
+    return members
 
 
 def _text_lines(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
