@@ -34,6 +34,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
             teacher = now.sampling.teacher and models.teacher(now, weights.path)
             drawn_from = teacher.digest if teacher else weights.digest
+            answers = draw.answers(lake, now)
             earlier = rounds.raw(lake, now.name, round_key)
             run_id = tracking.begin(
                 now.name,
@@ -43,7 +44,6 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
                 dagster_run_id=context.run.run_id,
                 policy=weights.digest,
             )
-            answers = draw.answers(lake, now)
             begun = rounds.Round(now, round_key, weights.digest, weights.source, drawn_from, run_id, answers)
             rounds.begin(lake, begun, context.run.run_id)
         context.log.info("%s samples from %s (%s)", round_key, weights.source, weights.digest)

@@ -75,6 +75,7 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold: this field is required"),
         ({"model": {"source": "bootstrap"}}, "go together"),
         ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
+        ({"stop": {"target": 1.5}}, "stop.target is 1.5, and pass_at_1 is a share, 1 at most"),
         ({"promotion": {"require": "not_worse"}}, "`require: not_worse` needs a `margin:` above 0"),
         (
             {

@@ -74,6 +74,8 @@ class Recipe(Section):
             self._check_teacher()
         if self.sampling.until:
             self._check_until(self.sampling.until)
+        if self.promotion.metric != "mean_score" and (self.stop.target or 0) > 1 and not is_recorded(info):
+            raise ValueError(f"stop.target is {self.stop.target:g}, and {self.promotion.metric} is a share, 1 at most")
         return self
 
     def check_target(self, target: str) -> None:
