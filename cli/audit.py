@@ -24,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cli import here
 from cli.console import console
-from cli.run import SetOption, _device, _find, _overrides, _store
+from cli.run import SetOption, overrides_of
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
@@ -57,7 +58,7 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
         raise nothing
     try:
-        with _store() as store:
+        with here.store() as store:
             if not recipes_in(store):
                 raise nothing
             if recipe is not None:
@@ -70,7 +71,7 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
 def recipe_named(store: Store, name: str) -> Recipe:
     """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
     check_recipe(store, Path(name).stem)
-    return load(_find(name))
+    return load(here.recipe_file(name))
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
@@ -130,11 +131,9 @@ def replay(
     json_: JsonOption = False,
 ) -> None:
     """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
-    from definitions import usual_resources
-
-    device = _device()
+    device = here.device()
     # Two models at once may not fit: it is held as a round holds it.
-    lease = usual_resources()["accelerator"].lease(log) if sample else nullcontext(device)
+    lease = here.accelerator().lease(log) if sample else nullcontext(device)
     with opened() as store:
         answer = replaying.replay(
             store,
@@ -167,7 +166,7 @@ def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_
 def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
     with opened() as store:
-        answer = asking.whatif(store, recipe_named(store, recipe), round_, _overrides(set_))
+        answer = asking.whatif(store, recipe_named(store, recipe), round_, overrides_of(set_))
     show(answer, json_, _side_by_side)
 
 
@@ -183,12 +182,10 @@ def tracked_root(made: dict[str, Any]) -> dict[str, str]:
     """The root that MLflow was told of a checkpoint; nothing where it cannot say."""
     from mlflow.exceptions import MlflowException
 
-    from definitions import usual_resources
-
     if made["trained_on"] != "accepted" or made["mlflow_run_id"] is None:
         return {}
     try:
-        tags = usual_resources()["tracking"].client().get_run(made["mlflow_run_id"]).data.tags
+        tags = here.tracking().client().get_run(made["mlflow_run_id"]).data.tags
     except (MlflowException, OSError):
         return {}
     if tags.get("rsft.checkpoint") != made["checkpoint"]:  # the run's later one: an asset may be materialised twice

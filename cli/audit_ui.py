@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.run import _instance, _store
+from cli import here
 from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit.ids import Thing
 from rsft_pipeline.home import Home
@@ -16,17 +16,16 @@ HOST = "127.0.0.1"
 
 def _revoking(store: Store) -> Callable[..., None]:
     """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
-    from cli.lineage import _tell
 
     def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
-        with Home.here().lock("instance", wait=True), _instance() as instance:
-            _tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
+        with Home.here().lock("instance", wait=True), here.instance() as instance:
+            here.tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
 
     return revoke
 
 
 def ui(
-    port: Annotated[int, typer.Option(help="Port of the pages.")] = 5001,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the pages.")] = 5001,
     allow_revoke: Annotated[bool, typer.Option("--allow-revoke", help="Let the pages revoke, too.")] = False,
 ) -> None:
     """Serve pages to look at rounds, candidates and checkpoints, on 127.0.0.1; Ctrl-C stops them."""
@@ -35,7 +34,7 @@ def ui(
     from cli.audit import tracked_root
     from web.app import create
 
-    with _store() as store:
+    with here.store() as store:
         revoke = _revoking(store) if allow_revoke else None
         app = create(store, Home.here(), witnesses=tracked_root, revoke=revoke)
         how = "revoking allowed" if allow_revoke else "read only"

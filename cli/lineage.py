@@ -13,8 +13,8 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
+from cli import here
 from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, named, opened, show
-from cli.run import _instance
 from rsft_pipeline.audit import export as exporting
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit import impact as following
@@ -22,6 +22,7 @@ from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit import trace as tracing
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.revocations import printable
 
 SHOWN = 12  # digits of an id, where the whole would not fit
 TextOption = Annotated[
@@ -67,7 +68,7 @@ def trace(
                 raise typer.Exit(0 if matches else 1)
             candidate = matches[0].candidate_id
         if accepted is not None:
-            candidate = ids.accepted(store, *accepted)
+            candidate, recipe = ids.accepted(store, *accepted), accepted[0]
         found = tracing.trace(store, candidate, recipe)
     answer = {**asdict(found), "complete": found.complete, **({} if quick else _outside(found))}
     show(answer, json_, lambda _: _chain(found, answer))
@@ -76,12 +77,11 @@ def trace(
 def _outside(found: tracing.Trace) -> dict[str, Any]:
     """What MLflow and Dagster know of the checkpoints and runs in a trace."""
     from assets import outside
-    from definitions import usual_resources
 
     digests = [one.digest for one in found.weights] + [one.checkpoint for one in found.learned]
     return {
-        "mlflow": outside.registered(usual_resources()["tracking"], found.recipe, digests),
-        "dagster": outside.runs(_instance(), _wrote(found)),
+        "mlflow": outside.registered(here.tracking(), found.recipe, digests),
+        "dagster": outside.runs(here.instance(), _wrote(found)),
     }
 
 
@@ -114,10 +114,10 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
         tree.add(Text(why, style="red"))
     if found.prompt:
         asked = found.prompt
-        source = _named(asked.source)
+        source = printable(asked.source)
         node = tree.add(Text(f"asked by line {asked.line} of {source} ({asked.split}), prompt {asked.prompt_id}"))
         for one in asked.earlier:
-            node.add(Text(f"read before from line {one['line']} of {_named(one['source'])}"))
+            node.add(Text(f"read before from line {one['line']} of {printable(one['source'])}"))
         if asked.snapshot is not None:
             node.add(Text(f"as it was judged by, in snapshot {asked.snapshot}; it has changed since", style="yellow"))
         node.add(Text(_said(asked.text)))
@@ -256,7 +256,7 @@ def revoke(
     if forget and not erase:
         raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
     with opened(recipe) as store:
-        instance = _instance()
+        instance = here.instance()
         if forget:
             _check_idle(instance)
         found = _thing(store, thing, text, recipe)
@@ -267,7 +267,7 @@ def revoke(
             )
         done = revoking.revoke(store, found, who=by, why=why, erase=erase)
         left = store.forget() if forget else []
-        _tell(instance, store, done)
+        here.tell(instance, store, done)
     answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}
     show(answer, json_, lambda _: _revoked(done, forget, left))
 
@@ -279,16 +279,11 @@ def _check_idle(instance) -> None:
         raise AuditError(f"a run of {working[0].job_name} is under way: forget the past when it is over")
 
 
-def _tell(instance, store, done: revoking.Revoked) -> None:
-    from assets import outside
-    from definitions import usual_resources
-
-    outside.tell(instance, usual_resources()["tracking"], store, done)
-
-
 def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
     tree = _reach(done.impact)
-    tree.label = Text(f"revoked: {done.impact.thing.words}, by {done.who}: {done.why}", style="bold")
+    tree.label = Text(
+        f"revoked: {done.impact.thing.words}, by {printable(done.who)}: {printable(done.why)}", style="bold"
+    )
     for recipe in dict.fromkeys(recipe for recipe, _ in done.marked):
         count = sum(name == recipe for name, _ in done.marked)
         tree.add(f"marked: `rsft run {recipe} --rounds {count}` runs them again")
@@ -352,11 +347,6 @@ def _written(done: exporting.Exported) -> Tree:
 def _said(text: str | None) -> str:
     """A text with what is not printable escaped: a completion could otherwise move the cursor or worse."""
     return "(erased)" if text is None else repr(text)
-
-
-def _named(source: str) -> str:
-    """A file's name, which whoever drops it chooses."""
-    return source if source.isprintable() else repr(source)
 
 
 def _count(number: int, noun: str) -> str:

@@ -53,6 +53,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may have no → or …
     try:
+        _check_words(sys.argv)
         app()
     except (RecipeError, StoreError, AuditError, RoundError, PromptError, ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,6 +63,15 @@ def main() -> None:
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_words(words: list[str]) -> None:
+    """See that they are text: Python keeps bytes that are none as halves of surrogate pairs. Raises OSError."""
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise OSError(f"{os.fsencode(word)!r} is not UTF-8: type it in a terminal that is set to UTF-8") from None
 
 
 if __name__ == "__main__":

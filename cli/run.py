@@ -5,8 +5,6 @@ recorded in the same instance.
 """
 
 import json
-import logging
-import os
 import re
 import sys
 import textwrap
@@ -19,12 +17,12 @@ import typer
 from rich import box
 from rich.table import Table
 
+from cli import here
 from cli.console import console
 from resources import pages
 from rsft_pipeline import models, prompts, rounds, scoring
-from rsft_pipeline.devices import Device
 from rsft_pipeline.evaluation import shown
-from rsft_pipeline.home import ROOT, Home
+from rsft_pipeline.home import Home
 from rsft_pipeline.progress import watch
 from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS
@@ -51,16 +49,16 @@ def run(
     json_: JsonOption = False,
 ) -> None:
     """Run rounds. One that was interrupted is finished first, from where it stopped."""
-    overrides = _overrides(set_)
-    loaded = _linked(_checked(reading.load(_find(recipe), overrides)))
-    _device()
-    _check_tracking()
+    overrides = overrides_of(set_)
+    loaded = _linked(_checked(reading.load(here.recipe_file(recipe), overrides)))
+    here.device()
+    here.tracking().check()
     watch()
     with Home.here().lock("instance", wait=True):
-        instance = _instance()
+        instance = here.instance()
     finished, failure = [], None
     while rounds_ is None or len(finished) < rounds_:
-        with _store() as store:
+        with here.store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)
         if reason:
@@ -74,7 +72,7 @@ def run(
         if failure:
             break
         finished.append(round_key)
-    with _store() as store:
+    with here.store() as store:
         _show(store, loaded.name, finished)
         if finished:
             _show_pages()
@@ -90,12 +88,12 @@ def status(
     json_: JsonOption = False,
 ) -> None:
     """The rounds so far, of one recipe or of all."""
-    with _store() as store:
+    with here.store() as store:
         there = [row["recipe"] for row in store.query("SELECT DISTINCT recipe FROM rounds ORDER BY recipe")]
         names = [Path(recipe).stem] if recipe else there
         for name in names:
             if name not in there:
-                raise RecipeError(f"{_find(recipe).stem} has no rounds yet: rsft run {recipe}")
+                raise RecipeError(f"{here.recipe_file(recipe).stem} has no rounds yet: rsft run {recipe}")
             _show(store, name, None)
         if there:
             _show_pages()
@@ -108,7 +106,7 @@ def status(
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say whether a recipe can run: its fields, and what they name. Runs nothing."""
-    loaded = _checked(reading.load(_find(recipe), _overrides(set_)))
+    loaded = _checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
     console.print(able, soft_wrap=True, highlight=False, markup=False)
 
@@ -203,42 +201,6 @@ def _interrupted(error) -> bool:
     return False
 
 
-def _instance():
-    import dagster as dg
-
-    home = Home.here().dagster
-    if not (home / "dagster.yaml").exists():
-        (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
-    os.environ["DAGSTER_HOME"] = str(home)
-    logging.getLogger("dagster").setLevel(logging.WARNING)
-    return dg.DagsterInstance.get()
-
-
-def _store() -> Store:
-    from definitions import usual_resources
-
-    return usual_resources()["store"].open()
-
-
-def _find(name: str) -> Path:
-    return reading.find(name, (reading.RECIPES, Home.here().recipes))
-
-
-def _device() -> Device:
-    from definitions import usual_resources
-
-    try:
-        return usual_resources()["accelerator"].device()
-    except ValueError as error:
-        raise RecipeError(f"RSFT_DEVICE: {error}") from error
-
-
-def _check_tracking() -> None:
-    from definitions import usual_resources
-
-    usual_resources()["tracking"].check()
-
-
 def _checked(recipe: Recipe) -> Recipe:
     """The recipe, once what it names is seen to be there: nothing has run by then."""
     import dagster as dg
@@ -280,7 +242,7 @@ def _unlimited(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"rounds": MOST_ROUNDS})})
 
 
-def _overrides(given: list[str] | None) -> dict[str, str]:
+def overrides_of(given: list[str] | None) -> dict[str, str]:
     found = {}
     for one in given or []:
         key, equals, value = one.partition("=")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli.run import _instance
+from cli import here
 from resources import pages
 from rsft_pipeline.home import ROOT, Home
 
@@ -28,7 +28,7 @@ def ui(
     if not remote:
         ports["MLflow"] = mlflow_port
     _check_free(ports)
-    _instance()
+    here.instance()
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     commands = [
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],

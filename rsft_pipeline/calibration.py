@@ -95,7 +95,8 @@ def temperature(shortfalls: np.ndarray, share: float) -> float:
     n = _count(shortfalls)
     different, counts = np.unique(np.minimum(shortfalls, 0.0), return_counts=True)
     best = int(counts[-1]) if different[-1] == 0 else 0
-    if share * n <= best:
+    wanted = float(Fraction(str(share)) * n)
+    if wanted <= best:
         raise CalibrationError(
             f"{best / n:.1%} of {n} candidates score the largest possible: every β accepts these and more. "
             f"Ask for a share above {best / n:g}, or give a larger `r_max`"
@@ -104,11 +105,11 @@ def temperature(shortfalls: np.ndarray, share: float) -> float:
         raise CalibrationError("no β accepts everything: ask for a share below 1, or use `rule: threshold`")
     short, counts = (different[:-1], counts[:-1]) if best else (different, counts)
     # The mean lies between what the least and the largest shortfall alone would give, so β lies between these.
-    least = math.log(-math.log((share * n - best) / (n - best)))
+    least = math.log(-math.log((wanted - best) / (n - best)))
     low, high = math.log(-short[-1]) - least, math.log(-short[0]) - least
     with np.errstate(over="ignore"):
         while low < (middle := (low + high) / 2) < high:
-            if np.dot(counts, np.exp(short / math.exp(middle))) < share * n - best:
+            if np.dot(counts, np.exp(short / math.exp(middle))) < wanted - best:
                 low = middle
             else:
                 high = middle

@@ -206,6 +206,11 @@ def unspoken(kind: str, what: str) -> str:
     return f"sha256 {hashlib.sha256(what.encode()).hexdigest()}"
 
 
+def printable(text: str) -> str:
+    """A text that somebody gave, fit for a terminal: with what is not printable escaped."""
+    return text if text.isprintable() else repr(text)
+
+
 def said(row: dict[str, Any], what: str | None = None, *, spoken: bool = False) -> str:
     """A revocation in words.
 
@@ -215,9 +220,11 @@ def said(row: dict[str, Any], what: str | None = None, *, spoken: bool = False) 
     """
 
     def called(kind: str, name: str) -> str:
-        name = name if spoken else unspoken(kind, name)
-        return f"{kind} {name if name.isprintable() else repr(name)}"
+        return f"{kind} {printable(name if spoken else unspoken(kind, name))}"
 
     kind, _, name = (row["cause"] or "").partition(" ")
     because = f" with {called(kind, name)}" if kind else ""
-    return f"{what or called(row['kind'], row['what'])} was revoked{because} by {row['who']}: {row['why']}"
+    return (
+        f"{what or called(row['kind'], row['what'])} was revoked{because} by {printable(row['who'])}: "
+        f"{printable(row['why'])}"
+    )

@@ -76,7 +76,7 @@ def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
 
 
 def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
-    """Record that a round has begun, in place of an earlier attempt."""
+    """Record that a round has begun, in place of an earlier attempt and of what that decided."""
     record = {
         "recipe": round_.recipe.name,
         "round": round_.key,
@@ -92,7 +92,8 @@ def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
     }
 
     def work(connection):
-        connection.execute("DELETE FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key])
+        for table in ("rounds", "decisions", "evaluations"):
+            connection.execute(f"DELETE FROM {table} WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key])
         columns, values = ", ".join(record), ", ".join("?" for _ in record)
         connection.execute(
             f"INSERT INTO rounds ({columns}, started_at) VALUES ({values}, now())", list(record.values())

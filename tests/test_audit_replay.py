@@ -434,7 +434,7 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     assert "the rows at the snapshot still have the root" in finding.what and finding.ids == (candidate,)
     change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
     (finding,) = verified(mine).findings
-    assert "leaves in `training_samples` gone" in finding.what and finding.ids == (candidate,)
+    assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
 
 
 def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine):

@@ -114,8 +114,8 @@ def test_a_missing_link_is_named(mine):
 
 def test_what_an_earlier_attempt_with_more_draws_left_is_said_to_be_left_and_no_gap(mine, recipe):
     row, more = rounds.raw(mine, NAME, "r001"), load(recipe.file, {"sampling.draws": "9"})
-    rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), recipe=more), "with more draws")
     (one,) = mine.query("SELECT * FROM candidates WHERE candidate_id = ?", [accepted(mine, "r001")[0]])
+    rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), recipe=more), "with more draws")
     left = {**one, "candidate_id": "1ef7" * 8, "draw": 8}
     mine.append("candidates", [left])
     mine.replace("rounds", [row], recipe=NAME, round="r001")
@@ -656,7 +656,7 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     trained = [event for event in events if event["job"]["name"] == f"{NAME}.checkpoint"][-1]
     assert trained["outputs"][0]["name"] == f"weights/{made['checkpoint']}"
     assert {one["name"] for one in trained["inputs"]} == {f"{NAME}/r001/accepted", f"weights/{made['parent']}"}
-    with pytest.raises(AuditError, match="is not empty"):
+    with pytest.raises(AuditError, match="is not an empty folder"):
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
 
 

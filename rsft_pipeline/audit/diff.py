@@ -99,7 +99,8 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
     def versions(round_: Round) -> list[dict[str, str]]:
         return store.commit(lambda c: [recorded.versions(c, round_, held_out=held_out) for held_out in (False, True)])
 
-    pairs, notes = list(zip(versions(before), versions(after), strict=True)), []
+    notes = []
+    pairs = [pair for pair in zip(versions(before), versions(after), strict=True) if all(pair)]  # else none decided yet
     for label in sorted(set().union(*itertools.chain(*pairs))):
         if any(was.get(label) != now.get(label) for was, now in pairs):
             notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")

@@ -55,7 +55,7 @@ COLUMNS = {
     "finish_reason": "`stop` or `length`.",
     "recipe": "The recipe.",
     "checkpoint": "Digest of the weights that were trained on it.",
-    "prompt_id": "Hash of the normalised prompt.",
+    "prompt_id": "Hash of the prompt's text, every space of it.",
     "candidate_id": "Hash of recipe, round, policy, prompt, draw and settings.",
     "leaf": "The row's hash, of which the checkpoint's Merkle root is made.",
 }
@@ -88,14 +88,14 @@ def export(
     """
     named = _checkpoint(thing(store, checkpoint, recipe))
     to = Path(to).expanduser().resolve()
-    to.mkdir(parents=True, exist_ok=True)
-    if any(to.iterdir()):
-        raise AuditError(f"{to} is not empty: give a new folder")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise AuditError(f"{to} is not an empty folder: give a new one")
     rows = to / f"training_set.{form}"
 
     def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
         made = _made(query, named)
+        to.mkdir(parents=True, exist_ok=True)
         sql, parameters, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
         connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
@@ -149,7 +149,7 @@ def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, dict[str,
         made,
     )
     if erased["n"]:
-        notes.append(f"the texts of {erased['n']} samples were erased")
+        notes.append(f"the texts of {erased['n']} of the samples were erased")
     finite = {name: f"CASE WHEN isfinite({name}) THEN {name} END AS {name}" for name in NUMBERS if form == "jsonl"}
     sql = _ROWS.format(at=at, columns=", ".join(finite.get(name, name) for name in COLUMNS))
     of = {key: made[key] for key in ("recipe", "round", "checkpoint")}

@@ -93,7 +93,8 @@ def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
         for row in query(sql, {**_range(typed), "recipe": recipe}):
             found.setdefault((kind, row["what"]), set()).add(row["recipe"])
         if kind in _BY_ID and _hex(typed) and (kind, typed) in found:  # the whole of a hash: nothing else has the same
-            return Thing(kind, typed, tuple(sorted(found[kind, typed])))
+            found = {(kind, typed): found[kind, typed]}
+            break
     (kind, what), there = _only(found, typed)
     if kind == "scorer":  # a version means the same in every recipe, and is revoked in all
         there = {

@@ -59,7 +59,7 @@ class Impact:
     accepted: int  # of `candidates`, by the decisions as they are now
     evaluated: list[tuple[str, str]]  # recipe and round, whose verdict counted it
     checkpoints: list[Touched]  # in the order they were made
-    later_candidates: int  # drawn from these checkpoints
+    later_candidates: int  # drawn from these checkpoints, beside those above
     later_accepted: int
     champions: list[tuple[str, str]]  # recipe and checkpoint: touched, and in use
     again: list[Again]  # in the order to run them
@@ -282,21 +282,24 @@ def role(row: Mapping[str, Any], round_: Mapping[str, Any] | None) -> str:
 
 
 def _later(query: Query, thing: Thing, through: set[str]) -> dict[str, int]:
-    """What was drawn from the weights reached; of a checkpoint, that came of it."""
+    """What was drawn from the weights reached, but for what is touched itself; of a checkpoint, that came of it."""
     weights = sorted(through - {thing.what})
     (drawn,) = query(
-        "SELECT count(*) AS n FROM candidates WHERE split = 'train' AND list_contains($weights, policy)",
+        f"""SELECT count(*) AS n FROM candidates
+            WHERE split = 'train' AND list_contains($weights, policy) AND {_MORE}""",
         {"weights": weights},
     )
     rounds = query("SELECT recipe, round FROM rounds WHERE list_contains($weights, drawn_from)", {"weights": weights})
     accepted = 0
     for recipe in dict.fromkeys(row["recipe"] for row in rounds):
         of = {"recipe": recipe, "rounds": [row["round"] for row in rounds if row["recipe"] == recipe]}
-        sql = (
-            "SELECT count(*) AS n FROM decisions WHERE recipe = $recipe AND accepted AND list_contains($rounds, round)"
-        )
+        sql = f"""SELECT count(*) AS n FROM decisions
+            WHERE recipe = $recipe AND accepted AND list_contains($rounds, round) AND {_MORE}"""
         accepted += query(sql, of)[0]["n"]
     return {"later_candidates": drawn["n"], "later_accepted": accepted}
+
+
+_MORE = "candidate_id NOT IN (SELECT candidate_id FROM touched)"
 
 
 def _why_again(row: Mapping[str, Any], through: Mapping[str, str]) -> str | None:

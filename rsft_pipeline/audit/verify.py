@@ -41,7 +41,7 @@ class Verification:
     samples: int  # rows of the training set
     snapshot: int
     recorded_root: str | None  # None: it was trained before roots were recorded
-    root: str | None  # of the rows at the snapshot; None: they could not be read
+    root: str | None  # of the rows at the snapshot, or where that is gone, of what is left; None: they are not readable
     checks: list[Check]
     findings: list[Finding]
     ok: bool  # nothing was found different
@@ -90,7 +90,7 @@ def verify(
     began = time.perf_counter()
     note = Notes()
 
-    meta = json.loads(made["meta"])
+    meta = _record(made, note)
     recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
@@ -111,6 +111,24 @@ def verify(
         not note.findings,
         time.perf_counter() - began,
     )
+
+
+def _record(made: Mapping[str, Any], note: Notes) -> dict[str, Any]:
+    """What was recorded of the checkpoint, against the columns that say the same; empty where it cannot be read."""
+    name = "columns of `checkpoints`, against its record"
+    try:
+        meta = dict(json.loads(made["meta"]))
+    except (TypeError, ValueError) as error:
+        what = f"the record of {made['checkpoint']} in `checkpoints`, `meta`, cannot be read: {error}"
+        note(Check(name, 0, 1), Finding("data", what, 1))
+        return {}
+    twice = {"snapshot": "store_snapshot", **{column: column for column in made if column in meta}}
+    there = {column: key for column, key in twice.items() if key in meta and made[column] is not None}
+    wrong = {column: meta[key] for column, key in there.items() if made[column] != meta[key]}
+    said = "; ".join(f"{column} {made[column]!r}, and its record {then!r}" for column, then in wrong.items())
+    what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
+    note(Check(name, len(there), len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
+    return meta
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -159,8 +177,8 @@ def _roots(
 
 def _meta(folder) -> dict[str, Any]:
     try:
-        return checkpoints.read_meta(folder)
-    except ValueError:  # no JSON any more; the weights' check has said so
+        return dict(checkpoints.read_meta(folder))
+    except (TypeError, ValueError):  # it is none any more; the weights' check has said so
         return {}
 
 
@@ -176,7 +194,7 @@ def _rows(
     meta: Mapping[str, Any],
     then: int | None,
     note: Notes,
-) -> str:
+) -> str | None:
     """Compare the training set that was recorded with the rows at the snapshot and of now. Returns the root of then.
 
     Args:
@@ -186,24 +204,29 @@ def _rows(
     of = {"recipe": made["recipe"], "round": made["round"]}
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE recorded AS
-            SELECT candidate_id, leaf FROM training_samples AT (VERSION => {int(now)})
+            SELECT candidate_id, leaf, weight FROM training_samples AT (VERSION => {int(now)})
             WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint""",
         {**of, "checkpoint": made["checkpoint"]},
     )
     there = then is not None
     with as_of(connection, TABLES, now):
         revoked = _revoked(connection, made)
-        others = _others(connection, made, revoked)
+        others = _others(connection, made, revoked, note)
     if not there and others:
         return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
     with as_of(connection, TABLES, then if there else now):
         recorded = "SELECT settings FROM rounds WHERE recipe = $recipe AND round = $round"
-        settings = _recorded(connection.execute(recorded, of).fetchone()[0])
+        try:
+            settings = _recorded(*connection.execute(recorded, of).fetchall())
+        except (TypeError, ValueError, AttributeError):
+            what = f"the table `rounds` has no record of {made['round']} at the snapshot {then or now} that can be read"
+            note(Check(_THEN, 0, 1), Finding("data", what, 1))
+            return None
         rows, given = training_rows(made["recipe"], made["round"], settings, meta.get("trained_on", "accepted"))
-        chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, {_ROW} AS row FROM ({rows})"
+        chosen = f"SELECT candidate_id, {merkle.LEAF} AS leaf, weight, {_ROW} AS row FROM ({rows})"
         connection.execute(f"CREATE OR REPLACE TEMP TABLE at_snapshot AS {chosen}", given)
     with as_of(connection, TABLES, now):
-        root = _then(connection, meta, set() if there else revoked, note)
+        root = _then(connection, meta, set() if there else revoked, there, note)
         if not there:
             note(Check(_NOW, 0, None, "the snapshot was forgotten: the comparison above is with the rows of now"))
         elif others:
@@ -213,22 +236,43 @@ def _rows(
     return root
 
 
-def _recorded(settings: str) -> Recipe:
+def _recorded(row: tuple[str]) -> Recipe:
     """What a training set goes by of the recorded recipe; the rest may be refused by now."""
-    was = json.loads(settings)
+    was = json.loads(row[0])
     sections = {"training": Training, "acceptance": Rule}
     read = {name: section.model_construct(**was.get(name, {})) for name, section in sections.items()}
     return Recipe.model_construct(**{**was, **read})
 
 
-def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revoked: set[str]) -> str:
-    """Why the round's rows of now are others than this checkpoint's, in words; empty where they are not."""
+def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revoked: set[str], note: Notes) -> str:
+    """Why the rows of now are others than this checkpoint's, in words; empty where they are not."""
     of = {"recipe": made["recipe"], "round": made["round"]}
-    if made["checkpoint"] not in (connection.execute(_RESULT, of).fetchone() or ()):
+    result = connection.execute(_RESULT, of).fetchone()
+    if result is None:
+        what = f"the table `rounds` has no record of {made['round']} any more"
+        note(Check("the round's record", 1, 1), Finding("data", what, 1))
+        return what
+    if made["checkpoint"] not in result:
         return f"{made['round']} was begun again since: its rows of now are not this checkpoint's"
+    if earlier := connection.execute(_BEGUN_SINCE, of).fetchone():
+        return f"{earlier[0]}, which it learned from too, was begun again since"
     if revoked and made["trained_on"] not in (None, "accepted"):
         return f"{len(revoked)} were revoked since, and a control learns others in their place"
-    return ""
+    (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
+    return f"all {rows} were revoked since" if 0 < rows == len(revoked) else ""
+
+
+# The checkpoints that count for a round: its own and its controls.
+_RESULT = """
+    SELECT checkpoint, json_extract_string(controls, '$.random'), json_extract_string(controls, '$.everything')
+    FROM rounds WHERE recipe = $recipe AND round = $round
+"""
+_BEGUN_SINCE = """
+    SELECT e.round FROM rounds e JOIN rounds r ON r.recipe = e.recipe AND r.round = $round
+    WHERE e.recipe = $recipe AND e.round < $round AND e.started_at > r.started_at
+        AND (r.settings::JSON ->> '$.training.data') = 'all_rounds'
+    ORDER BY e.round LIMIT 1
+"""
 
 
 def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why: str, note: Notes) -> str:
@@ -256,13 +300,24 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
     return set(_column(connection, sql, {"recipe": made["recipe"]}))
 
 
-def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoked: set[str], note: Notes) -> str:
-    """The rows at the snapshot against the recorded leaves, and both against the root; but for those `revoked`."""
+def _then(
+    connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoked: set[str], there: bool, note: Notes
+) -> str:
+    """The rows at the snapshot against the recorded leaves, and both against the root.
+
+    Args:
+        revoked: rows that are none of them any more, which leaves the recorded leaves to be compared with the root.
+        there: whether the snapshot still is; else the rows are those of now.
+
+    Returns:
+        The root: of the rows, or where some were revoked, of the recorded leaves.
+    """
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, r.candidate_id), CASE WHEN t.candidate_id IS NULL THEN 'gone'
                WHEN r.candidate_id IS NULL THEN 'added' ELSE 'changed' END
            FROM at_snapshot t FULL JOIN recorded r ON r.candidate_id = t.candidate_id
-           WHERE t.leaf IS DISTINCT FROM r.leaf OR t.candidate_id IS NULL OR r.candidate_id IS NULL"""
+           WHERE t.leaf IS DISTINCT FROM r.leaf OR t.weight IS DISTINCT FROM r.weight
+               OR t.candidate_id IS NULL OR r.candidate_id IS NULL"""
     ).fetchall()
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "at_snapshot")
@@ -270,7 +325,7 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoke
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
     wanted, found = meta.get("merkle_root", recorded), []
     if root == wanted:  # so it is the table of leaves that was touched
-        what = "leaves in `training_samples` {}, while the rows at the snapshot still have the root"
+        what = "rows of `training_samples` {}, while the rows at the snapshot still have the root"
         words = {"changed": "changed", "gone": "added", "added": "gone"}
     else:
         what = "rows at the snapshot {}" + ("" if recorded == wanted else ", or leaves in `training_samples`, or both")
@@ -286,10 +341,13 @@ def _then(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoke
             if twice
             else Finding("data", what, rows)
         )
-    note(Check("rows at the snapshot, leaf by leaf and by the root", rows, len(different) or len(found)), *found)
-    return root
+    name = _THEN if there else "rows of now, leaf by leaf, and the leaves by the root"
+    said = f"{len(revoked)} were revoked since" if revoked else ""
+    note(Check(name, rows - len(revoked), len(different) or len(found), said), *found)
+    return recorded if revoked else root
 
 
+_THEN = "rows at the snapshot, leaf by leaf and by the root"
 _NOW = "rows of now, against those at the snapshot"
 
 
@@ -317,18 +375,13 @@ def _now(
         for ids in [[candidate for candidate, why in different if why == how]]
     ]
     said = f"{len(revoked)} were revoked since" if revoked else ""
-    note(Check(_NOW, count, len(different), said), *found)
-
-
-# The checkpoints that count for a round: its own and its controls.
-_RESULT = """
-    SELECT checkpoint, json_extract_string(controls, '$.random'), json_extract_string(controls, '$.everything')
-    FROM rounds WHERE recipe = $recipe AND round = $round
-"""
+    note(Check(_NOW, count - len(revoked), len(different), said), *found)
 
 
 def _root(connection: duckdb.DuckDBPyConnection, table: str) -> str:
-    sql = f"SELECT coalesce(leaf, '') AS leaf FROM {table} ORDER BY candidate_id"
+    """The root of a table's leaves. What is no hash counts as one that no row has."""
+    leaf = "CASE WHEN regexp_full_match(leaf, '[0-9a-f]{64}') THEN leaf ELSE repeat('0', 64) END"
+    sql = f"SELECT {leaf} AS leaf FROM {table} ORDER BY candidate_id"
     return merkle.root(connection.execute(sql).to_arrow_table()["leaf"])
 
 

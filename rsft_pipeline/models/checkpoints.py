@@ -121,12 +121,14 @@ def verify(path: Path) -> list[str]:
     Raises:
         ModelError: when there is no record to compare with.
     """
-    record = read_meta(path)
-    if "files" not in record:
-        raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
-    now, then = _file_digests(Path(path)), record["files"]
+    match read_meta(path):
+        case {"files": dict(then), "digest": str(digest)}:
+            pass
+        case _:
+            raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
+    now = _file_digests(Path(path))
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if _digest_of(then) != record["digest"]:
+    if _digest_of(then) != digest:
         changed.append(META)
     return changed
 

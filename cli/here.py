@@ -1,0 +1,65 @@
+"""Here: what commands work on in this home: its store, its Dagster instance, MLflow, the device, and recipes by name.
+
+Not: a command's arguments, nor what it prints.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from rsft_pipeline.audit.revoke import Revoked
+from rsft_pipeline.devices import Device
+from rsft_pipeline.home import ROOT, Home
+from rsft_pipeline.recipe import reading
+from rsft_pipeline.recipe.section import RecipeError
+from rsft_pipeline.store import Store
+
+
+def store() -> Store:
+    return _resource("store").open()
+
+
+def instance():
+    """The home's DagsterInstance, made where it is missing. Processes that do that take turns (`Home.lock`)."""
+    import dagster as dg
+
+    home = Home.here().dagster
+    if not (home / "dagster.yaml").exists():
+        (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    os.environ["DAGSTER_HOME"] = str(home)
+    logging.getLogger("dagster").setLevel(logging.WARNING)
+    return dg.DagsterInstance.get()
+
+
+def tracking():
+    return _resource("tracking")
+
+
+def accelerator():
+    return _resource("accelerator")
+
+
+def device() -> Device:
+    """What models run on. Raises RecipeError where RSFT_DEVICE names none."""
+    try:
+        return accelerator().device()
+    except ValueError as error:
+        raise RecipeError(f"RSFT_DEVICE: {error}") from error
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe, by its name or path. Raises RecipeError, naming those that are near."""
+    return reading.find(name, (reading.RECIPES, Home.here().recipes))
+
+
+def tell(dagster, store: Store, done: Revoked) -> None:
+    """Let Dagster and MLflow show a revocation."""
+    from assets import outside
+
+    outside.tell(dagster, tracking(), store, done)
+
+
+def _resource(name: str):
+    from definitions import usual_resources
+
+    return usual_resources()[name]
