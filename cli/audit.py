@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from rich.tree import Tree
 from cli import here
 from cli.console import console
 from cli.run import SetOption, overrides_of
+from rsft_pipeline import rounds
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
@@ -34,9 +36,11 @@ from rsft_pipeline.audit import whatif as asking
 from rsft_pipeline.audit import words
 from rsft_pipeline.audit.ids import AuditError, check_recipe
 from rsft_pipeline.audit.ids import recipes as recipes_in
+from rsft_pipeline.audit.ids import rounds as rounds_in
 from rsft_pipeline.home import Home
-from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
 
 log = logging.getLogger(__name__)
@@ -59,8 +63,9 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
         raise nothing
     try:
         with here.store() as store:
-            if not recipes_in(store):
-                raise nothing
+            with suppress(duckdb.Error):  # of a file that cannot be read: verify and replay say which
+                if not recipes_in(store):
+                    raise nothing
             if recipe is not None:
                 check_recipe(store, recipe)
             yield store
@@ -69,9 +74,17 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
 
 
 def recipe_named(store: Store, name: str) -> Recipe:
-    """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
-    check_recipe(store, Path(name).stem)
-    return load(here.recipe_file(name))
+    """The recipe as its file is now, or where that cannot be had, as its last round recorded it."""
+    called = Path(name).stem
+    if not rounds_in(store, called):
+        check_recipe(store, called)
+    file = RECIPES / f"{called}.yaml"
+    try:
+        file = here.recipe_file(name)
+        return load(file)
+    except RecipeError as error:
+        print(f"{error}\n{called} is taken as its last round recorded it", file=sys.stderr)
+        return rounds.recorded(store, file)
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:

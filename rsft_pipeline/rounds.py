@@ -16,7 +16,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.evaluation import MOST_ROUNDS, Stop
 from rsft_pipeline.recipe.recipe import Recipe
-from rsft_pipeline.recipe.section import refusals
+from rsft_pipeline.recipe.section import RECORDED, refusals
 from rsft_pipeline.store import Store
 
 
@@ -123,6 +123,8 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     except ValidationError as error:
         refused = f"{recipe.name} {round_key} ran with settings that are refused by now: {refusals(error)}"
         raise RoundError(refused) from None
+    except (TypeError, ValueError) as error:
+        raise RoundError(f"{recipe.name} {round_key}: its settings in `rounds` cannot be read: {error}") from None
     return Round(
         as_it_was,
         round_key,
@@ -132,6 +134,15 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
         row["mlflow_run_id"],
         row["answers"],
     )
+
+
+def recorded(store: Store, file: Path) -> Recipe:
+    """A recipe as its last round recorded it, whatever its file has become. Raises RoundError where none was begun."""
+    row = raw(store, file.stem, last_begun(store, file.stem))
+    try:
+        return Recipe.of_file(file, json.loads(row["settings"]), RECORDED)
+    except ValueError as error:
+        raise RoundError(f"{file.stem} {row['round']}: its settings in `rounds` cannot be read: {error}") from None
 
 
 def resume(store: Store, recipe: Recipe, round_key: str) -> Round:

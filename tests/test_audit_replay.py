@@ -106,6 +106,7 @@ def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recip
             "seeds of held-out candidates, computed again": (answers, 0),
             "held-out results, counted again": (evaluated, 0),
             "the verdict of the gate": (1, 0),
+            "what the round came to": (8, 0),
             "prompts of held-out candidates, hashed again": (asked, 0),
             "scorer answer of held-out candidates": (answers, 0),
             "texts of held-out candidates, decoded again": (answers, 0),
@@ -209,6 +210,7 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     assert answer.would.score == pytest.approx(np.mean([row["score"] for row in kept]))
     assert answer.would.parameters == json.loads(kept[0]["parameters"])
 
+    change(mine, "UPDATE rounds SET accepted = ? WHERE round = 'r000'", len(kept))  # which the round's end would
     again = replayed(mine, recipe, judged=0)
     assert (again.findings, again.replayed) == ([], len(then))
 
@@ -451,6 +453,111 @@ def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine)
     mine.forget()
     answer = verify(mine, made, Home.here())
     assert answer.ok and "the snapshot was forgotten" in answer.checks[-1].note
+
+
+def test_rows_that_were_all_revoked_are_not_said_to_have_been_compared(mine):
+    revoke(mine, thing(mine, some(mine)["prompt_id"]), who="me", why="because")  # r001 drew from what learned it
+    change(mine, "UPDATE candidates SET text = text || ' changed' WHERE round = 'r001'")
+    answer = verified(mine, "r001")
+    assert answer.checks[-1].differing is None and f"all {answer.samples} were revoked since" == answer.checks[-1].note
+    mine.forget()
+    answer = verified(mine, "r001")
+    assert checks(answer)["recorded leaves, by the root"] == (answer.samples, 0) and answer.root == answer.recorded_root
+    assert answer.checks[-1].differing is None and "all" in answer.checks[-1].note
+
+
+def test_a_round_under_way_again_has_decided_nothing_yet(mine, recipe):
+    candidate = some(mine)["candidate_id"]
+    for key in ("r001", "r000"):  # the last first: nothing may stand on a round that is begun again
+        rounds.begin(mine, rounds.record(mine, recipe, key), "again")
+    answer = replayed(mine, recipe, judged=0)
+    assert answer.findings == [] and answer.decisions == 0
+    assert [check.note for check in answer.checks if check.name == "decisions replayed"] == [
+        "nothing was decided in this round"
+    ]
+    with pytest.raises(AuditError, match="nothing was decided in this round"):
+        whatif(mine, recipe, "r000", {"acceptance.cap": "1"})
+    compared = diff(mine, recipe, "r000", "r001")
+    assert compared.held_out is None and not any("version" in note for note in compared.notes)
+    found = trace(mine, candidate)
+    assert found.complete and found.decision is None and found.decision_then.accepted
+
+
+def test_an_earlier_round_that_was_begun_again_explains_other_rows_where_all_rounds_are_learned_from(mine):
+    everything = json.dumps({"training": {"data": "all_rounds"}})
+    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", everything)
+    change(mine, "UPDATE rounds SET started_at = now() WHERE round = 'r000'")
+    assert verified(mine, "r001").checks[-1].note == "r000, which it learned from too, was begun again since"
+
+
+R000 = "round = 'r000' AND ? <> ''"
+ITS_PROMPT = "prompt_id = (SELECT prompt_id FROM decisions WHERE candidate_id = ?)"
+BROKEN = {
+    "a leaf that is no hash": "UPDATE training_samples SET leaf = 'xyz' WHERE candidate_id = ?",
+    "a weight that was trained with": "UPDATE training_samples SET weight = 5 WHERE candidate_id = ?",
+    "the record of a checkpoint": "UPDATE checkpoints SET meta = '[' WHERE ? <> ''",
+    "the snapshot of a checkpoint": "UPDATE checkpoints SET snapshot = 3 WHERE ? <> ''",
+    "the samples of a checkpoint": "UPDATE checkpoints SET samples = 7 WHERE ? <> ''",
+    "a round without a record": "DELETE FROM rounds WHERE ? <> ''",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_cannot_be_read_or_was_recorded_otherwise_is_a_finding_of_verify(mine, what):
+    made = find(mine, NAME, "r000")["checkpoint"]
+    change(mine, BROKEN[what], some(mine)["candidate_id"])
+    answer = verify(mine, find(mine, made), Home.here())
+    assert {finding.kind for finding in answer.findings} == {"data"}
+
+
+UNREADABLE = {
+    "the fields of a prompt": f"UPDATE prompts SET fields = '{{' WHERE {ITS_PROMPT}",
+    "the text that a prompt is the same as": f"UPDATE prompts SET same_text = 'x' WHERE {ITS_PROMPT}",
+    "a token that the model does not have": "UPDATE candidates SET token_ids = [999999] WHERE candidate_id = ?",
+    "a rule": f"UPDATE decisions SET parameters = '{{}}' WHERE {R000}",
+    "the champion": f"UPDATE rounds SET champion = policy WHERE {R000}",
+    "the checkpoint": f"UPDATE rounds SET checkpoint = policy WHERE {R000}",
+    "a summary": f"UPDATE rounds SET checkpoint_eval = replace(checkpoint_eval, '0.', '1.') WHERE {R000}",
+    "a count": f"UPDATE rounds SET candidates = 1 WHERE {R000}",
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_or_was_recorded_otherwise_is_a_finding_of_replay(mine, recipe, what):
+    first = "SELECT min(candidate_id) FROM candidates WHERE round = 'r000' AND split = 'train'"  # is forced, too
+    change(mine, UNREADABLE[what], mine.value(first))
+    answer = replayed(mine, recipe, forced=2)
+    assert {finding.kind for finding in answer.findings} == {"rule" if what == "a rule" else "data"}
+
+
+@pytest.mark.parametrize("column", ["settings", "scorers"])
+def test_a_record_that_cannot_be_read_is_named(mine, recipe, column):
+    change(mine, f"UPDATE rounds SET {column} = '[' WHERE round = 'r000'")
+    with pytest.raises((AuditError, rounds.RoundError), match="in `rounds` cannot be read"):
+        replayed(mine, recipe)
+
+
+@pytest.mark.parametrize("meta", [[], {"files": []}, {"files": {}, "digest": None}])
+def test_a_folder_whose_record_is_none_is_a_finding(mine, meta):
+    made = find(mine, NAME, "r000")["checkpoint"]
+    (Home.here().checkpoints / made / "meta.json").write_text(json.dumps(meta))
+    assert "weights" in {finding.kind for finding in verified(mine).findings}
+
+
+def test_commands_that_name_a_broken_file_are_not_stopped_by_it(mine):
+    for file in (Home.here().path / "store").rglob("prompts/*.parquet"):
+        file.write_bytes(file.read_bytes()[:-20])
+    done = CliRunner().invoke(app, ["audit", "verify", NAME, "r001"])
+    assert done.exit_code == 1 and "of the table prompts cannot be read" in done.stdout
+
+
+def test_a_recipe_whose_file_is_gone_is_asked_about_as_it_was_recorded(mine, recipe):
+    assert not (Home.here().recipes / f"{NAME}.yaml").exists()
+    for words in (["diff", NAME, "r000", "r001"], ["whatif", NAME, "r000", "--set", "acceptance.cap=1"]):
+        done = CliRunner().invoke(app, ["audit", *words, "--json"])
+        assert done.exit_code == 0 and json.loads(done.stdout)["recipe"] == NAME
+        assert f"{NAME} is taken as its last round recorded it" in done.stderr
+    assert replayed(mine, rounds.recorded(mine, recipe.file)).findings == []
 
 
 def test_a_checkpoint_whose_round_was_run_again_after_a_text_was_erased_still_has_its_root(mine, recipe):

@@ -94,3 +94,9 @@ def test_what_no_number_can_give_is_an_error_that_says_what_to_do():
     for find in (calibration.threshold, calibration.log_scale, calibration.temperature):
         with pytest.raises(CalibrationError, match="no candidate was judged and passed"):
             find(np.array([]), 0.5)
+
+
+def test_a_share_is_the_decimal_that_was_written():
+    best = np.array([0.0] * 7 + [-1.0] * 93)
+    with pytest.raises(calibration.CalibrationError, match="score the largest possible"):
+        calibration.temperature(best, 0.07)  # 0.07 · 100 is a little more than 7 in doubles

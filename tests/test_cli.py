@@ -277,6 +277,11 @@ def test_where_no_terminal_is_lines_are_neither_cut_nor_wrapped(ran, monkeypatch
     )
 
 
+def test_words_that_are_no_text_are_refused():
+    done = rsft("audit", "trace", "--text", os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_version_is_that_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert rsft("--version").stdout == f"{project['version']}\n"

@@ -174,8 +174,8 @@ def test_a_text_is_named_by_its_hash_where_that_is_kept(store):
 
 
 def test_what_would_move_the_cursor_is_escaped_in_words(store):
-    row = {"kind": "source", "what": "\x1b[2Ja.jsonl", "cause": None, "who": "me", "why": "because"}
-    assert "\x1b" not in revocations.said(row) and "\\x1b[2Ja.jsonl" in revocations.said(row)
+    row = {"kind": "source", "what": "\x1b[2Ja.jsonl", "cause": None, "who": "me\u202e", "why": "\x1b]0;owned\x07"}
+    assert revocations.said(row).isprintable() and "\\x1b[2Ja.jsonl" in revocations.said(row)
 
 
 def test_a_text_of_a_recipe_that_is_not_there_is_refused(store):
@@ -235,6 +235,17 @@ def test_a_scorers_version_is_followed_in_every_recipe_that_has_it(store):
     thing = ids.thing(store, "answer", letters.RECIPE)
     assert thing.recipes == (letters.RECIPE, "zeta")
     assert impact(store, thing).candidates == 2 * impact(store, ids.thing(store, "letters.jsonl", "zeta")).candidates
+    version = "d19e" * 8
+    store.commit(lambda c: c.execute("UPDATE scores SET version = ? WHERE scorer = 'answer'", [version]))
+    for typed in (version, version[:31], "answer"):  # however it is named
+        assert ids.thing(store, typed, letters.RECIPE).recipes == (letters.RECIPE, "zeta")
+
+
+def test_what_is_touched_itself_is_not_counted_again_among_what_came_later(store):
+    whole = impact(store, ids.thing(store, "letters.jsonl"))
+    assert (whole.later_candidates, whole.later_accepted) == (0, 0)  # r001 drew for prompts of the same source
+    one = impact(store, ids.thing(store, letters.candidate_id("r000", 9, 0)))
+    assert (one.later_candidates, one.later_accepted) == (letters.PROMPTS * letters.DRAWS, letters.PROMPTS)
 
 
 def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):

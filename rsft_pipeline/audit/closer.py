@@ -71,7 +71,7 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
             GROUP BY s.candidate_id
         )
         SELECT r.content = r.now AS unchanged, c.candidate_id, c.prompt_id, c.text, c.token_ids, c.finish_reason,
-            c.log_q, c.log_p, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
+            c.log_q, c.log_p, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content, p.same_text,
             s.scorers, s.scores
         FROM {looked_at} r
         JOIN ({candidates}) c ON c.candidate_id = r.candidate_id
@@ -91,6 +91,23 @@ def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
     note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), *found)
 
 
+def readable(rows: list[dict], note: Notes, of: str = "") -> list[dict]:
+    """Those of the rows that a scorer could be shown. The others, of prompts whose JSON is none, are named."""
+
+    def can_be_read(row: dict) -> bool:
+        try:
+            judged_sample(row)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    able = {row["prompt_id"]: can_be_read(row) for row in rows}
+    if wrong := [prompt_id for prompt_id, good in able.items() if not good]:
+        what = "prompts (by prompt id) whose fields or messages are not JSON"
+        note(Check(f"prompts{of}, as JSON", len(able), len(wrong)), named("data", what, wrong))
+    return [row for row in rows if able[row["prompt_id"]]]
+
+
 def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
     """Whether prompts are what their ids and digests say, and are still what they were judged by."""
     asked = {row["prompt_id"]: row for row in rows}
@@ -100,6 +117,7 @@ def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
         # An id from before every space of a text counted is that of the text normalised.
         if prompt_id not in (lineage.prompt_id(row["prompt"]), lineage.same_text(row["prompt"]))
         or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
+        or row["same_text"] not in (None, lineage.same_text(row["prompt"]))
     ]
     changed = sum(row["unchanged"] is False for row in asked.values())
     found = [named("data", "prompts (by prompt id) that are not what they hash to", wrong)] if wrong else []

@@ -4,6 +4,7 @@ Belongs here: the results of each held-out prompt from stored candidates and sco
 results. Not: candidates to train on (replay.py).
 """
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -13,10 +14,10 @@ import duckdb
 from rsft_pipeline.audit import closer
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named
 from rsft_pipeline.audit.reading import on
-from rsft_pipeline.evaluation import PromptResult, compare, promoted
+from rsft_pipeline.evaluation import PromptResult, compare, promoted, summarise
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import EVALUATION
-from rsft_pipeline.steps.evaluate import recorded_results, results
+from rsft_pipeline.steps.evaluate import counts, finite, recorded_results, results
 from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, of_evaluation, of_scorers
 from rsft_pipeline.store import Query
 
@@ -42,8 +43,9 @@ def check(
     query(f"CREATE OR REPLACE TEMP TABLE looked_at AS {some}", {"judged": judged})
     rows = query(closer.rows_sql("looked_at", "SELECT * FROM candidates WHERE recipe = $recipe"), {**of, **scorers})
     unsure = {row["prompt_id"] for row in query(_UNSURE)}
-    _results(query, round_, {row["role"]: row["checkpoint"] for row in asked}, version_of, unsure, note)
-    _verdict(query, round_, of, note)
+    roles = {row["role"]: row["checkpoint"] for row in asked}
+    _results(query, round_, roles, version_of, unsure, note)
+    _verdict(query, round_, roles, of, note)
     return rows
 
 
@@ -99,20 +101,63 @@ def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
     )
 
 
-def _verdict(query: Query, round_: Round, of: dict[str, str], note: Notes) -> None:
-    """What the gate said, from the recorded results."""
-    (row,) = query("SELECT promoted, verdict FROM rounds WHERE recipe = $recipe AND round = $round", of)
-    name, recipe = "the verdict of the gate", round_.recipe
+def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, str], note: Notes) -> None:
+    """What the gate said, and what the round's record says it came to, from recorded results and decisions."""
+    (row,) = query("SELECT * FROM rounds WHERE recipe = $recipe AND round = $round", of)
+    name, recipe, how = "the verdict of the gate", round_.recipe, round_.recipe.evaluation
     if row["verdict"] is None:
         note(Check(name, 0, None, "the round is not finished"))
         return
-    before, after = (recorded_results(query, recipe.name, round_.key, role) for role in ("champion", "checkpoint"))
+    found = {role: recorded_results(query, recipe.name, round_.key, role) for role in roles}
     try:
-        how = recipe.evaluation
-        comparison = compare(before, after, recipe.promotion.metric, k=how.k, confidence=how.confidence)
+        comparison = compare(
+            found["champion"], found["checkpoint"], recipe.promotion.metric, k=how.k, confidence=how.confidence
+        )
         again = promoted(comparison, recipe.promotion)
-    except ValueError as error:
-        again = None, str(error)
+        summaries = {
+            role: finite(asdict(summarise(each, k=how.k, confidence=how.confidence))) for role, each in found.items()
+        }
+    except (KeyError, ValueError) as error:  # a role or all prompts are gone
+        what = f"the recorded results give no verdict ({error}), and the round has «{row['verdict']}»"
+        note(Check(name, 1, 1), Finding("rule", what, 1))
+        return
     wrong = again != (row["promoted"], row["verdict"])
     what = f"the recorded results give the verdict «{again[1]}», not «{row['verdict']}»"
     note(Check(name, 1, int(wrong)), *([Finding("rule", what, 1)] if wrong else []))
+
+    left = "checkpoint" if row["promoted"] else "champion"
+    drawn = counts(query, round_)
+    outcome = {
+        "checkpoint": roles["checkpoint"],
+        "champion": roles[left],
+        "policy_eval": summaries["policy"],
+        "checkpoint_eval": summaries["checkpoint"],
+        "champion_eval": summaries[left],
+        **{name: drawn[name] for name in ("candidates", "tokens", "accepted")},  # texts may have been erased since
+    }
+    there = {column: value for column, value in outcome.items() if row[column] is not None}
+    different = [column for column, value in there.items() if not _recorded(row[column], value)]
+    what = f"the table `rounds` has another {', '.join(different)} than decisions and results give"
+    note(
+        Check("what the round came to", len(there), len(different)),
+        *([Finding("data", what, len(different))] if different else []),
+    )
+
+
+def _recorded(was, now) -> bool:
+    """Whether a column has this value: the same text or number, or of a summary all that was recorded of it."""
+    if not isinstance(now, dict):
+        return was == now
+    try:
+        return _alike(json.loads(was), now)
+    except (TypeError, ValueError):
+        return False
+
+
+def _alike(was, now) -> bool:
+    match was, now:
+        case dict(), dict():
+            return all(name in now and _alike(value, now[name]) for name, value in was.items())
+        case float(), float():
+            return math.isclose(was, now, rel_tol=1e-12)
+    return was == now

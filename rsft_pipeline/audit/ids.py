@@ -57,8 +57,8 @@ def check_recipe(store: Store, recipe: str) -> None:
 
 def check_round(store: Store, recipe: str, round_key: str) -> None:
     """Raise AuditError, naming those there are, where the recipe has no such round, or there is no such recipe."""
-    check_recipe(store, recipe)
     if round_key not in (there := rounds(store, recipe)):
+        check_recipe(store, recipe)
         raise AuditError(f"{recipe} has no round {round_key!r}; there is {_named(there)}")
 
 

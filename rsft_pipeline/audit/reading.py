@@ -51,3 +51,8 @@ def as_of(connection: duckdb.DuckDBPyConnection, tables: Sequence[str], snapshot
     finally:
         for table in tables:
             connection.execute(f"DROP VIEW temp.{table}")
+
+
+def column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
+    """The values of a query that gives one column."""
+    return [row[0] for row in connection.execute(sql, parameters).fetchall()]

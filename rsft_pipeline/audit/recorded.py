@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 
 from rsft_pipeline.acceptance import same_text
+from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
@@ -30,7 +31,13 @@ def versions(connection: duckdb.DuckDBPyConnection, round_: Round, *, held_out: 
     rows = connection.execute(
         f"SELECT {named} FROM rounds WHERE recipe = ? AND round = ?", [round_.recipe.name, round_.key]
     ).fetchall()
-    return json.loads(rows[0][0] or "{}") if rows else {}
+    try:
+        return dict(json.loads(rows[0][0] or "{}")) if rows else {}
+    except (TypeError, ValueError):
+        who = f"{round_.recipe.name} {round_.key}"
+        raise AuditError(
+            f"{who}: the versions of its scorers in `rounds` cannot be read: {rows[0][0]!r:.200}"
+        ) from None
 
 
 def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ import duckdb
 from rsft_pipeline import acceptance, models, prompts, rounds, scoring, tasks
 from rsft_pipeline.audit import closer, held_out, ids, recorded
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
-from rsft_pipeline.audit.reading import as_of
+from rsft_pipeline.audit.reading import as_of, column
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
@@ -93,7 +93,7 @@ def replay(
             (stored.rows, stored.version_of, ""),
             (stored.held_out, stored.evaluated_by, held_out.OF),
         ):
-            if rows:
+            if rows := closer.readable(rows, note, of):
                 closer.prompts(rows, note, of)
                 closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
         _weights(store, round_, home, device, stored, forced, tolerance, note)
@@ -150,25 +150,28 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
     counted = f"SELECT count(*), count(*) FILTER (reason = '{REASON}') FROM ({recorded.DECISIONS})"
     decided, revoked = connection.execute(counted, of).fetchone()
     facts = {"decisions": decided, "replayed": 0, "parameters": {}}
-    there = [
-        json.loads(text) for text in _column(connection, f"SELECT DISTINCT parameters FROM ({recorded.DECISIONS})", of)
-    ]
+    often = f"SELECT parameters FROM ({recorded.DECISIONS}) GROUP BY ALL ORDER BY count(*) DESC, parameters"
+    there = column(connection, often, of)
     if not there:
         note(Check("decisions replayed", 0, None, "nothing was decided in this round"))
         return facts
     if len(there) > 1:
         what = f"the decisions were made by {len(there)} different rules, of which the most frequent is replayed"
         note(Check("one rule for the round", len(there), len(there) - 1), Finding("rule", what, len(there)))
-        often = f"SELECT parameters FROM ({recorded.DECISIONS}) GROUP BY ALL ORDER BY count(*) DESC, parameters LIMIT 1"
-        there = [json.loads(connection.execute(often, of).fetchone()[0])]
-    facts["parameters"] = there[0]
+    try:
+        rule = json.loads(there[0])
+        again = acceptance.decisions_sql("recorded", rule, round_.recipe.seed)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        what = f"the rule that was recorded with the decisions cannot be read: {there[0]!r:.200}"
+        note(Check("decisions replayed", decided, None, "the recorded rule is none"), Finding("rule", what, decided))
+        return facts
+    facts["parameters"] = rule
     if revoked:  # the rule saw nothing of them
         aside = f"SELECT candidate_id FROM ({recorded.DECISIONS}) WHERE reason = '{REASON}'"
         connection.execute(f"DELETE FROM recorded WHERE candidate_id IN ({aside})", of)
-    _parameters(connection, round_, there[0], note)
+    _parameters(connection, round_, rule, note)
 
-    again = acceptance.decisions_sql("recorded", there[0], round_.recipe.seed)
-    unsure = _unsure(connection, there[0])
+    unsure = _unsure(connection, rule)
     different = connection.execute(
         f"""SELECT coalesce(d.candidate_id, r.candidate_id) AS candidate_id, {_DIFFERENCE} AS difference
             FROM ({again}) r FULL JOIN ({recorded.DECISIONS}) d ON d.candidate_id = r.candidate_id
@@ -259,7 +262,7 @@ def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: 
     )
     (compared,) = connection.execute("SELECT count(*) FROM single").fetchone()
     lacking = " OR ".join(f"m{i}" for i in range(len(labels)))
-    gone = _column(connection, f"SELECT candidate_id FROM single WHERE {lacking}")
+    gone = column(connection, f"SELECT candidate_id FROM single WHERE {lacking}")
     values = ", ".join(f"v{i}" for i in range(len(labels)))
     kinds = connection.execute(
         f"SELECT any_value(candidate_id), score, passed, {values} FROM single WHERE NOT ({lacking}) "
@@ -271,17 +274,13 @@ def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: 
     concerned: list[str] = []
     for row in wrong:
         same = " AND ".join(f"{column} IS NOT DISTINCT FROM ?" for column in ("score", "passed", *values.split(", ")))
-        concerned += _column(connection, f"SELECT candidate_id FROM single WHERE {same}", list(row[1:]))
+        concerned += column(connection, f"SELECT candidate_id FROM single WHERE {same}", list(row[1:]))
     connection.execute("DROP TABLE single")
     found = [named("data", "single scores are missing of these, though they have a combined one", gone)] if gone else []
     if concerned:
         what = "combined scores that are not what the stored scores of the single scorers combine to"
         found.append(named("data", what, concerned))
     note(Check(name, compared, len(gone) + len(concerned)), *found)
-
-
-def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
-    return [row[0] for row in connection.execute(sql, parameters).fetchall()]
 
 
 # --- the weights ------------------------------------------------------------------------------
@@ -318,6 +317,16 @@ def _weights(
 def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Notes) -> None:
     """log p of the drawn tokens by teacher forcing; log q is the same number where nothing was reshaped or cut."""
     task, how = tasks.of(round_.recipe), round_.recipe.sampling
+    model = models.load(path, device, task=round_.recipe.task)
+    # A classifier's one token is a label.
+    there = model.config.num_labels if round_.recipe.task == "classification" else model.config.vocab_size
+    unknown = [row["candidate_id"] for row in rows if not all(0 <= token < there for token in row["token_ids"])]
+    if unknown:
+        note(
+            Check("token ids", len(rows), len(unknown)),
+            named("data", "token ids that the model does not have", unknown),
+        )
+        rows = [row for row in rows if row["candidate_id"] not in unknown]
     samples = [
         Sample(
             row["candidate_id"],
@@ -326,7 +335,6 @@ def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], to
         )
         for row in rows
     ]
-    model = models.load(path, device, task=round_.recipe.task)
     found = task.log_probabilities(model, samples, tokenizer.pad_token_id)
     del model
     release(device)

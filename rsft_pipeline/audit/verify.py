@@ -18,7 +18,7 @@ from rsft_pipeline import merkle, models
 from rsft_pipeline.audit import ids
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.audit.reading import as_of
+from rsft_pipeline.audit.reading import as_of, column
 from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.acceptance import Rule
@@ -297,7 +297,7 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
         JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
             ON c.candidate_id = d.candidate_id
         WHERE NOT ({ALLOWED.replace("d.prompt_id", "c.prompt_id")})"""
-    return set(_column(connection, sql, {"recipe": made["recipe"]}))
+    return set(column(connection, sql, {"recipe": made["recipe"]}))
 
 
 def _then(
@@ -334,7 +334,7 @@ def _then(
         if ids := [candidate for candidate, why in different if why == how]:
             found.append(named("data", what.format(word), ids))
     if not different and wanted not in (root, recorded):
-        twice = _column(connection, "SELECT candidate_id FROM at_snapshot GROUP BY ALL HAVING count(*) > 1")
+        twice = column(connection, "SELECT candidate_id FROM at_snapshot GROUP BY ALL HAVING count(*) > 1")
         what = f"the root of the rows is {root}, not {wanted}: the recorded leaves were changed along with the rows"
         found.append(
             named("data", "rows at the snapshot are there more than once", twice)
@@ -365,7 +365,7 @@ def _now(
                WHEN t.candidate_id IS NULL THEN 'were added' ELSE 'were changed' END
            FROM at_snapshot t FULL JOIN now n ON n.candidate_id = t.candidate_id WHERE n.row IS DISTINCT FROM t.row"""
     ).fetchall()
-    twice = _column(connection, "SELECT candidate_id FROM now GROUP BY ALL HAVING count(*) > 1")
+    twice = column(connection, "SELECT candidate_id FROM now GROUP BY ALL HAVING count(*) > 1")
     different += [(candidate, "are there more than once") for candidate in twice]
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
     (count,) = connection.execute("SELECT count(*) FROM at_snapshot").fetchone()
@@ -383,7 +383,3 @@ def _root(connection: duckdb.DuckDBPyConnection, table: str) -> str:
     leaf = "CASE WHEN regexp_full_match(leaf, '[0-9a-f]{64}') THEN leaf ELSE repeat('0', 64) END"
     sql = f"SELECT {leaf} AS leaf FROM {table} ORDER BY candidate_id"
     return merkle.root(connection.execute(sql).to_arrow_table()["leaf"])
-
-
-def _column(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Any = None) -> list[Any]:
-    return [row[0] for row in connection.execute(sql, parameters).fetchall()]

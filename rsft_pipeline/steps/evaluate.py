@@ -180,15 +180,7 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
     Raises:
         RoundError: the checkpoint was revoked while it was evaluated.
     """
-    counts = store.query(
-        f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
-                count(*) FILTER (d.accepted) AS accepted,
-                count(DISTINCT CASE WHEN d.accepted THEN c.prompt_id || {acceptance.normalised("c.text")} END)
-                    AS distinct_accepted
-            FROM ({ROUND_CANDIDATES}) c LEFT JOIN decisions d
-                ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round""",
-        of_round(round_),
-    )[0]
+    counted = counts(store.query, round_)
     as_json = {role: json.dumps(finite(asdict(summary))) for role, summary in outcome.summaries.items()}
     _check_not_revoked(store, round_, between.checkpoint)
     rounds.finish(
@@ -202,8 +194,22 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
         checkpoint_eval=as_json["checkpoint"],
         champion_eval=as_json["checkpoint" if outcome.promoted else "champion"],
         evaluation_scorers=json.dumps(outcome.scorers),
-        **counts,
+        **counted,
     )
+
+
+def counts(query: Query, round_: Round) -> dict[str, int]:
+    """How many candidates a round has drawn and accepted: columns of `rounds`."""
+    (counted,) = query(
+        f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
+                count(*) FILTER (d.accepted) AS accepted,
+                count(DISTINCT CASE WHEN d.accepted THEN c.prompt_id || {acceptance.normalised("c.text")} END)
+                    AS distinct_accepted
+            FROM ({ROUND_CANDIDATES}) c LEFT JOIN decisions d
+                ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round""",
+        of_round(round_),
+    )
+    return counted
 
 
 def finite(value):
