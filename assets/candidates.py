@@ -9,10 +9,11 @@ from resources import pages
 from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
-from rsft_pipeline import models, report, rounds, until
+from rsft_pipeline import models, report, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import until
 from rsft_pipeline.steps.draw import ask, draw_all
 
 

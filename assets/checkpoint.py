@@ -7,10 +7,11 @@ from resources import pages
 from resources.accelerator import Accelerator
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline import gates, rounds
+from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import track
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import gates
 from rsft_pipeline.steps.train import Trained, train
 
 

@@ -1,4 +1,4 @@
-"""Asset checks: the gates of rsft_pipeline/gates.py, where Dagster and people see them."""
+"""Asset checks: the gates of rsft_pipeline/steps/gates.py, where Dagster and people see them."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,11 @@ import dagster as dg
 
 from assets.shared import key
 from resources.store import StoreResource
-from rsft_pipeline import gates, rounds
+from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.rounds import Round
+from rsft_pipeline.steps import gates
 from rsft_pipeline.store import Store
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import dagster as dg
 
 from resources.tracking import Tracking
-from rsft_pipeline import gates, rounds
+from rsft_pipeline import rounds
 from rsft_pipeline.audit.impact import Touched
 from rsft_pipeline.audit.revoke import Revoked
+from rsft_pipeline.steps import gates
 from rsft_pipeline.store import Store
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.results import FOLDER, bars, publish, table
-from rsft_pipeline import models, rounds, tasks, until
+from rsft_pipeline import models, rounds, tasks
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.lineage import set_digest
 from rsft_pipeline.recipe.reading import find, load
 from rsft_pipeline.sampling import InProcess
+from rsft_pipeline.steps import until
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.draw import ask, draw_all
 from rsft_pipeline.steps.ingest import ingest

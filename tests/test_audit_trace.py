@@ -16,7 +16,7 @@ import definitions
 from assets import outside
 from cli.lineage import _wrote
 from cli.main import app
-from rsft_pipeline import efficiency, gates, lineage, merkle, revocations, rounds
+from rsft_pipeline import efficiency, lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
@@ -26,7 +26,7 @@ from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
-from rsft_pipeline.steps import evaluate
+from rsft_pipeline.steps import evaluate, gates
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training

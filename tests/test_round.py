@@ -14,13 +14,14 @@ from assets.outside import tell
 from assets.shared import OVERRIDES, key, rounds_of
 from automation.jobs import job_name
 from resources.tracking import Tracking
-from rsft_pipeline import gates, lineage, models, prompts, rounds
+from rsft_pipeline import lineage, models, prompts, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.verify import find, verify
 from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.steps import gates
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import of_round

@@ -1,7 +1,7 @@
 """Until: drawing again until enough is accepted, where the recipe says `sampling.until`.
 
 Belongs here: which prompts are drawn for again, and when the round stops drawing. Does not: drawing,
-scoring and deciding themselves (steps/).
+scoring and deciding themselves (draw.py, score.py, decide.py).
 
 The prompts are gone through in passes. Each wave is scored as it comes, and a pass leaves out the prompts
 that have enough accepted by then. No decision is written here: a candidate's own decision never hangs on
