@@ -101,8 +101,9 @@ def _draw_and_score(
     policy = rounds.locate(lake, round_.recipe, Home.here(), weights)
     asked = draw.ask(lake, round_, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
     draws = range(round_.recipe.evaluation.draws)
-    waves = draw.plan(lake, round_, weights, asked, split="eval", draws=draws)
     with accelerator.lease(context.log) as device:
+        # Planned here: another round that evaluates the same weights may have drawn for them until now.
+        waves = draw.plan(lake, round_, weights, asked, split="eval", draws=draws)
         missing = sum(len(requests) for _, requests in waves)
         if missing:
             with (

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -51,12 +52,32 @@ def memory(device: Device) -> dict[str, int]:
 
     import psutil
 
-    host = psutil.virtual_memory()
+    host, own = psutil.virtual_memory(), of_a_container()
     return {
-        "free": host.available,
-        "total": host.total,
+        "free": min(host.available, own[0]) if own else host.available,
+        "total": min(host.total, own[1]) if own else host.total,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+# Where Linux keeps what the processes of a container may take: its bound, what they have, and in which statistic what
+# of that are files which it can drop.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def of_a_container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """Bytes that are free of those that this container has, and these; None where nothing bounds it."""
+    for bound, taken, statistics, dropped in _CGROUPS:
+        try:
+            most, used = (int((root / name).read_text()) for name in (bound, taken))
+            files = dict(line.split() for line in (root / statistics).read_text().splitlines())
+        except (OSError, ValueError):  # there is no such file, or it says `max`
+            continue
+        return max(0, most - used + int(files.get(dropped, 0))), most
+    return None
 
 
 def release(device: Device) -> None:
@@ -76,9 +97,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory left, which it may have at another moment or for less at once."""
     import torch
 
-    said = str(
-        error
-    )  # by the allocator of a CPU, on Windows and elsewhere, and by what stands beside PyTorch's on a GPU
+    said = str(error)  # by the allocator of a CPU, and by what stands beside PyTorch's on a GPU
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in said for words in _FULL)
     )

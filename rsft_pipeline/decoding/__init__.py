@@ -87,10 +87,10 @@ def _loop(
         log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
         try:
             wrong = _tried(model, plain.draw, asked, min(TRIAL, shape.max_tokens), pad_id)
-        except RuntimeError as error:
+        except Exception as error:  # each family fails in its own way
             if devices.out_of_memory(error):
                 raise
-            wrong = str(error)
+            wrong = str(error).strip().partition("\n")[0]
         if wrong:
             raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}") from None
         yield from plain.draw(model, draws, shape, pad_id, at_once)
@@ -126,7 +126,7 @@ def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_i
 
 
 def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-    """Log-probability of these tokens behind the prompt, in one pass that is told nothing and keeps nothing."""
+    """Log-probability of these tokens behind the prompt, in one pass that keeps nothing."""
     import torch
 
     read = [*prompt] if model.config.is_encoder_decoder else [*prompt, *tokens[:-1]]
@@ -136,6 +136,8 @@ def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         given["decoder_input_ids"] = torch.tensor([written], device=model.device)
     else:
         given["logits_to_keep"] = len(tokens)
+        if first := models.first_position(model.config):  # else it would count a padding token that was drawn as none
+            given["position_ids"] = torch.arange(first, first + len(read), device=model.device)[None]
     logits = model(**given).logits[0, -len(tokens) :].float()
     chosen = torch.tensor(tokens, device=model.device)[:, None]
     return logits.log_softmax(-1).gather(-1, chosen).sum().item()

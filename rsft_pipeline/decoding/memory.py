@@ -11,6 +11,7 @@ from rsft_pipeline.decoding.draws import Draw, Shape
 ROWS = {"cpu": 256, "cuda": 1024}
 DRAWS = {"cpu": 4096, "cuda": 1024}
 SHARE = {"cpu": 0.5, "cuda": 0.9}
+PREFILL_TOKENS = 8192  # most tokens of prompts read in one forward pass, whose own memory is not counted below
 
 
 def state_bytes(model: Any, tokens: int) -> int:

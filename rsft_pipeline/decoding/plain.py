@@ -3,27 +3,38 @@
 It serves the models whose attention cannot be shared, and what the other loops are tested against.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rsft_pipeline import models
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, choose, uniforms
-from rsft_pipeline.decoding.memory import ROWS
+from rsft_pipeline.decoding.memory import PREFILL_TOKENS, ROWS
 
 
 def draw(
     model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
     """Make the draws in batches of prompts of one length: not every model takes padding for what it is."""
+    for batch in _batches(draws, min(at_once, ROWS[model.device.type])):
+        yield from _alike(model, batch, shape, pad_id)
 
-    def length(one: tuple[int, Draw]) -> int:
-        return len(one[1].prompt_ids)
 
-    rows = min(at_once, ROWS[model.device.type])
-    for _, alike in itertools.groupby(sorted(draws, key=length), key=length):
-        while batch := list(itertools.islice(alike, rows)):
-            yield from _alike(model, batch, shape, pad_id)
+def _batches(draws: Sequence[tuple[int, Draw]], rows: int) -> Iterator[list[tuple[int, Draw]]]:
+    """The draws by length of prompt, so many at once, and of no more different prompts than are read at once."""
+    batch: list[tuple[int, Draw]] = []
+    prompts: set[tuple[int, ...]] = set()
+    for one in sorted(draws, key=lambda one: (len(one[1].prompt_ids), one[1].prompt_ids)):
+        prompt = one[1].prompt_ids
+        different = len(prompts) + (prompt not in prompts)
+        if batch and (
+            len(batch) == rows or len(prompt) > len(batch[0][1].prompt_ids) or different * len(prompt) > PREFILL_TOKENS
+        ):
+            yield batch
+            batch, prompts = [], set()
+        batch.append(one)
+        prompts.add(prompt)
+    if batch:
+        yield batch
 
 
 def _alike(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:

@@ -24,10 +24,9 @@ from rsft_pipeline.decoding import cpu_attention
 from rsft_pipeline.decoding.attention import attention_of, windows
 from rsft_pipeline.decoding.cache import CompiledCache, SharedPrefixCache
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, choose, uniforms
-from rsft_pipeline.decoding.memory import ROWS
+from rsft_pipeline.decoding.memory import PREFILL_TOKENS, ROWS
 from rsft_pipeline.padding import left_padded
 
-PREFILL_TOKENS = 8192  # most tokens of prompts read in one forward pass
 PREFILL_PADDING = 1.25  # longest over shortest prompt of such a pass
 STRIDE = {"cuda": 8}  # steps between two looks at which rows have ended: a look makes the host wait; 1 elsewhere
 

@@ -201,6 +201,9 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
 
     Its weights are in the device's number format, or in float32 to be trained: updates smaller than
     what bf16 can hold would be lost otherwise.
+
+    Raises:
+        ModelError: it is no model for this task, or one to be trained that could not be saved again.
     """
     import torch
 
@@ -209,6 +212,12 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
     if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{path}: a {type(model).__name__} keeps no keys and values, which draws would go on from")
+    if train and model.can_generate():
+        try:
+            model.generation_config.validate(strict=True)  # as Transformers does when it is saved: after all training
+        except ValueError as error:
+            why = str(error).strip().splitlines()[0]
+            raise ModelError(f"{path}: its generation_config.json could not be written again: {why}") from None
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)
@@ -227,14 +236,18 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
     Raises:
         ModelError: weights are missing, or of another shape than the configuration says. OSError: no such model.
     """
-    model, read = made_with.from_pretrained(
-        source,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # named below
-        **how,
-    )
+    try:
+        model, read = made_with.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+            **how,
+        )
+    except ValueError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source} is no model for this task, or its configuration is none: {why}") from error
     lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
     if new_head:
         encoder = f"{model.base_model_prefix}."
@@ -318,12 +331,29 @@ def start_id(model) -> int:
     raise ModelError("the model's configuration has no `decoder_start_token_id`, from which its decoder would write on")
 
 
+def begin_ids(model) -> list[int]:
+    """What a completion of the model begins with, besides its text: BART was trained on texts behind its `<s>`.
+
+    Such a model's configuration forces the token on what it generates. Its draws write it by themselves.
+    """
+    for config in (model.generation_config, model.config):
+        if (forced := getattr(config, "forced_bos_token_id", None)) is not None:
+            return [forced]
+    return []
+
+
 def end_id(model, tokenizer) -> int:
-    """The id that a completion of the model ends with: the generation config's; of several the tokenizer's EOS."""
+    """The id that a completion of the model ends with: the generation config's; of several the tokenizer's EOS.
+
+    Raises:
+        ModelError: neither has one.
+    """
     configured = model.generation_config.eos_token_id
     if isinstance(configured, list):
         configured = tokenizer.eos_token_id if tokenizer.eos_token_id in configured else configured[0]
-    return tokenizer.eos_token_id if configured is None else configured
+    if (end := tokenizer.eos_token_id if configured is None else configured) is None:
+        raise ModelError("neither the model's generation config nor its tokenizer has an end-of-sequence token")
+    return end
 
 
 def context_length(path: Path) -> int | None:
@@ -369,15 +399,25 @@ def first_position(config) -> int:
     return config.pad_token_id + 1
 
 
+# How families call it: most of them; LED's two sides; MPT.
+_CONTEXT = (
+    "max_position_embeddings",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+    "max_seq_len",
+)
+
+
 def context_of(config) -> int | None:
-    """The same of a configuration.
+    """`context_length` by a configuration.
 
     Where a row past the original context changes the frequencies of all rows beside it (Phi's `longrope`), that is the
     context: what a draw is must not depend on its batch.
     """
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    context = getattr(config, "max_position_embeddings", None)
+    named = (getattr(config, name, None) for name in _CONTEXT)
+    context = min((length for length in named if length is not None), default=None)
     if context is not None:
         context -= first_position(config)
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context

@@ -104,7 +104,7 @@ def _train_last_layers(model, count: int) -> None:
     for module in [*blocks[-count:], *norms, *heads]:
         module.requires_grad_(True)
     embedding = model.get_input_embeddings()
-    if any(getattr(module, "weight", None) is embedding.weight for module in heads):
+    if any(weight is embedding.weight for module in heads for weight in module.parameters()):
         embedding.requires_grad_(False)
 
 

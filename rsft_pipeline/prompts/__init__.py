@@ -292,7 +292,8 @@ def _lengths(prompts: list[Prompt], recipe: Recipe, tokenizer) -> Iterator[tuple
     answers = [0] * len(prompts)
     if recipe.sampling.source == "reference" and recipe.task != "classification":
         references = [prompt.reference for prompt in prompts]
-        answers = [len(each) + 1 for each in tokenizer(references, add_special_tokens=False)["input_ids"]]
+        own = recipe.task == "seq2seq"  # its tokenizer knows what stands around a text that such a model writes
+        answers = [len(each) + (not own) for each in tokenizer(references, add_special_tokens=own)["input_ids"]]
     return zip(map(len, ids), answers, strict=True)
 
 

@@ -98,6 +98,10 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
             )
     version = scorers[COMBINED]
     found = between.by_role(lambda weights: results(store.query, round_, weights, version))
+    if twice := sum(result.draws > how.draws for each in found.values() for result in each):
+        raise RoundError(
+            f"{recipe.name} {round_.key}: answers to {twice} held-out prompts are there twice; nothing was judged"
+        )
     rows = [
         {
             "recipe": recipe.name,

@@ -52,9 +52,9 @@ def _stop_tokens(tokenizer, texts: Sequence[str]) -> set[int]:
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text as the model would have written it: its tokens, and the stop token that ends it."""
-    end = models.end_id(model, tokenizer)
-    return [[*ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    """Each text as the model would have written it: its tokens between what begins and what ends its completions."""
+    begin, end = models.begin_ids(model), models.end_id(model, tokenizer)
+    return [[*begin, *ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def log_probabilities(
