@@ -31,6 +31,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
+from rsft_pipeline.steps import evaluate
 from rsft_pipeline.steps.decide import decide
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.steps.train import train
@@ -795,3 +796,11 @@ def test_who_asks_about_a_round_that_is_not_there_is_told_which_are(ran, monkeyp
     words = [word.format(recipe=ran / f"{NAME}.yaml", nowhere=ran / "nowhere") for word in words]
     error = CliRunner().invoke(app, ["audit", *words]).exception
     assert isinstance(error, AuditError) and str(error) == said
+
+
+def test_answers_that_are_in_the_store_twice_are_not_judged(mine, recipe):
+    round_ = rounds.record(mine, recipe, "r001")
+    between = evaluate.contest(mine, round_, Home.here())
+    change(mine, "INSERT INTO candidates SELECT * FROM candidates WHERE split = 'eval'")
+    with pytest.raises(RoundError, match=r"answers to .* held-out prompts are there twice; nothing was judged"):
+        evaluate.judge(mine, round_, between, "again")

@@ -16,6 +16,7 @@ from rsft_pipeline import decoding, devices
 from rsft_pipeline.decoding import Draw, Shape, attention, cache, cpu_attention, decode, shared_prefix
 from rsft_pipeline.decoding.draws import choose, uniforms
 from rsft_pipeline.decoding.memory import draws_at_once, state_bytes
+from rsft_pipeline.decoding.plain import _batches
 from rsft_pipeline.decoding.plain import draw as draw_plainly
 
 VOCABULARY = 48
@@ -449,6 +450,35 @@ def test_a_cpu_without_memory_is_told_from_other_errors():
     assert not devices.out_of_memory(MemoryError()) and not devices.out_of_memory(RuntimeError("shapes do not match"))
 
 
+def test_a_container_has_less_memory_than_its_host(tmp_path, monkeypatch):
+    assert devices.of_a_container(tmp_path) is None
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.of_a_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert devices.of_a_container(tmp_path) == (500, 1000)  # files in memory are dropped where there is need
+    (tmp_path / "v1" / "memory").mkdir(parents=True)
+    for name, said in (("limit_in_bytes", "1000"), ("usage_in_bytes", "1200"), ("stat", "total_inactive_file 50")):
+        (tmp_path / "v1" / "memory" / f"memory.{name}").write_text(said)
+    assert devices.of_a_container(tmp_path / "v1") == (0, 1000)
+    monkeypatch.setattr(devices, "of_a_container", lambda: (500, 1000))
+    assert devices.memory(devices.Device("cpu", "float32")).items() >= {"free": 500, "total": 1000}.items()
+
+
+def test_the_plain_loop_reads_no_more_at_once_than_the_shared_ones(monkeypatch):
+    monkeypatch.setattr("rsft_pipeline.decoding.plain.PREFILL_TOKENS", 40)
+    prompts = [(i,) * length for length in (3, 9, 50) for i in range(10)]
+    draws = list(enumerate(Draw(prompt, seed) for seed in range(3) for prompt in prompts))
+    batches = list(_batches(draws, 64))
+    assert sorted(number for batch in batches for number, _ in batch) == list(range(len(draws)))
+    for batch in batches:
+        different = {draw.prompt_ids for _, draw in batch}
+        (length,) = {len(prompt) for prompt in different}
+        assert len(batch) <= 64 and (length * len(different) <= 40 or len(different) == 1)
+    assert len(batches) == 1 + 3 + 10
+
+
 def test_a_gpu_that_only_emulates_bf16_has_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
@@ -555,6 +585,27 @@ def test_a_model_that_keeps_what_it_read_elsewhere_is_not_drawn_from():
     config = transformers.RecurrentGemmaConfig(**{**SMALL, "head_dim": 8, **of_recurrent_gemma})
     with pytest.raises(RuntimeError, match="a RecurrentGemmaForCausalLM cannot be drawn from"):
         decode(transformers.AutoModelForCausalLM.from_config(config).eval(), mixed_draws(), shape(), pad_id=0)
+
+
+def test_a_model_that_fails_in_a_way_of_its_own_is_told_in_a_line():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2}
+    config = transformers.SwitchTransformersConfig(vocab_size=VOCABULARY, **sizes, decoder_start_token_id=0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    with pytest.raises(RuntimeError, match="a SwitchTransformersForConditionalGeneration cannot be drawn") as told:
+        decode(model, mixed_draws(), shape(), pad_id=0)
+    assert "\n" not in str(told.value)
+
+
+def test_a_padding_token_that_was_drawn_has_a_place_like_any_other():
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**{**SMALL, "is_decoder": True, "pad_token_id": 1})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    draw = Draw((5, 6, 7), 0)
+    tokens = [9, 1, 8, 1, 7]
+    read = torch.tensor([[*draw.prompt_ids, *tokens[:-1]]])
+    logits = model(input_ids=read, position_ids=torch.arange(2, 2 + read.shape[1])[None]).logits[0, 2:]
+    expected = logits.log_softmax(-1)[range(5), tokens].sum().item()
+    assert decoding._rated(model, draw.prompt_ids, tokens) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_that_rates_its_own_draws_otherwise_is_not_drawn_from(monkeypatch):

@@ -204,6 +204,29 @@ def test_the_last_layers_are_blocks_norm_and_an_untied_head(tmp_path, config, ti
     assert moved(model, tmp_path) == names
 
 
+def test_the_last_layers_leave_an_embedding_alone_that_is_tied_deep_within_a_head():
+    config = AutoConfig.for_model(
+        "roberta", vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        is_decoder=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.lm_head.decoder.weight is model.get_input_embeddings().weight
+    select_trainable(model, Model(source="-", train="last_layers", last_layers=1))
+    assert not model.get_input_embeddings().weight.requires_grad and model.lm_head.dense.weight.requires_grad
+
+
+def test_what_transformers_cannot_load_is_told_in_a_line(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    for task, made_with, why in (
+        ("seq2seq", "AutoModelForSeq2SeqLM", "Unrecognized configuration class"),
+        ("causal", "AutoModelForCausalLM", ".*num_return_sequences"),
+    ):
+        with pytest.raises(ModelError, match=f"cannot be loaded as a {made_with}: {why}") as told:
+            models.load(tmp_path, CPU, task=task)
+        assert len(str(told.value).splitlines()) == 1
+        (tmp_path / "generation_config.json").write_text(json.dumps({"num_return_sequences": 4}))
+
+
 def test_more_last_layers_than_there_are_is_an_error():
     with pytest.raises(ModelError, match="has 2 transformer blocks"):
         select_trainable(tiny(), Model(source="-", train="last_layers", last_layers=3))
@@ -339,6 +362,10 @@ def test_the_context_length_is_the_configurations(tmp_path):
     AutoConfig.for_model("xlm-roberta", max_position_embeddings=48, pad_token_id=1).save_pretrained(tmp_path / "xlmr")
     kinds = ("gpt2", "llama", "bloom", "phi3", "xlmr")
     assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32, 46]
+    AutoConfig.for_model("mpt", max_seq_len=24).save_pretrained(tmp_path / "mpt")
+    sides = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 20}
+    AutoConfig.for_model("led", **sides).save_pretrained(tmp_path / "led")
+    assert [models.context_length(tmp_path / kind) for kind in ("mpt", "led")] == [24, 20]
     AutoConfig.for_model("roberta", pad_token_id=None).save_pretrained(tmp_path / "roberta")
     with pytest.raises(ModelError, match="no `pad_token_id`, from which a roberta counts on"):
         models.context_length(tmp_path / "roberta")

@@ -10,6 +10,10 @@ import pytest
 import scipy.stats
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from rsft_pipeline import lineage, models, prompts, tasks, training
 from rsft_pipeline.decoding import Draw, Shape, cache, decode, shared_encoder, shared_prefix
@@ -21,6 +25,7 @@ from rsft_pipeline.models import ModelError, checkpoints
 from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Lora, Model
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.sampling import Asked, Request
 from rsft_pipeline.tasks import causal, seq2seq
@@ -438,6 +443,31 @@ def test_the_last_layers_are_the_decoders(family, settings, expected):
     assert 0 < trainable < total
     with pytest.raises(ModelError, match="has 2 transformer blocks"):
         select_trainable(tiny(family), Model(source="-", train="last_layers", last_layers=3))
+
+
+def test_a_known_text_is_rated_as_what_the_model_writes_itself_where_it_begins_with_a_token_of_its_own():
+    """BART learned its texts between <s> and </s>, and starts its decoder from </s>."""
+    words = Tokenizer(WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, **{w: i + 3 for i, w in enumerate("abcdef")}}, "a"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = tiny("bart", **ends, dropout=0.0, init_std=0.02)
+    model.generation_config.forced_bos_token_id = 0  # as its generation_config.json says
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    read, labels = (tokenizer([text], return_tensors="pt")["input_ids"] for text in ("a b", "c d e"))
+    for _ in range(150):
+        model(input_ids=read, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    asked = Asked("p", tuple(read[0].tolist()), "c d e")
+    (drawn,) = seq2seq.draw(model, tokenizer, [Request("c", asked, 0, 1)], Sampling(max_tokens=8))
+    (known,) = seq2seq.completion_ids(model, tokenizer, ["c d e"])
+    assert (drawn.text, drawn.token_ids) == ("c d e", known)
+    (rated,) = seq2seq.log_probabilities(model, [Sample("c", list(asked.prompt_ids), known)], 1)
+    assert rated == pytest.approx(drawn.log_p, abs=1e-4) and rated > -0.5
 
 
 # --- a model of our own -----------------------------------------------------------------------

@@ -25,10 +25,9 @@ def _batches(draws: Sequence[tuple[int, Draw]], rows: int) -> Iterator[list[tupl
     prompts: set[tuple[int, ...]] = set()
     for one in sorted(draws, key=lambda one: (len(one[1].prompt_ids), one[1].prompt_ids)):
         prompt = one[1].prompt_ids
-        different = len(prompts) + (prompt not in prompts)
-        if batch and (
-            len(batch) == rows or len(prompt) > len(batch[0][1].prompt_ids) or different * len(prompt) > PREFILL_TOKENS
-        ):
+        another = len(prompt) > len(batch[0][1].prompt_ids) if batch else False
+        unread = prompt not in prompts and (len(prompts) + 1) * len(prompt) > PREFILL_TOKENS
+        if batch and (len(batch) == rows or another or unread):
             yield batch
             batch, prompts = [], set()
         batch.append(one)

@@ -203,7 +203,7 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     what bf16 can hold would be lost otherwise.
 
     Raises:
-        ModelError: it is no model for this task, or one to be trained that could not be saved again.
+        ModelError: it is no model for this task, or its files do not make one.
     """
     import torch
 
@@ -212,12 +212,6 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
     if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{path}: a {type(model).__name__} keeps no keys and values, which draws would go on from")
-    if train and model.can_generate():
-        try:
-            model.generation_config.validate(strict=True)  # as Transformers does when it is saved: after all training
-        except ValueError as error:
-            why = str(error).strip().splitlines()[0]
-            raise ModelError(f"{path}: its generation_config.json could not be written again: {why}") from None
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)
@@ -247,7 +241,7 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
         )
     except ValueError as error:
         why = str(error).strip().splitlines()[0]
-        raise ModelError(f"{source} is no model for this task, or its configuration is none: {why}") from error
+        raise ModelError(f"{source} cannot be loaded as a {made_with.__name__}: {why}") from error
     lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
     if new_head:
         encoder = f"{model.base_model_prefix}."
@@ -336,10 +330,8 @@ def begin_ids(model) -> list[int]:
 
     Such a model's configuration forces the token on what it generates. Its draws write it by themselves.
     """
-    for config in (model.generation_config, model.config):
-        if (forced := getattr(config, "forced_bos_token_id", None)) is not None:
-            return [forced]
-    return []
+    forced = model.generation_config.forced_bos_token_id
+    return [] if forced is None else [forced]
 
 
 def end_id(model, tokenizer) -> int:
