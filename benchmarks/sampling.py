@@ -405,6 +405,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.cases) - set(cases)):
         parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(cases)}")
+    if "shared_prefix" not in arguments.ways:
+        parser.error("--ways needs shared_prefix, which is compared with the others")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = arguments.cases or list(GPU_CASES if device == "cuda" else CPU_CASES)
     results = []

@@ -194,6 +194,8 @@ def main() -> None:
     told = parser.parse_args()
     if unknown := sorted(set(told.cases) - set(CASES)):
         parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if "trainer" not in told.ways:
+        parser.error("--ways needs trainer, which the others are compared with")
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     names = told.cases or list(CASES)
     results = []

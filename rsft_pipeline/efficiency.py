@@ -52,8 +52,8 @@ class Group:
     prompts: int
     candidates: int
     accepted: int
-    rate: float  # accepted / candidates; where draws went on until enough was accepted, of the first pass alone
-    low: float  # Wilson, of the rate
+    rate: float  # accepted / candidates; of draws until enough was accepted, hard prompts have more than their share
+    low: float  # Wilson
     high: float
     prompts_with_accepted: int
     draws_needed: int | None  # see `draws_needed`; None: no number of draws, or the rule compares candidates
@@ -105,11 +105,9 @@ def of_round(store: Store, round_: Round, column: str | None = None) -> Efficien
     sql = decided(store, round_, column)
     values = rows.of_round(round_) | ({"column": _pointer(column)} if column else {})
 
-    how = round_.recipe.sampling
-    first_pass = how.draws if how.until else None
     with store.connection() as connection:  # every number is of the same rows, read once
         connection.execute(f"CREATE TEMP TABLE decided AS {sql}", values)
-        groups = coverage(connection, "decided", rule, first_pass=first_pass) if column else []
+        groups = coverage(connection, "decided", rule) if column else []
         return measure(connection, "decided", parameters, groups)
 
 
@@ -228,31 +226,23 @@ def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters:
 # --- its groups -----------------------------------------------------------------------------
 
 
-def coverage(
-    connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule, accepted: int = 1, first_pass: int | None = None
-) -> list[Group]:
+def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule, accepted: int = 1) -> list[Group]:
     """How each group of prompts fared, the one with the lowest rate first, and how much it should be drawn.
 
     Args:
-        decided: table or view with prompt_id, draw, accepted, reason and `grouped`.
+        decided: table or view with prompt_id, accepted, reason and `grouped`.
         rule: the recipe's acceptance section.
         accepted: how many accepted samples a prompt should get; see `draws_needed`.
-        first_pass: draws of each prompt that a rate is of; None: all. Those of later passes are of prompts that have
-            proved hard, so a rate of all would be too low.
     """
     parameters = rule.model_dump(mode="json")
     aside = rule.pilot if parameters.get("M") == "estimate" else 0
-    rated = "true" if first_pass is None else f"draw < {int(first_pass)}"
     counted = _rows(
         connection,
-        f"""WITH told AS (SELECT *, {rated} AS rated FROM {decided})
-            SELECT grouped, count(DISTINCT prompt_id) AS prompts, count(*) AS candidates,
-                count(*) FILTER (accepted) AS accepted,
-                count(*) FILTER (rated) AS of, count(*) FILTER (rated AND accepted) AS accepted_of,
-                count(*) FILTER (rated AND {ruled(parameters)}) AS ruled,
-                count(*) FILTER (rated AND reason <> 'pilot') AS open,
+        f"""SELECT grouped, count(DISTINCT prompt_id) AS prompts, count(*) AS candidates,
+                count(*) FILTER (accepted) AS accepted, count(*) FILTER ({ruled(parameters)}) AS ruled,
+                count(*) FILTER (reason <> 'pilot') AS open,
                 count(DISTINCT prompt_id) FILTER (accepted) AS prompts_with_accepted
-            FROM told GROUP BY grouped ORDER BY accepted_of / of, grouped""",
+            FROM {decided} GROUP BY grouped ORDER BY avg(accepted::INTEGER), grouped""",
     )
     groups = []
     for row in counted:
@@ -263,8 +253,8 @@ def coverage(
                 row["prompts"],
                 row["candidates"],
                 row["accepted"],
-                row["accepted_of"] / row["of"],
-                *wilson(row["accepted_of"], row["of"]),
+                row["accepted"] / row["candidates"],
+                *wilson(row["accepted"], row["candidates"]),
                 row["prompts_with_accepted"],
                 None if needed is None else needed + aside,
             )

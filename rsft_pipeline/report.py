@@ -261,8 +261,7 @@ def coverage_table(groups: Sequence[efficiency.Group]) -> str:
             "prompts": group.prompts,
             "with accepted": group.prompts_with_accepted,
             "candidates": group.candidates,
-            "accepted": group.accepted,
-            "rate": _within(group.rate, group.low, group.high).removeprefix(" = "),
+            "accepted": f"{group.accepted}{_within(group.rate, group.low, group.high)}",
             "draws needed": "" if group.draws_needed is None else group.draws_needed,
         }
         for group in groups[:GROUPS_SHOWN]

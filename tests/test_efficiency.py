@@ -272,17 +272,6 @@ def test_coverage_by_hand(connection):
     assert {group.draws_needed for group in efficiency.coverage(connection, "decided", best)} == {None}
 
 
-def test_of_draws_until_enough_the_first_pass_alone_tells_how_many_are_needed(connection):
-    # Easy prompts have enough in two draws; of the hard one six more were drawn in vain.
-    easy = [candidate(f"e{p}{i}", prompt_id=f"e{p}", grouped="g", draw=i, score=1) for p in range(3) for i in range(2)]
-    hard = [candidate(f"h{i}", prompt_id="h", grouped="g", draw=i, score=0) for i in range(8)]
-    rule, _ = decide(connection, [*easy, *hard], rule="threshold", threshold=0.5)
-    (group,) = efficiency.coverage(connection, "decided", rule, first_pass=2)
-    assert (group.candidates, group.accepted) == (14, 6)
-    assert (group.rate, group.low, group.high) == (6 / 8, *efficiency.wilson(6, 8))
-    assert group.draws_needed == 3  # (1/4)^3 < 0.05 < (1/4)^2; by the rate of all draws it would be 6
-
-
 def test_a_pilot_that_is_set_aside_is_drawn_on_top(connection):
     rows = [candidate(str(i), grouped="g", draw=i, target=-1.0, log_q=-1.0) for i in range(4)]
     rule, _ = decide(connection, rows, rule="rejection", pilot=2)
@@ -344,5 +333,5 @@ def test_a_round_shows_its_numbers_in_dagster_and_mlflow(home, write_recipe):
     table = [line.split(" | ") for line in shown["coverage"].removeprefix("| ").splitlines()]
     assert len(table) == 2 + len({row["reference"] for row in rows}) == 12
     assert sum(int(line[3]) for line in table[2:]) == len(rows)
-    assert sum(int(line[4]) for line in table[2:]) == len(accepted)
+    assert sum(int(line[4].split()[0]) for line in table[2:]) == len(accepted)
     assert "beta" in shown["efficiency"] and "KL" in shown["efficiency"]
