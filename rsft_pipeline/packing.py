@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: TID
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 
 from rsft_pipeline import models
-from rsft_pipeline.decoding.attention import IGNORED, Unsupported, attention_of, windows
+from rsft_pipeline.decoding.attention import UNHEEDED, Unsupported, attention_of, windows
 
 NAME = "rsft_packing"
 PADDING = 1.25  # longest over shortest row that attention reads as one batch
@@ -130,7 +130,7 @@ def packed_attention(
     Raises:
         Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
     """
-    if others := sorted(k for k, given in kwargs.items() if given is not None and k not in IGNORED):
+    if others := sorted(k for k, given in kwargs.items() if given is not None and k not in UNHEEDED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
     if attention_mask is not None:
         raise Unsupported("its attention takes a mask of its own")

@@ -32,7 +32,7 @@ from rsft_pipeline.decoding.cache import CompiledCache, SharedPrefixCache, Share
 
 NAME = "rsft_shared_prefix"
 # What models hand to their attention function that does not change its result for a single query.
-IGNORED = {
+UNHEEDED = {
     *("dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position"),
     *("output_attentions", "output_router_logits"),
 }
@@ -66,7 +66,7 @@ def shared_prefix_attention(
     Raises:
         Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
     """
-    if others := sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED):
+    if others := sorted(name for name, given in kwargs.items() if given is not None and name not in UNHEEDED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

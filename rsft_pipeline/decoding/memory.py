@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rsft_pipeline import devices
+from rsft_pipeline import devices, models
 from rsft_pipeline.decoding.draws import Draw, Shape
 
 # Rows that keep the processor's matrix units busy; draws at once, where memory would hold more: those that go on
@@ -21,8 +21,7 @@ def state_bytes(model: Any, tokens: int) -> int:
     Of an encoder-decoder only the decoder's layers keep any: a prompt's are those it attends to.
     """
     config = model.config.get_text_config(decoder=True)
-    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    each = config.per_layer_config if config.is_heterogeneous else [config] * layers
+    each = config.per_layer_config if config.is_heterogeneous else [config] * models.depth_of(config)
     return 2 * sum(map(_width, each)) * model.dtype.itemsize * tokens
 
 

@@ -200,8 +200,7 @@ class Loop(shared_prefix.Loop):
     """The loop of shared_prefix.py over an encoder-decoder."""
 
     def _cache(self, longest: int) -> SharedEncoderCache:
-        config = self.model.config.get_text_config(decoder=True)
-        layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+        layers = models.depth_of(self.model.config)
         tokens = max(1, self.shape.max_tokens - 1)
         return SharedEncoderCache(layers, self.places, self.capacity, longest, tokens, self.device)
 

@@ -415,6 +415,12 @@ def context_of(config) -> int | None:
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 
+def depth_of(config) -> int:
+    """Layers of the decoder, which writes; in a causal model that is all of them."""
+    config = config.get_text_config(decoder=True)
+    return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+
+
 def auto_class(task: str):
     """The transformers class that models of a task are made with."""
     import transformers

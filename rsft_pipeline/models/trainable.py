@@ -8,6 +8,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
+from rsft_pipeline import models
 from rsft_pipeline.models.checkpoints import ModelError
 from rsft_pipeline.recipe.model import Model
 
@@ -88,8 +89,7 @@ def _check_untied(adapted, targets: str | list[str]) -> None:
 def _train_last_layers(model, count: int) -> None:
     import torch
 
-    config = model.config.get_text_config(decoder=True)
-    depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    depth = models.depth_of(model.config)
     if count > depth:
         raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
     whole = model.get_decoder() if model.config.is_encoder_decoder else model
