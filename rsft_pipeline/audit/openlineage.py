@@ -110,10 +110,10 @@ def _events(made: dict[str, Any]) -> Iterator[Any]:
 def _steps(made: dict[str, Any]) -> Iterator[tuple[str, list[Any], str, dict[str, Any], int | None]]:
     """Each step of a round: its name, what it read, what it wrote, facets of that, and of how many rows it is."""
     from openlineage.client.event_v2 import InputDataset
-    from openlineage.client.facet_v2.dataset_version_dataset import DatasetVersionDatasetFacet
+    from openlineage.client.facet_v2 import dataset_version_dataset
 
     def version(digest: str) -> dict[str, Any]:
-        return {"version": DatasetVersionDatasetFacet(digest)}
+        return {"version": dataset_version_dataset.DatasetVersionDatasetFacet(digest)}
 
     def weights(digest: str) -> InputDataset:
         return InputDataset(NAMESPACE, f"weights/{digest}", facets=version(digest))
