@@ -60,24 +60,40 @@ def memory(device: Device) -> dict[str, int]:
     }
 
 
-# Where Linux keeps what the processes of a container may take: its bound, what they have, and in which statistic what
-# of that are files which it can drop.
-_CGROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
+# What bounds a group of Linux's processes, what they have taken, and in which statistic what of that are files which
+# Linux can drop: in its second version of such groups, and in the first.
+_SECOND = ("memory.max", "memory.current", "inactive_file")
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def of_a_container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Bytes that are free of those that this container has, and these; None where nothing bounds it."""
-    for bound, taken, statistics, dropped in _CGROUPS:
-        try:
-            most, used = (int((root / name).read_text()) for name in (bound, taken))
-            files = dict(line.split() for line in (root / statistics).read_text().splitlines())
-        except (OSError, ValueError):  # there is no such file, or it says `max`
+def of_a_container(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int] | None:
+    """Bytes that are free of those that this process's container, or job of a cluster, may take, and these.
+
+    None where nothing bounds it. Of several bounds, one within another, the one that leaves least.
+    """
+    found = []
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
             continue
-        return max(0, most - used + int(files.get(dropped, 0))), most
-    return None
+        names, top = (_SECOND, root) if number == "0" else (_FIRST, root / "memory")
+        inner = top / path.lstrip("/")
+        found += [
+            left for group in (inner, *inner.parents) if group.is_relative_to(top) and (left := _left(group, *names))
+        ]
+    return min(found, default=None)
+
+
+def _left(group: Path, bound: str, taken: str, dropped: str) -> tuple[int, int] | None:
+    """Bytes that are free of a group's bound, and the bound; None where it has none."""
+    try:
+        most, used = (int((group / name).read_text()) for name in (bound, taken))
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # there is no such group, or its bound is `max`
+        return None
+    return max(0, most - used + int(files.get(dropped, 0))), most
 
 
 def release(device: Device) -> None:

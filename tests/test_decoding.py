@@ -451,17 +451,21 @@ def test_a_cpu_without_memory_is_told_from_other_errors():
 
 
 def test_a_container_has_less_memory_than_its_host(tmp_path, monkeypatch):
-    assert devices.of_a_container(tmp_path) is None
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
-    (tmp_path / "memory.current").write_text("600\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert devices.of_a_container(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert devices.of_a_container(tmp_path) == (500, 1000)  # files in memory are dropped where there is need
-    (tmp_path / "v1" / "memory").mkdir(parents=True)
+    own, job = tmp_path / "own", tmp_path / "job_1"
+    assert devices.of_a_container(tmp_path, own) is None
+    own.write_text("0::/job_1/task\n")
+    (job / "task").mkdir(parents=True)  # which has no bound of its own
+    (job / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    (job / "memory.current").write_text("600\n")
+    (job / "memory.max").write_text("max\n")
+    assert devices.of_a_container(tmp_path, own) is None
+    (job / "memory.max").write_text("1000\n")
+    assert devices.of_a_container(tmp_path, own) == (500, 1000)  # files in memory are dropped where there is need
+    own.write_text("7:cpuset:/x\n9:cpu,memory:/of/the/host\n")  # what a container sees at the top is its own
+    (tmp_path / "memory").mkdir()
     for name, said in (("limit_in_bytes", "1000"), ("usage_in_bytes", "1200"), ("stat", "total_inactive_file 50")):
-        (tmp_path / "v1" / "memory" / f"memory.{name}").write_text(said)
-    assert devices.of_a_container(tmp_path / "v1") == (0, 1000)
+        (tmp_path / "memory" / f"memory.{name}").write_text(said)
+    assert devices.of_a_container(tmp_path, own) == (0, 1000)
     monkeypatch.setattr(devices, "of_a_container", lambda: (500, 1000))
     assert devices.memory(devices.Device("cpu", "float32")).items() >= {"free": 500, "total": 1000}.items()
 
