@@ -34,7 +34,7 @@ from rsft_pipeline.audit import replay as replaying
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit import whatif as asking
 from rsft_pipeline.audit import words
-from rsft_pipeline.audit.ids import AuditError, check_recipe
+from rsft_pipeline.audit.ids import AuditError, check_recipe, check_round
 from rsft_pipeline.audit.ids import recipes as recipes_in
 from rsft_pipeline.audit.ids import rounds as rounds_in
 from rsft_pipeline.home import Home
@@ -74,17 +74,21 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
 
 
 def recipe_named(store: Store, name: str) -> Recipe:
-    """The recipe as its file is now, or where that cannot be had, as its last round recorded it."""
+    """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
     called = Path(name).stem
     if not rounds_in(store, called):
         check_recipe(store, called)
-    file = RECIPES / f"{called}.yaml"
+    return load(here.recipe_file(name))
+
+
+def recipe_of(store: Store, name: str, round_key: str) -> Recipe:
+    """The same for questions that rest on stored rows alone: of a file that cannot be had, as the round recorded it."""
     try:
-        file = here.recipe_file(name)
-        return load(file)
+        return recipe_named(store, name)
     except RecipeError as error:
-        print(f"{error}\n{called} is taken as its last round recorded it", file=sys.stderr)
-        return rounds.recorded(store, file)
+        check_round(store, Path(name).stem, round_key)
+        print(f"{error}\n{Path(name).stem} is taken as {round_key} recorded it", file=sys.stderr)
+        return rounds.recorded(store, RECIPES / f"{Path(name).stem}.yaml", round_key)
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
@@ -179,7 +183,7 @@ def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_
 def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
     with opened() as store:
-        answer = asking.whatif(store, recipe_named(store, recipe), round_, overrides_of(set_))
+        answer = asking.whatif(store, recipe_of(store, recipe, round_), round_, overrides_of(set_))
     show(answer, json_, _side_by_side)
 
 
@@ -187,7 +191,7 @@ def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None
 def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, json_: JsonOption = False) -> None:
     """What changed from one round to another: prompts solved and lost, accepted shares, scores, lengths."""
     with opened() as store:
-        answer = differing.diff(store, recipe_named(store, recipe), before, after)
+        answer = differing.diff(store, recipe_of(store, recipe, after), before, after)
     show(answer, json_, _differences)
 
 

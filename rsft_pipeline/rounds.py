@@ -5,6 +5,7 @@ Belongs here: questions about rounds that the store answers. Not: what happens i
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,13 +119,7 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     row = raw(store, recipe.name, round_key)
     if row is None:
         raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
-    try:
-        as_it_was = recipe.as_recorded(json.loads(row["settings"]))
-    except ValidationError as error:
-        refused = f"{recipe.name} {round_key} ran with settings that are refused by now: {refusals(error)}"
-        raise RoundError(refused) from None
-    except (TypeError, ValueError) as error:
-        raise RoundError(f"{recipe.name} {round_key}: its settings in `rounds` cannot be read: {error}") from None
+    as_it_was = _as_recorded(row, recipe.as_recorded)
     return Round(
         as_it_was,
         round_key,
@@ -136,13 +131,22 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     )
 
 
-def recorded(store: Store, file: Path) -> Recipe:
-    """A recipe as its last round recorded it, whatever its file has become. Raises RoundError where none was begun."""
-    row = raw(store, file.stem, last_begun(store, file.stem))
+def recorded(store: Store, file: Path, round_key: str) -> Recipe:
+    """A recipe as a round recorded it, whatever its file has become. Raises RoundError as `record` does."""
+    row = raw(store, file.stem, round_key)
+    if row is None:
+        raise RoundError(f"{file.stem} {round_key} was not begun")
+    return _as_recorded(row, lambda fields: Recipe.of_file(file, fields, RECORDED))
+
+
+def _as_recorded(row: dict, make: Callable[[dict], Recipe]) -> Recipe:
     try:
-        return Recipe.of_file(file, json.loads(row["settings"]), RECORDED)
-    except ValueError as error:
-        raise RoundError(f"{file.stem} {row['round']}: its settings in `rounds` cannot be read: {error}") from None
+        return make(json.loads(row["settings"]))
+    except ValidationError as error:
+        refused = f"{row['recipe']} {row['round']} ran with settings that are refused by now: {refusals(error)}"
+        raise RoundError(refused) from None
+    except (TypeError, ValueError) as error:
+        raise RoundError(f"{row['recipe']} {row['round']}: its settings in `rounds` cannot be read: {error}") from None
 
 
 def resume(store: Store, recipe: Recipe, round_key: str) -> Round:

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import decoding, devices
+from rsft_pipeline import decoding, devices, models
 from rsft_pipeline.decoding import Draw, Shape, attention, cache, cpu_attention, decode, shared_prefix
 from rsft_pipeline.decoding.draws import choose, uniforms
 from rsft_pipeline.decoding.memory import draws_at_once, state_bytes
@@ -598,6 +598,23 @@ def test_a_model_that_fails_in_a_way_of_its_own_is_told_in_a_line():
     with pytest.raises(RuntimeError, match="a SwitchTransformersForConditionalGeneration cannot be drawn") as told:
         decode(model, mixed_draws(), shape(), pad_id=0)
     assert "\n" not in str(told.value)
+
+
+def test_a_failure_without_words_is_a_failure(monkeypatch):
+    def tried(model, loop, *_):
+        if loop is not shared_prefix.draw:
+            raise NotImplementedError
+        return "it is a test"
+
+    monkeypatch.setattr(decoding, "_tried", tried)
+    with pytest.raises(RuntimeError, match="a LlamaForCausalLM cannot be drawn from: NotImplementedError"):
+        decode(tiny("llama"), mixed_draws(), shape(), pad_id=0)
+
+
+def test_a_model_of_text_and_pictures_has_the_words_of_its_text():
+    text = {**SMALL, "head_dim": 8, "num_key_value_heads": 2}
+    config = transformers.Gemma3Config(text_config=text)
+    assert models.vocabulary_of(config) == VOCABULARY and not hasattr(config, "vocab_size")
 
 
 def test_a_padding_token_that_was_drawn_has_a_place_like_any_other():

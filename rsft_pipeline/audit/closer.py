@@ -81,6 +81,19 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
         ORDER BY r.candidate_id"""
 
 
+def known(vocabulary: int, rows: list[dict], note: Notes, of: str = "") -> list[dict]:
+    """Those of the rows whose token ids the model has. The others are named."""
+
+    def has(token: int | None) -> bool:
+        return token is not None and 0 <= token < vocabulary
+
+    if unknown := [row["candidate_id"] for row in rows if not all(map(has, row["token_ids"] or ()))]:
+        what = f"token ids{of} that the model does not have"
+        note(Check(f"token ids{of}", len(rows), len(unknown)), named("data", what, unknown))
+    without = set(unknown)
+    return [row for row in rows if row["candidate_id"] not in without]
+
+
 def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
     """Whether texts are what their tokens spell."""
     ids = [row["token_ids"] or [] for row in rows]  # the store's are never missing, but here nothing is taken for sure

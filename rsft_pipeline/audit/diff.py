@@ -84,11 +84,13 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
         ids.check_round(store, recipe.name, key)
     rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
     level = rounds_[1].recipe.evaluation.confidence
-    drawn = _compared(store, recipe, [_drawn(store, round_) for round_ in rounds_], level)
+    decided = [_drawn(store, round_) for round_ in rounds_]
+    drawn = _compared(store, recipe, decided, level)
     evaluated = [recorded_results(store.query, round_.recipe.name, round_.key, "checkpoint") for round_ in rounds_]
     held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
     notes = _notes(store, *rounds_)
-    if not drawn.shared:
+    notes += [f"{round_.key} has decided nothing yet" for round_, one in zip(rounds_, decided, strict=True) if not one]
+    if drawn.only_before and drawn.only_after and not drawn.shared:
         notes.append(
             "no prompt is in both rounds: one is known by its exact text, and the sources or the template gave others"
         )

@@ -32,7 +32,8 @@ def check(
     of = {"recipe": round_.recipe.name, "round": round_.key}
     asked = query("SELECT DISTINCT role, checkpoint FROM evaluations WHERE recipe = $recipe AND round = $round", of)
     if not asked:
-        note(Check("held-out results, counted again", 0, None, "this round was not evaluated"))
+        note(Check("held-out results, counted again", 0, None, "no result is stored: this round was not evaluated"))
+        _verdict(query, round_, {}, of, note)
         return []
     scorers = {"scorers": of_scorers(version_of), "combined": COMBINED}
     for i, weights in enumerate(sorted({row["checkpoint"] for row in asked})):
@@ -115,11 +116,12 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
         )
         again = promoted(comparison, recipe.promotion)
         summaries = {
-            role: finite(asdict(summarise(each, k=how.k, confidence=how.confidence))) for role, each in found.items()
+            role: finite(asdict(summarise(found[role], k=how.k, confidence=how.confidence)))
+            for role in ("policy", "checkpoint", "champion")
         }
-    except (KeyError, ValueError) as error:  # a role or all prompts are gone
-        what = f"the recorded results give no verdict ({error}), and the round has «{row['verdict']}»"
-        note(Check(name, 1, 1), Finding("rule", what, 1))
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:  # of a role they are gone, or are no numbers
+        what = f"the recorded results give no verdict ({error!r}), and the round has «{row['verdict']}»"
+        note(Check(name, 1, 1), Finding("data", what, 1))
         return
     wrong = again != (row["promoted"], row["verdict"])
     what = f"the recorded results give the verdict «{again[1]}», not «{row['verdict']}»"
@@ -157,7 +159,7 @@ def _recorded(was, now) -> bool:
 def _alike(was, now) -> bool:
     match was, now:
         case dict(), dict():
-            return all(name in now and _alike(value, now[name]) for name, value in was.items())
+            return bool(was) and all(name in now and _alike(value, now[name]) for name, value in was.items())
         case float(), float():
             return math.isclose(was, now, rel_tol=1e-12)
     return was == now

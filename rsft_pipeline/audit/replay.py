@@ -303,30 +303,23 @@ def _weights(
         note(Check("weights", 1, 1), Finding("weights", str(error), 1))
         return
     note(Check("weights, hashed again", 1, 0, str(weights.path)))
-    tokenizer = models.tokenizer(weights.path)
-    source = round_.recipe.sampling.source
-    if round_.recipe.task != "classification":
-        if stored.rows and source != "reference":
-            closer.texts(tokenizer, stored.rows, note)
-        if stored.held_out and source != "teacher":  # whose tokens are not the policy's
-            closer.texts(tokenizer, stored.held_out, note, held_out.OF)
-    if some := [row for row in stored.rows if row["token_ids"]][:forced]:
+    recipe, tokenizer = round_.recipe, models.tokenizer(weights.path)
+    # A classifier's one token is a label.
+    there = len(recipe.model.labels) if recipe.task == "classification" else models.vocabulary(weights.path)
+    rows = closer.known(there, stored.rows, note)
+    of_held_out = closer.known(there, stored.held_out, note, held_out.OF)
+    if recipe.task != "classification":
+        if rows and recipe.sampling.source != "reference":
+            closer.texts(tokenizer, rows, note)
+        if of_held_out and recipe.sampling.source != "teacher":  # whose tokens are not the policy's
+            closer.texts(tokenizer, of_held_out, note, held_out.OF)
+    if some := [row for row in rows if row["token_ids"]][:forced]:
         _forced(weights.path, tokenizer, round_, device, some, tolerance, note)
 
 
 def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Notes) -> None:
     """log p of the drawn tokens by teacher forcing; log q is the same number where nothing was reshaped or cut."""
     task, how = tasks.of(round_.recipe), round_.recipe.sampling
-    model = models.load(path, device, task=round_.recipe.task)
-    # A classifier's one token is a label.
-    there = model.config.num_labels if round_.recipe.task == "classification" else model.config.vocab_size
-    unknown = [row["candidate_id"] for row in rows if not all(0 <= token < there for token in row["token_ids"])]
-    if unknown:
-        note(
-            Check("token ids", len(rows), len(unknown)),
-            named("data", "token ids that the model does not have", unknown),
-        )
-        rows = [row for row in rows if row["candidate_id"] not in unknown]
     samples = [
         Sample(
             row["candidate_id"],
@@ -335,6 +328,7 @@ def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], to
         )
         for row in rows
     ]
+    model = models.load(path, device, task=round_.recipe.task)
     found = task.log_probabilities(model, samples, tokenizer.pad_token_id)
     del model
     release(device)

@@ -118,8 +118,10 @@ def _record(made: Mapping[str, Any], note: Notes) -> dict[str, Any]:
     name = "columns of `checkpoints`, against its record"
     try:
         meta = dict(json.loads(made["meta"]))
-    except (TypeError, ValueError) as error:
-        what = f"the record of {made['checkpoint']} in `checkpoints`, `meta`, cannot be read: {error}"
+    except (TypeError, ValueError):
+        meta = {}
+    if not meta:
+        what = f"the record of {made['checkpoint']} in `checkpoints`, `meta`, cannot be read or is empty"
         note(Check(name, 0, 1), Finding("data", what, 1))
         return {}
     twice = {"snapshot": "store_snapshot", **{column: column for column in made if column in meta}}
@@ -158,9 +160,7 @@ def _roots(
 ) -> None:
     """Whether the root stands the same in every place that it was written to."""
     folder, name = home.checkpoints / made["checkpoint"], "the root, wherever it was written"
-    if "merkle_root" not in meta:
-        note(Check(name, 0, None, "no root was recorded when this checkpoint was trained"))
-        return
+    wanted = meta.get("merkle_root")
     there = dict(witnesses)
     if folder.is_dir():
         there[f"{folder / checkpoints.META}"] = _meta(folder).get("merkle_root")
@@ -169,9 +169,12 @@ def _roots(
         # The card is for people, who may have rewritten it: only another root in its place is a difference.
         if found := re.search(r"Merkle root \| `([^`]*)`", text):
             there[f"{card}"] = found[1]
-    wrong = {place: root for place, root in there.items() if root != meta["merkle_root"]}
+    if wanted is None and not any(there.values()):
+        note(Check(name, 0, None, "no root was recorded when this checkpoint was trained"))
+        return
+    wrong = {place: root for place, root in there.items() if root != wanted}
     said = "; ".join(f"{place} says {root or 'nothing'}" for place, root in wrong.items())
-    what = f"the table `checkpoints` has the root {meta['merkle_root']}, but {said}"
+    what = f"the table `checkpoints` has the root {wanted or '(none)'}, but {said}"
     note(Check(name, len(there) + 1, len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
 
 
@@ -264,13 +267,14 @@ def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revo
 
 # The checkpoints that count for a round: its own and its controls.
 _RESULT = """
-    SELECT checkpoint, json_extract_string(controls, '$.random'), json_extract_string(controls, '$.everything')
-    FROM rounds WHERE recipe = $recipe AND round = $round
+    SELECT checkpoint, json_extract_string(made, '$.random'), json_extract_string(made, '$.everything')
+    FROM (SELECT *, CASE WHEN json_valid(controls) THEN controls END AS made FROM rounds)
+    WHERE recipe = $recipe AND round = $round
 """
 _BEGUN_SINCE = """
     SELECT e.round FROM rounds e JOIN rounds r ON r.recipe = e.recipe AND r.round = $round
     WHERE e.recipe = $recipe AND e.round < $round AND e.started_at > r.started_at
-        AND (r.settings::JSON ->> '$.training.data') = 'all_rounds'
+        AND CASE WHEN json_valid(r.settings) THEN r.settings ->> '$.training.data' END = 'all_rounds'
     ORDER BY e.round LIMIT 1
 """
 
@@ -316,8 +320,9 @@ def _then(
         """SELECT coalesce(t.candidate_id, r.candidate_id), CASE WHEN t.candidate_id IS NULL THEN 'gone'
                WHEN r.candidate_id IS NULL THEN 'added' ELSE 'changed' END
            FROM at_snapshot t FULL JOIN recorded r ON r.candidate_id = t.candidate_id
-           WHERE t.leaf IS DISTINCT FROM r.leaf OR t.weight IS DISTINCT FROM r.weight
-               OR t.candidate_id IS NULL OR r.candidate_id IS NULL"""
+           WHERE t.leaf IS DISTINCT FROM r.leaf AND (r.leaf IS NOT NULL OR $rooted)
+               OR t.weight IS DISTINCT FROM r.weight OR t.candidate_id IS NULL OR r.candidate_id IS NULL""",
+        {"rooted": "merkle_root" in meta},  # from before there were roots there are no leaves
     ).fetchall()
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "at_snapshot")

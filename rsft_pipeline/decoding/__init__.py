@@ -90,7 +90,7 @@ def _loop(
         except Exception as error:  # each family fails in its own way
             if devices.out_of_memory(error):
                 raise
-            wrong = str(error).strip().partition("\n")[0]
+            wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if wrong:
             raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}") from None
         yield from plain.draw(model, draws, shape, pad_id, at_once)

@@ -36,8 +36,8 @@ def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
     device = model.device.type
     longest = max(len(draw.prompt_ids) for draw in draws)
     of_a_prompt = len(draws) / len({draw.prompt_ids for draw in draws})
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    logits = vocabulary * (model.dtype.itemsize + 4 * 4)  # as computed, and four arrays of choose() in float32
+    number = model.dtype.itemsize + 4 * 4  # as computed, and in four arrays of choose() in float32
+    logits = models.vocabulary_of(model.config) * number
     each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / of_a_prompt + logits
     free = devices.memory(devices.Device(device, "float32"))["free"]
     return max(1, min(DRAWS[device], int(SHARE[device] * free / each)))

@@ -240,7 +240,7 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
             **how,
         )
     except ValueError as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().partition("\n")[0]
         raise ModelError(f"{source} cannot be loaded as a {made_with.__name__}: {why}") from error
     lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
     if new_head:
@@ -326,11 +326,11 @@ def start_id(model) -> int:
 
 
 def begin_ids(model) -> list[int]:
-    """What a completion of the model begins with, besides its text: BART was trained on texts behind its `<s>`.
+    """What an encoder-decoder's completions begin with, besides their text: BART was trained on texts behind its `<s>`.
 
     Such a model's configuration forces the token on what it generates. Its draws write it by themselves.
     """
-    forced = model.generation_config.forced_bos_token_id
+    forced = model.generation_config.forced_bos_token_id if model.config.is_encoder_decoder else None
     return [] if forced is None else [forced]
 
 
@@ -354,14 +354,22 @@ def context_length(path: Path) -> int | None:
     Raises:
         ModelError: it is no configuration, or one that lacks what a position is counted from.
     """
+    return context_of(_configuration(path))
+
+
+def vocabulary(path: Path) -> int:
+    """Token ids that a model has, from 0 on. Raises ModelError as `context_length` does."""
+    return vocabulary_of(_configuration(path))
+
+
+def _configuration(path: Path):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{path}: its config.json makes no model: {error}") from error
-    return context_of(config)
 
 
 # RoBERTa and what was made after it: position ids begin behind that of padding, and those before are no token's.
@@ -391,15 +399,6 @@ def first_position(config) -> int:
     return config.pad_token_id + 1
 
 
-# How families call it: most of them; LED's two sides; MPT.
-_CONTEXT = (
-    "max_position_embeddings",
-    "max_encoder_position_embeddings",
-    "max_decoder_position_embeddings",
-    "max_seq_len",
-)
-
-
 def context_of(config) -> int | None:
     """`context_length` by a configuration.
 
@@ -408,11 +407,15 @@ def context_of(config) -> int | None:
     """
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    named = (getattr(config, name, None) for name in _CONTEXT)
-    context = min((length for length in named if length is not None), default=None)
+    context = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     if context is not None:
         context -= first_position(config)
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
+
+
+def vocabulary_of(config) -> int:
+    """Token ids that a model has, from 0 on."""
+    return config.get_text_config(decoder=True).vocab_size
 
 
 def depth_of(config) -> int:

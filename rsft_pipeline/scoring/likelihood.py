@@ -44,11 +44,11 @@ class Likelihood:
                 completion had ended). Messages go through the model's own chat template.
         """
         texts = [completion for _, _, completion, _ in rows]
-        ended = self.task.completion_ids(self.model, self.tokenizer, texts)
+        ended, begun = self.task.completion_ids(self.model, self.tokenizer, texts), len(models.begin_ids(self.model))
         encoded: dict[int, Sample] = {}
         for i, (prompt, messages, _, has_ended) in enumerate(rows):
             sample = Sample("", self._prompt(prompt, messages), ended[i] if has_ended else ended[i][:-1])
-            if sample.completion_ids and self._fits(sample):
+            if len(sample.completion_ids) > begun and self._fits(sample):
                 encoded[i] = sample
         samples = list(encoded.values())
         values = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id, batch_size)
