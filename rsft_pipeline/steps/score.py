@@ -5,7 +5,10 @@ candidate is judged (scoring/), nor which are accepted (decide.py).
 """
 
 import json
+import time
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from rsft_pipeline import lineage, revocations, scoring
 from rsft_pipeline.devices import Device
@@ -15,7 +18,8 @@ from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.steps.rows import COMBINED, OF_SCORERS, of_scorers
 from rsft_pipeline.store import Store, columns
 
-SCORING_BATCH = 4096  # candidates scored and persisted together
+BATCH = 1024  # candidates that a scorer is given at once
+KEPT_AFTER = 2.0  # seconds of judging after which what was said is persisted: a commit takes a hundredth of that
 
 
 def check_not_revoked(store: Store, round_: Round) -> None:
@@ -116,30 +120,35 @@ def score(
         (number,) = connection.execute("SELECT count(*) FROM unscored").fetchone()
         if not number:
             return 0
-        scorers, done = scorers or load(store, round_, device), 0
+        scorers = scorers or load(store, round_, device)
         if scorers.version_of != version_of:  # what is known already is of the versions before
             raise RoundError(f"{recipe.name} {round_.key}: a scorer changed just now: run the round again")
-        for batch in connection.execute("FROM unscored").to_arrow_reader(SCORING_BATCH):
-            rows = batch.to_pylist()
-            judged = _judge(recipe, scorers.judges, rows)
-            store.append(
-                "scores",
-                columns(
-                    len(judged),
-                    recipe=recipe.name,
-                    round=[row["round"] for row, *_ in judged],
-                    candidate_id=[row["candidate_id"] for row, *_ in judged],
-                    scorer=[scorer for _, scorer, *_ in judged],
-                    version=[version_of[scorer] for _, scorer, *_ in judged],
-                    content=[row["content"] for row, *_ in judged],
-                    value=[value for *_, value, _ in judged],
-                    passed=[passed for *_, passed in judged],
-                    dagster_run_id=run_id,
-                ),
-            )
-            done += len(rows)
-            show(done, "", number)
+        done, judged, since = 0, [], time.monotonic()
+        for batch in connection.execute("FROM unscored").to_arrow_reader(BATCH):
+            judged += _judge(recipe, scorers.judges, batch.to_pylist())
+            done += batch.num_rows
+            if done == number or time.monotonic() - since > KEPT_AFTER:
+                store.append("scores", _rows(recipe, judged, version_of, run_id))
+                show(done, "", number)
+                judged, since = [], time.monotonic()
     return number
+
+
+def _rows(
+    recipe: Recipe, judged: list[tuple[dict, str, float | None, bool | None]], version_of: dict[str, str], run_id: str
+) -> pa.Table:
+    return columns(
+        len(judged),
+        recipe=recipe.name,
+        round=[row["round"] for row, *_ in judged],
+        candidate_id=[row["candidate_id"] for row, *_ in judged],
+        scorer=[scorer for _, scorer, *_ in judged],
+        version=[version_of[scorer] for _, scorer, *_ in judged],
+        content=[row["content"] for row, *_ in judged],
+        value=[value for *_, value, _ in judged],
+        passed=[passed for *_, passed in judged],
+        dagster_run_id=run_id,
+    )
 
 
 def _to_judge(parameters: dict, version_of: dict[str, str]) -> dict:

@@ -42,7 +42,8 @@ def draw(
 
     score_drawn()  # what a killed run had drawn last
     for draws in sampling.passes(round_.recipe.sampling):
-        wanted = _unsatisfied(store, round_, asked, draws)
+        if not (wanted := _unsatisfied(store, round_, asked, draws)):
+            break  # nor will any later pass draw for one: what has enough keeps it
         for wave in drawing.plan(store, round_, round_.drawn_from, wanted, split="train", draws=draws):
             if _enough(store, round_, draws):
                 return candidates, tokens
