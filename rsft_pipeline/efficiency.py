@@ -5,7 +5,7 @@ number for a share (calibration.py), and showing (report.py).
 
 Three sets of candidates are told apart:
     all      every candidate that was decided on; what the rate and the tokens are of
-    open     all but those set aside as `pilot`, which were not accepted whatever they are; what the KL is of
+    open     all but the draws of a pilot that is set aside, which are never accepted; what the KL is of
     seen     open ones that were judged and passed the gates: what the rule saw, and what a share is a share of
 
 A candidate's A is the chance that the rule accepts it, before `distinct` and `cap`. For rules without chance that
@@ -70,7 +70,9 @@ class Efficiency:
     low: float | None  # Wilson: of candidates as if independent; draws of one prompt are not, so take it as a least
     high: float | None
     mean_a: float | None  # mean A of the seen: the share expected to pass the rule
-    one_over_m: float | None  # of `rejection`: what mean A is where p ≤ M·q holds for a p and a q that sum to 1
+    one_over_m: (
+        float | None
+    )  # of `rejection`: what mean A is where p ≤ M·q holds for a p and a q that sum to 1, and no gate does
     effective_samples: float | None  # (Σw)² / Σw² over the weights of the accepted
     effective_size: float | None  # (ΣA)² / ΣA² over the seen: their worth, weighted by A instead of accepted
     kl: float | None  # nats, of what is accepted from what was drawn; see `measure`
@@ -182,12 +184,23 @@ def _sums(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[
                 SELECT *, CASE WHEN log_c > '-infinity'::DOUBLE THEN log_c + {by_a} END AS log_g FROM chances
             )
             SELECT count(*) AS candidates, count(*) FILTER (accepted) AS accepted, sum(tokens)::BIGINT AS tokens,
-                count(*) FILTER (reason <> 'pilot') AS open, count(*) FILTER (reason NOT IN {BEFORE_THE_RULE}) AS seen,
+                count(*) FILTER ({_open(parameters)}) AS open,
+                count(*) FILTER (reason NOT IN {BEFORE_THE_RULE}) AS seen,
                 sum(weight) FILTER (accepted) AS w, sum(weight * weight) FILTER (accepted) AS w2,
                 coalesce(sum(exp(log_c)), 0) AS a, sum(exp(2 * log_c)) AS a2,
                 sum(exp(log_g)) AS g, sum(exp(log_g) * log_g) AS g_log_g
             FROM tilted""",
     )[0]
+
+
+def _set_aside(parameters: dict[str, Any]) -> int:
+    """How many of each prompt's first draws are there for M alone."""
+    return int(parameters["pilot"]) if parameters.get("M") == "estimate" else 0
+
+
+def _open(parameters: dict[str, Any]) -> str:
+    """SQL: whether a candidate is no draw of the pilot. By `reason` it could not be told: a gate comes before that."""
+    return f"draw >= {_set_aside(parameters)}"
 
 
 def _by_chance(parameters: dict[str, Any]) -> str:
@@ -210,7 +223,7 @@ def _effective(total: float | None, squares: float | None) -> float | None:
 def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[str, Any]) -> list[Suggestion]:
     """For each of the shares WANTED, the number that would have accepted it of the seen candidates."""
     rule = parameters["rule"]
-    values = np.sort(acceptance.compared(connection, decided, parameters, "reason <> 'pilot'"))
+    values = np.sort(acceptance.compared(connection, decided, parameters, _open(parameters)))
     if rule == "rejection" and parameters.get("threshold") is not None:
         rule, values = "threshold", np.exp(np.minimum(0.0, values - parameters.get("log_M", 0.0)))
     name = {"rejection": "log_M", "boltzmann": "beta", "loss": "k"}.get(rule, "threshold")
@@ -230,17 +243,16 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
     """How each group of prompts fared, the one with the lowest rate first, and how much it should be drawn.
 
     Args:
-        decided: table or view with prompt_id, accepted, reason and `grouped`.
+        decided: table or view with prompt_id, draw, accepted, reason and `grouped`.
         rule: the recipe's acceptance section.
         accepted: how many accepted samples a prompt should get; see `draws_needed`.
     """
     parameters = rule.model_dump(mode="json")
-    aside = rule.pilot if parameters.get("M") == "estimate" else 0
     counted = _rows(
         connection,
         f"""SELECT grouped, count(DISTINCT prompt_id) AS prompts, count(*) AS candidates,
                 count(*) FILTER (accepted) AS accepted, count(*) FILTER ({ruled(parameters)}) AS ruled,
-                count(*) FILTER (reason <> 'pilot') AS open,
+                count(*) FILTER ({_open(parameters)}) AS open,
                 count(DISTINCT prompt_id) FILTER (accepted) AS prompts_with_accepted
             FROM {decided} GROUP BY grouped ORDER BY avg(accepted::INTEGER), grouped""",
     )
@@ -256,7 +268,7 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
                 row["accepted"] / row["candidates"],
                 *wilson(row["accepted"], row["candidates"]),
                 row["prompts_with_accepted"],
-                None if needed is None else needed + aside,
+                None if needed is None else needed + _set_aside(parameters),
             )
         )
     return groups

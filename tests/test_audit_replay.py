@@ -273,7 +273,9 @@ def test_diff_is_what_the_rows_say(mine, recipe):
     rates = []
     for key in ("r000", "r001"):
         rows = mine.query(
-            "SELECT prompt_id, avg(accepted::INTEGER) AS rate FROM decisions WHERE round = ? GROUP BY ALL", [key]
+            """SELECT prompt_id, avg((accepted OR reason IN ('duplicate', 'cap'))::INTEGER) AS rate
+               FROM decisions WHERE round = ? GROUP BY ALL""",
+            [key],
         )
         rates.append({row["prompt_id"]: row["rate"] for row in rows})
     shared = rates[0].keys() & rates[1].keys()
@@ -286,14 +288,14 @@ def test_diff_is_what_the_rows_say(mine, recipe):
     assert min(map(abs, moved.values())) >= max(
         (abs(rates[1][p] - rates[0][p]) for p in shared - moved.keys()), default=0
     )
-    shift = {one.what: one for one in drawn.shifts}["share of successes"]
+    shift = {one.what: one for one in drawn.shifts}["share that the rule accepts"]
     assert shift.difference == pytest.approx(np.mean([rates[1][p] - rates[0][p] for p in shared]))
     assert shift.low <= shift.difference <= shift.high
     # The checkpoints' own held-out results, paired: the same numbers as the rounds recorded.
     recorded = [json.loads(row["checkpoint_eval"]) for row in rounds.history(mine, NAME)]
     held_out = {one.what: one for one in answer.held_out.shifts}
-    assert held_out["share of successes"].before == pytest.approx(recorded[0]["pass_at_1"]["value"])
-    assert held_out["share of successes"].after == pytest.approx(recorded[1]["pass_at_1"]["value"])
+    assert held_out["share that passes"].before == pytest.approx(recorded[0]["pass_at_1"]["value"])
+    assert held_out["share that passes"].after == pytest.approx(recorded[1]["pass_at_1"]["value"])
     assert held_out["score"].after == pytest.approx(recorded[1]["mean_score"]["value"])
     stricter = json.dumps({"evaluation": {"pass_above": 0.9}})
     change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", stricter)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.audit.replay import replay
+from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
@@ -92,6 +93,8 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
         # Another rule can be asked about, one that could not be drawn until: on all that was drawn.
         other = whatif(store, recipe, "r000", {"acceptance.rule": "top_k", "acceptance.k": "1"})
         assert (other.candidates, other.would.accepted) == (sum(row["draws"] for row in rows), len(rows))
+        (note,) = diff(store, recipe, "r000", "r000").notes
+        assert "ended with enough accepted" in note
         before = store.query("SELECT candidate_id FROM candidates ORDER BY 1")
         decisions = store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1")
     assert run(instance, recipe, "r000").success

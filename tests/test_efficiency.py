@@ -120,6 +120,22 @@ def test_the_pilot_that_is_set_aside_is_paid_for_and_no_part_of_the_divergence(c
     assert (found.mean_a, found.one_over_m, found.kl, found.tokens_per_accepted) == (1, 1, 0, 20)
 
 
+def test_a_gate_is_no_way_into_the_pilot_or_out_of_it(connection):
+    """Half of the draws pass the gate, in the pilot as after it, so a half is what is accepted of what is drawn."""
+    rows = [
+        candidate(f"{prompt} {draw}", prompt_id=str(prompt), draw=draw, target=-1.0, log_q=-1.0, passed=prompt % 2 == 0)
+        | {"grouped": "g"}
+        for prompt in range(8)
+        for draw in range(3)
+    ]
+    rule, parameters = decide(connection, rows, rule="rejection", pilot=1)
+    found = efficiency.measure(connection, "decided", parameters)
+    assert (found.candidates, found.seen, found.accepted) == (24, 8, 8)
+    assert found.kl == pytest.approx(math.log(2), rel=1e-14)
+    (group,) = efficiency.coverage(connection, "decided", rule)
+    assert group.draws_needed == 1 + 5  # (1/2)^5 < 0.05 < (1/2)^4, behind a pilot of one
+
+
 def test_a_rule_without_chance_has_minus_log_of_its_share_before_distinct_and_cap(connection):
     rows = [
         candidate("a", score=0.9),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsft_pipeline import acceptance, rounds
+from rsft_pipeline import acceptance, efficiency, rounds
 from rsft_pipeline.audit import ids, recorded
 from rsft_pipeline.audit.findings import NAMED
 from rsft_pipeline.evaluation import PromptResult, interval
@@ -62,8 +62,8 @@ class Compared:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two rounds. `drawn`: candidates to train on, a success is an accepted one. `held_out`: the checkpoints'
-    evaluations, a success is a passing draw; None where a round was not evaluated."""
+    """Two rounds. `drawn`: candidates to train on, a success is one that the rule accepts, before `distinct` and `cap`.
+    `held_out`: the checkpoints' evaluations, a success is a passing draw; None where a round was not evaluated."""
 
     recipe: str
     before: str
@@ -85,9 +85,9 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
     rounds_ = [rounds.record(store, recipe, key) for key in (before, after)]
     level = rounds_[1].recipe.evaluation.confidence
     decided = [_drawn(store, round_) for round_ in rounds_]
-    drawn = _compared(store, recipe, decided, level)
+    drawn = _compared(store, recipe, decided, level, "share that the rule accepts")
     evaluated = [recorded_results(store.query, round_.recipe.name, round_.key, "checkpoint") for round_ in rounds_]
-    held_out = _compared(store, recipe, evaluated, level) if all(evaluated) else None
+    held_out = _compared(store, recipe, evaluated, level, "share that passes") if all(evaluated) else None
     notes = _notes(store, *rounds_)
     notes += [f"{round_.key} has decided nothing yet" for round_, one in zip(rounds_, decided, strict=True) if not one]
     if drawn.only_before and drawn.only_after and not drawn.shared:
@@ -109,24 +109,35 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
     for section in ("sampling", "acceptance", "prompts", "evaluation"):
         if getattr(before.recipe, section) != getattr(after.recipe, section):
             notes.append(f"the rounds had different `{section}` settings")
+    if before.recipe.sampling.until or after.recipe.sampling.until:
+        notes.append(
+            "draws of a prompt ended with enough accepted (`sampling.until`): its share that the rule accepts is higher "
+            "than the chance of it, the more so the fewer draws it took"
+        )
     return notes
 
 
-_DRAWN = f"""
-    SELECT c.prompt_id, count(*) AS draws, count(*) FILTER (d.accepted) AS passes, avg(d.score) AS score,
-        count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
-    FROM ({ROUND_CANDIDATES}) c
-    JOIN decisions d ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round
-    GROUP BY c.prompt_id ORDER BY c.prompt_id
-"""
-
-
 def _drawn(store: Store, round_: Round) -> list[PromptResult]:
-    """The round's candidates by prompt, as evaluation has results: `passes` are the accepted."""
-    return [PromptResult(**row) for row in store.query(_DRAWN, of_round(round_))]
+    """The round's candidates by prompt, as evaluation has results: `passes` are those that the rule accepted.
+
+    How many are left once equal texts are folded says little of the policy: of a prompt that has one right answer
+    that is one, however often it is drawn.
+    """
+    ruled = efficiency.ruled(round_.recipe.acceptance.model_dump(mode="json"))
+    rows = store.query(
+        f"""SELECT c.prompt_id, count(*) AS draws, count(*) FILTER ({ruled}) AS passes, avg(d.score) AS score,
+                count(DISTINCT {acceptance.normalised("c.text")}) AS "distinct", avg(c.tokens) AS tokens
+            FROM ({ROUND_CANDIDATES}) c
+            JOIN decisions d ON d.candidate_id = c.candidate_id AND d.recipe = $recipe AND d.round = $round
+            GROUP BY c.prompt_id ORDER BY c.prompt_id""",
+        of_round(round_),
+    )
+    return [PromptResult(**row) for row in rows]
 
 
-def _compared(store: Store, recipe: Recipe, results: Sequence[Sequence[PromptResult]], level: float) -> Compared:
+def _compared(
+    store: Store, recipe: Recipe, results: Sequence[Sequence[PromptResult]], level: float, success: str
+) -> Compared:
     before, after = ({r.prompt_id: r for r in each} for each in results)
     shared = sorted(before.keys() & after.keys())
     rates = {p: (before[p].passes / before[p].draws, after[p].passes / after[p].draws) for p in shared}
@@ -147,14 +158,14 @@ def _compared(store: Store, recipe: Recipe, results: Sequence[Sequence[PromptRes
         len(solved),
         len(lost),
         *changes,
-        shifts=tuple(_shifts([before[p] for p in shared], [after[p] for p in shared], level)),
+        shifts=tuple(_shifts([before[p] for p in shared], [after[p] for p in shared], level, success)),
     )
 
 
-def _shifts(before: Sequence[PromptResult], after: Sequence[PromptResult], level: float) -> list[Shift]:
+def _shifts(before: Sequence[PromptResult], after: Sequence[PromptResult], level: float, success: str) -> list[Shift]:
     """How success, score and length moved."""
     shares = {
-        "share of successes": lambda r: r.passes / r.draws,
+        success: lambda r: r.passes / r.draws,
         "distinct texts per draw": lambda r: r.distinct / r.draws,
     }
     means = {"score": lambda r: r.score, "tokens": lambda r: r.tokens}
