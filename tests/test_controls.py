@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from rsft_pipeline import lineage, rounds
-from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.diff import diff
+from rsft_pipeline.audit.replay import replay
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
