@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,39 +64,54 @@ def _around(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) -> bytes:
-    """The promotion metric of checkpoint and champion over the rounds, with intervals, and the acceptance rate."""
+    """The promotion metric of checkpoint and champion over the rounds, with intervals, as a PNG."""
+    return _png(rounds_figure(recipe, metric, history))
+
+
+def rounds_figure(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]):
+    """The figure of `rounds_plot`. Behind it, as bars, stands what share of the candidates was accepted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.4))
     axes = figure.subplots()
     history = [row for row in history if measured(row, metric)]
-    keys = ["base", *(row["round"] for row in history)]
-    first = json.loads(history[0]["policy_eval"])
-    made = [first, *(json.loads(row["checkpoint_eval"]) for row in history)]
-    crowned = [first, *(json.loads(row["champion_eval"]) for row in history)]
-    for summaries, label, style in ((made, "checkpoint", "o"), (crowned, "champion", "-")):
-        values = [summary[metric]["value"] for summary in summaries]
-        if label == "champion":
-            axes.step(range(len(keys)), values, style, where="post", color="#c0504d", label=label, alpha=0.8)
-            continue
-        below = [s[metric]["value"] - _end(s[metric], "low") for s in summaries]  # None: open end
-        above = [_end(s[metric], "high") - s[metric]["value"] for s in summaries]
-        axes.errorbar(range(len(keys)), values, [below, above], fmt=style, color="#4f7cac", capsize=3, label=label)
+    names, made, champions = by_round(history, metric)
+    at, every = range(len(names)), math.ceil(len(names) / 14)
+    values = [one["value"] for one in made]
+    below = [one["value"] - _end(one, "low") for one in made]
+    above = [_end(one, "high") - one["value"] for one in made]
+    axes.errorbar(at, values, [below, above], fmt="o", color="#4f7cac", capsize=3, label="checkpoint")
+    values = [one["value"] for one in champions]
+    axes.step(at, values, "-", where="post", color="#c0504d", label="champion", alpha=0.8)
     axes.set(
-        xticks=range(len(keys)),
-        xticklabels=keys,
+        xticks=at[::every],
+        xticklabels=names[::every],
         ylabel=NAMES[metric],
         title=f"{recipe}: held-out {NAMES[metric]} by round",
     )
     rates = axes.twinx()
-    rates.bar(
-        range(1, len(keys)), [row["accepted"] / max(1, row["candidates"]) for row in history], width=0.3, alpha=0.2
-    )
+    rates.bar(at[1:], [row["accepted"] / max(1, row["candidates"]) for row in history], width=0.3, alpha=0.2)
     rates.set(ylim=(0, 1), ylabel="accepted share (bars)")
+    axes.set_zorder(rates.get_zorder() + 1)  # bars behind points
+    axes.patch.set_visible(False)
     axes.legend(loc="upper left", frameon=False)
     axes.spines["top"].set_visible(False)
     rates.spines["top"].set_visible(False)
-    return _png(figure)
+    return figure
+
+
+def by_round(history: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[dict], list[dict]]:
+    """What a plot of rounds shows: a name for each place, the checkpoint's estimate there, and the champion's.
+
+    First comes what the first of the rounds drew from, which is no base where earlier rounds lack the metric.
+    """
+    first = history[0]
+    began = json.loads(first["policy_eval"])[metric]
+    return (
+        ["base" if first["policy_source"] == "base" else f"{first['policy_source']}'s", *(r["round"] for r in history)],
+        [began, *(json.loads(row["checkpoint_eval"])[metric] for row in history)],
+        [began, *(json.loads(row["champion_eval"])[metric] for row in history)],
+    )
 
 
 def measured(row: Mapping[str, Any], metric: str) -> bool:

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from rsft_pipeline import lineage, report, rounds
 from rsft_pipeline.audit import browse, words
+from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.home import Home
 from web.app import create
@@ -211,8 +212,22 @@ def test_find(ask):
     assert ask(f"/find?q={one[:12]}", 307).headers["location"].endswith(one)
     found = ask("/find?q=AFTER+12").text
     assert f"/recipes/letters/prompts/{letters.prompt_id(12)}" in found
-    assert "no prompt contains these words" in ask("/find?q=nowhere").text
-    ask("/find?q=")
+    lost = ask("/find?q=nowhere").text
+    assert "No prompt contains these words. As an id: no id here begins so." in lost
+    assert "No prompt" not in ask("/find?q=").text and "Type an id" in ask("/find?q=").text
+
+
+def test_what_is_long_can_be_read_to_its_end_and_what_is_ambiguous_says_so(tmp_path):
+    one, end = letters.candidate_id("r000", 5, 0), "AND NOT THE END OF IT"
+    with letters.write(tmp_path) as store, TestClient(create(store, Home(tmp_path)), base_url=HERE) as client:
+        of = [f"{'r' * 290} {end}", letters.prompt_id(5)]
+        store.commit(lambda c: c.execute("UPDATE prompts SET reference = ? WHERE prompt_id = ?", of))
+        store.commit(lambda c: c.execute("UPDATE prompts SET source = 'answer' WHERE prompt_id = ?", of[1:]))
+        revoke(store, thing(store, one), who="an auditor", why=f"{'because ' * 60}{end}")
+        assert end in client.get(f"/recipes/letters/candidates/{one}").text
+        assert end in client.get("/revocations").text
+        found = unescape(client.get("/find?q=answer").text)
+        assert "'answer' could be scorer version-answer, source answer: give more of it." in found
 
 
 def test_quarantine(ask):

@@ -4,14 +4,13 @@ Belongs here: numbers to coordinates. Not: lines, colours and words, which are t
 style sheet, so that a drawing is as sharp, and as light or dark, as the page around it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rsft_pipeline.audit.browse import Distribution
-from rsft_pipeline.report import measured
+from rsft_pipeline.report import by_round, measured
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,14 @@ def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | No
     if not done:
         return None
     width, height, left, right, top, bottom = 1120, 250, 46, 10, 12, 220
-    first = json.loads(done[0]["policy_eval"])[metric]
-    made = [first, *(json.loads(row["checkpoint_eval"])[metric] for row in done)]
-    crowned = [first, *(json.loads(row["champion_eval"])[metric] for row in done)]
-    names = ["base", *(row["round"] for row in done)]
+    names, made, champions = by_round(done, metric)
     ends = [end for one in made for end in (one["low"], one["high"], one["value"]) if end is not None]
     scale, ticks = _scale(min(0.0, *ends), max(ends), bottom, top)
     step = (width - left - right) / len(names)
     xs = [left + step * (i + 0.5) for i in range(len(names))]
     every = math.ceil(len(names) / 12)
     points = []
-    for x, one in zip(xs, crowned, strict=True):
+    for x, one in zip(xs, champions, strict=True):
         points += [f"{x - step / 2:.1f},{scale(one['value']):.1f}", f"{x + step / 2:.1f},{scale(one['value']):.1f}"]
     shares = [row["accepted"] / max(1, row["candidates"]) for row in done]
     bar = min(36.0, step * 0.5)

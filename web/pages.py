@@ -4,7 +4,6 @@ Belongs here: for each address, what is asked of rsft_pipeline/audit and handed 
 asked (browse.py and its neighbours), what it looks like (templates/), nor who may see it (app.py).
 """
 
-from contextlib import suppress
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -31,8 +30,8 @@ After = Annotated[str | None, Query()]
 
 def around(request: Request) -> dict[str, Any]:
     """What every page shows around its contents."""
-    state = request.app.state
-    return {"home": str(state.home.path), "token": state.token, "asked_for": request.query_params.get("q", "")}
+    state, asked_for = request.app.state, request.query_params.get("q", "")
+    return {"home": str(state.home.path), "token": state.token, "at": request.url.path, "asked_for": asked_for}
 
 
 def _page(request: Request, template: str, **values: Any) -> str:
@@ -148,11 +147,11 @@ def _chain(found: tracing.Trace) -> drawing.Chain:
         more=f"{found.round}, draw {found.draw.draw}",
     )
     columns, edges = [[source], [prompt_], [this]], [(source, prompt_), (prompt_, this)]
-    for weight, title, column in zip((weights[:1], weights[1:][-1:]), ("policy", "base model"), (1, 0), strict=True):
-        for one in weight:
-            node = Node(title, one.digest[:8], to.checkpoint(one.recipe, one.digest), more=one.source)
-            edges.append((node, columns[column + 1][-1]))
-            columns[column].append(node)
+    parent = "base model" if len(weights) <= 2 else f"parent, {len(weights) - 2} before it"
+    for one, title, column in zip(weights, ("policy", parent), (1, 0), strict=False):
+        node = Node(title, one.digest[:8], to.checkpoint(one.recipe, one.digest), more=one.source)
+        edges.append((node, columns[column + 1][-1]))
+        columns[column].append(node)
     if found.scores:
         last = ([one for one in found.scores if one.decided_by] or found.scores)[-1]
         value = "cannot judge" if last.value is None else f"{last.value:.4g}"
@@ -265,12 +264,17 @@ def quarantine(request: Request, recipe: str = "", reason: str = "", after: Afte
 def find(request: Request, q: str = "") -> Response:
     """To the thing that has this id; or the prompts that contain these words."""
     store, wanted = request.app.state.store, q.strip()
-    with suppress(AuditError):
+    why = "no id here begins so."
+    try:
         thing = ids.thing(store, wanted)
         if page := PAGE_OF.get(thing.kind):
             return RedirectResponse(page(thing.recipes[0], thing.what))
+    except ids.Ambiguous as error:
+        why = f"{error}."
+    except AuditError:
+        pass
     found = browse.prompts_with(store, wanted) if wanted else []
-    return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found))
+    return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found, why=why))
 
 
 # --- taking something out of use --------------------------------------------------------------

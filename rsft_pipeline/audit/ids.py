@@ -23,6 +23,10 @@ class AuditError(ValueError):
     """A question that cannot be answered: the message says what was looked for and what is there."""
 
 
+class Ambiguous(AuditError):
+    """Several things are called so: the message names them."""
+
+
 @dataclass(frozen=True)
 class Thing:
     """Something that can be asked about, or revoked."""
@@ -141,7 +145,7 @@ def _only(found: dict[tuple[str, str], Any], typed: str) -> tuple[tuple[str, str
         )
     named = ", ".join(" ".join(key) for key in sorted(found)[:NAMED])
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    raise AuditError(f"{typed!r} could be {named}{more}: give more of it")
+    raise Ambiguous(f"{typed!r} could be {named}{more}: give more of it")
 
 
 def text(store: Store, words: str, recipe: str | None = None) -> Thing:
