@@ -6,9 +6,9 @@ from typing import Any
 from rsft_pipeline.markdown import table
 
 _TRAINED_ON = {
-    "accepted": "accepted candidates",
-    "random": "candidates chosen at random, as a control,",
-    "everything": "candidates, all there were, as a control,",
+    "accepted": "accepted",
+    "random": "chosen at random, as a control",
+    "everything": "all there were, as a control",
 }
 
 
@@ -29,7 +29,7 @@ tags: [rejection-sampling-fine-tuning]
 
 # {meta["recipe"]} {meta["round"]}
 
-Fine-tuned on {meta["samples"]} {_TRAINED_ON[meta["trained_on"]]} in {meta["steps"]} steps
+Samples: {meta["samples"]:,} ({_TRAINED_ON[meta["trained_on"]]}). Optimiser steps: {meta["steps"]:,}
 ({meta["trainable_parameters"]:,} of {meta["parameters"]:,} parameters trained).
 
 | | |

@@ -283,7 +283,7 @@ def coverage_table(groups: Sequence[efficiency.Group]) -> str:
         for group in groups[:GROUPS_SHOWN]
     ]
     left = len(groups) - len(rows)
-    return table(rows) + (f"\n\n… and {left} groups of a higher rate" if left else "")
+    return table(rows) + (f"\n\n… and {left} groups, of no lower rate" if left else "")
 
 
 def _within(share: float | None, low: float | None, high: float | None) -> str:

@@ -334,6 +334,17 @@ def test_f1_of_a_table_is_what_the_formula_gives():
     assert (perfect.value, perfect.low) == (1.0, 1.0) and not math.isnan(perfect.high)
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_the_interval_of_macro_f1_holds_as_much_of_what_prompts_drawn_again_give(confidence):
+    counts = {("a", "a"): 60, ("a", "b"): 20, ("b", "b"): 30, ("b", "a"): 10}
+    found = classes.macro_f1(answered(counts, "ab"), confidence=confidence, seed=0)
+    pairs, chance = np.array([pair for pair, n in counts.items() for _ in range(n)]), np.random.default_rng(1)
+    again = [pairs[chance.integers(len(pairs), size=len(pairs))] for _ in range(4000)]
+    values = np.array([f1_score(rows[:, 0], rows[:, 1], average="macro") for rows in again])
+    assert ((found.low <= values) & (values <= found.high)).mean() == pytest.approx(confidence, abs=0.03)
+    assert (values < found.low).mean() == pytest.approx((1 - confidence) / 2, abs=0.025)
+
+
 def test_a_label_that_is_neither_a_reference_nor_an_answer_is_no_part_of_the_mean():
     counts = {("a", "a"): 6, ("a", "b"): 2, ("b", "b"): 3, ("b", "a"): 1}
     asked, said = zip(*(pair for pair, n in counts.items() for _ in range(n)), strict=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import dagster as dg
@@ -14,7 +14,7 @@ from assets.outside import tell
 from assets.shared import OVERRIDES, key, rounds_of
 from automation.jobs import job_name
 from resources.tracking import Tracking
-from rsft_pipeline import lineage, models, prompts, rounds
+from rsft_pipeline import lineage, models, prompts, report, rounds
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.verify import find, verify
@@ -71,6 +71,16 @@ def test_two_rounds_improve_the_model_and_leave_the_whole_lineage(home, instance
         before = json.loads(first["policy_eval"])["pass_at_1"]["value"]
         assert json.loads(first["checkpoint_eval"])["pass_at_1"]["value"] > 1.2 * before
         assert second["policy"] == first["checkpoint"] == first["champion"]
+        # A single scorer's mean over the held-out prompts is the mean score, with its interval.
+        seen = report._means(store, rounds.record(store, recipe, "r001"), first["checkpoint"])
+        assert {name: asdict(mean) for name, mean in seen.items()} == dict.fromkeys(
+            ("answer", "combined"), pytest.approx(json.loads(first["checkpoint_eval"])["mean_score"])
+        )
+        facts = report.candidates(store, rounds.record(store, recipe, "r001"))
+        drawn = store.query("SELECT * FROM candidates WHERE split = 'train' AND round = 'r001'")
+        assert facts.stopped == sum(row["finish_reason"] == "stop" for row in drawn) / len(drawn)
+        assert facts.log_q == pytest.approx(sum(row["log_q"] for row in drawn) / len(drawn))
+        assert (facts.number, facts.tokens) == (len(drawn), sum(row["tokens"] for row in drawn))
         # The same weights are not evaluated twice.
         assert second["policy_eval"] == first["checkpoint_eval"]
 

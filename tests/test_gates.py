@@ -1,0 +1,63 @@
+"""Gates: each is seen to say no, and why."""
+
+import json
+from pathlib import Path
+
+import letters_store as letters
+import pytest
+
+from rsft_pipeline import rounds
+from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import gates
+
+RECIPE = Recipe.of_file(Path(f"{letters.RECIPE}.yaml"), letters.RECIPE_AS_RUN.model_dump(mode="json"), {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    with letters.write(tmp_path) as written:
+        yield written
+
+
+def round_(store, **settings):
+    """The second round, its settings changed."""
+    recorded = json.dumps({**letters.RECIPE_AS_RUN.model_dump(mode="json"), **settings})
+    store.commit(lambda c: c.execute("UPDATE rounds SET settings = ? WHERE round = 'r001'", [recorded]))
+    return rounds.record(store, RECIPE, "r001")
+
+
+@pytest.mark.parametrize(
+    ("passes", "not_worse"),
+    [((8, 6), False), ((6, 8), True), ((6, 6), True)],
+    ids=["lost", "gained, and not promoted for another reason", "alike"],
+)
+def test_a_checkpoint_that_lost_to_the_champion_is_worse(store, passes, not_worse):
+    of = {"recipe": letters.RECIPE, "round": "r001", "draws": 8, "distinct_texts": 2, "tokens": 3.0, "eligible": 8}
+    results = [
+        {**of, "role": role, "prompt_id": letters.prompt_id(i, "eval"), "passes": n - i % 2, "score": n / 8}
+        for role, n in zip(("champion", "checkpoint"), passes, strict=True)
+        for i in range(letters.PROMPTS)
+    ]
+    store.replace("evaluations", results, recipe=letters.RECIPE, round="r001")
+    found = gates.not_worse(store, round_(store))
+    assert (found.passed, found.reason) == (not_worse, "not better")
+    assert gates.not_worse(store, rounds.record(store, RECIPE, "r000")).passed  # promoted
+
+
+def test_a_prompt_with_more_than_its_share_is_named(store):
+    alike = gates.prompt_share(store, round_(store, largest_share=0.05))
+    assert (alike.passed, alike.facts["largest_share"]) == (True, 1 / letters.PROMPTS)
+    most = letters.prompt_id(3)
+    store.commit(
+        lambda c: c.execute("UPDATE decisions SET accepted = true WHERE round = 'r001' AND prompt_id = ?", [most])
+    )
+    found = gates.prompt_share(store, round_(store, largest_share=0.1))
+    assert (found.passed, found.facts) == (False, {"largest_share": 4 / 23, "prompt": most})
+    assert found.reason == "the largest share is 17.4%; expected at most 10.0%"
+
+
+def test_a_rate_outside_its_bounds_is_told(store):
+    assert gates.acceptance_rate(store, round_(store, acceptance_rate=[0.25, 0.3])).passed
+    for low, high in ((0.0, 0.24), (0.26, 1.0)):
+        found = gates.acceptance_rate(store, round_(store, acceptance_rate=[low, high]))
+        assert (found.passed, found.reason) == (False, f"25.0% accepted; expected {low:.1%} to {high:.1%}")
