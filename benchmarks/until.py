@@ -5,7 +5,7 @@
 The recipe `arithmetic`, its base model, and two ways to spend draws on the same prompts: N for each, or in passes
 until a prompt has one accepted, N at most. A candidate is the same in both (its id fixes its draw), so both solve
 the very same prompts, and only the cost differs: tokens drawn, tokens computed, and seconds of drawing, scoring and
-deciding. Results go to docs/benchmarks: JSON and a Markdown table.
+deciding (medians of turns in which the ways took turns). Results go to docs/benchmarks: JSON and a Markdown table.
 
 The spread over prompts is that of the accepted candidates before equal texts are folded: what a training set would
 be made of without `distinct`. 0 in the Gini coefficient: every solved prompt has as many.
@@ -13,8 +13,10 @@ be made of without `distinct`. 0 in the Gini coefficient: every solved prompt ha
 
 import argparse
 import logging
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +85,17 @@ def gini(counts: np.ndarray) -> float:
     return float(np.abs(counts[:, None] - counts[None]).sum() / (2 * len(counts) ** 2 * counts.mean()))
 
 
+def _median(runs: Sequence[dict]) -> dict:
+    """Runs of one way, which differ in nothing but their seconds: with the median of these, and all of them."""
+    seconds = [run["seconds"] for run in runs]
+    return {**runs[0], "seconds": statistics.median(seconds), "turns": seconds}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--prompts", type=int, default=500)
     options.add_argument("--most", type=int, nargs="+", default=[8, 16, 32])
+    options.add_argument("--turns", type=int, default=3)
     options.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rsft-benchmark")
     options.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     arguments = options.parse_args()
@@ -94,8 +103,10 @@ def main() -> None:
     home, rows = Home(arguments.home), []
     for most in arguments.most:
         shared = {"sampling.prompts": str(arguments.prompts), "sampling.wave_size": "2048"}
-        fixed = measure(home, {**shared, "sampling.draws": str(most)})
-        again = measure(home, {**shared, "sampling.draws": "1", "sampling.until": f"{{per_prompt: 1, draws: {most}}}"})
+        until_one = {"sampling.draws": "1", "sampling.until": f"{{per_prompt: 1, draws: {most}}}"}
+        ways = {**shared, "sampling.draws": str(most)}, {**shared, **until_one}
+        turns = [[measure(home, way) for way in ways] for _ in range(arguments.turns)]
+        fixed, again = (_median(runs) for runs in zip(*turns, strict=True))
         if fixed["solved_digest"] != again["solved_digest"]:
             raise SystemExit("the two ways solved other prompts: one of them is wrong")
         rows.append({"most": most, "fixed": fixed, "until": again, "tokens": again["tokens"] / fixed["tokens"]})
