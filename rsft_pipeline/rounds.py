@@ -245,13 +245,15 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
     Raises:
         RoundError: when an earlier round is not finished, or the weights are gone or revoked.
     """
-    earlier = [row for row in history(store, recipe.name) if row["round"] < round_key]
+    finished = history(store, recipe.name)
+    earlier = [row for row in finished if row["round"] < round_key]
     if len(earlier) != number(round_key):
         there = {row["round"] for row in earlier}
         missing = next(key(n) for n in range(number(round_key)) if key(n) not in there)
         raise RoundError(f"{recipe.name} {round_key} needs {missing}, which is not finished: run that round first")
     if choice == "base" or not earlier:
-        weights = _base(recipe, home, earlier[0]["policy"] if earlier else None)
+        others = (row for row in finished if row["round"] != round_key and row["policy_source"] == "base")
+        weights = _base(recipe, home, next((row["policy"] for row in others), None))
     else:
         digest = earlier[-1]["champion" if choice == "champion" else "checkpoint"]
         weights = _trained(store, recipe, home, digest) or _base(recipe, home, digest)

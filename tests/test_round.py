@@ -303,8 +303,10 @@ def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, r
     run(instance, recipe, "r001")
     with Store.at(home) as store:
         before = store.query("SELECT * FROM rounds ORDER BY round")
-        result = run(instance, recipe, "r000", {"training.learning_rate": "0.01"})
-        assert "r000 cannot be run again: r001 stands on it" in failure_of(result, f"{recipe.name}__policy")
+        sides = store.query("SELECT prompt_id, split FROM prompts ORDER BY prompt_id")
+        result = run(instance, recipe, "r000", {"prompts.eval_fraction": "0.6"})
+        assert "r000 cannot be run again: r001 stands on it" in failure_of(result, f"{recipe.name}__prompts")
+        assert store.query("SELECT prompt_id, split FROM prompts ORDER BY prompt_id") == sides
         by_hand = definitions.build([recipe]).resolve_implicit_global_asset_job_def()
         for step in ("candidates", "scores", "accepted", "checkpoint", "evaluation"):
             result = by_hand.execute_in_process(
@@ -320,6 +322,20 @@ def test_a_round_that_later_rounds_stand_on_cannot_begin_again(home, instance, r
     client = MlflowClient(f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
     tracked = client.search_runs([client.get_experiment_by_name(recipe.name).experiment_id])
     assert [each.info.status for each in tracked] == ["FINISHED", "FINISHED"]
+
+
+def test_a_first_round_that_is_run_again_alone_keeps_the_base_and_the_sides_of_the_others(home, instance, recipe):
+    apart = {"policy": "base", "training.start": "base", "training.learning_rate": "0.000001"}  # nobody is promoted
+    assert run(instance, recipe, "r000", apart).success and run(instance, recipe, "r001", apart).success
+    with Store.at(home) as store:
+        learned = store.query("SELECT candidate_id FROM training_samples WHERE round = 'r000' ORDER BY ALL LIMIT 1")
+        revoke(store, thing(store, learned[0]["candidate_id"]), who="me", why="because")
+        assert rounds.following(store, recipe.name) == "r000"
+        sides = store.query("SELECT question, split FROM prompts ORDER BY ALL")
+        result = run(instance, recipe, "r000", {**apart, "prompts.eval_fraction": "0.6"})  # makes another base
+        assert "started from the base model" in failure_of(result, f"{recipe.name}__policy")
+        assert store.query("SELECT question, split FROM prompts ORDER BY ALL") == sides
+        assert run(instance, recipe, "r000", apart).success and run(instance, recipe, "r002", apart).success
 
 
 def test_controls_that_a_job_does_not_have_are_told_before_anything_is_drawn(home, instance, recipe):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from rsft_pipeline import lineage, models, prompts, revocations
+from rsft_pipeline import lineage, models, prompts, revocations, rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe.recipe import Recipe
@@ -29,7 +29,13 @@ def ingest(
 
     Args:
         round_key: the round that they are read for; None for those to come.
+
+    Raises:
+        RoundError: later rounds stand on that round.
+        PromptError, ModelError: prompts or a base model that cannot be had.
     """
+    if round_key is not None:
+        rounds.check_nothing_stands_on(store, recipe.name, round_key)  # what it asked stays as it was
     prompts.sources.check(recipe)  # before a model is made or fetched for them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
@@ -120,7 +126,7 @@ def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str
     rows = store.query(
         """SELECT coalesce(same_text, prompt_id) AS text, question, split FROM prompts
            WHERE recipe = $recipe AND EXISTS (
-             FROM rounds WHERE recipe = $recipe AND state <> 'started' AND ($round IS NULL OR round < $round))
+             FROM rounds WHERE recipe = $recipe AND state = 'finished' AND ($round IS NULL OR round <> $round))
            ORDER BY split""",  # eval, train
         {"recipe": recipe.name, "round": round_key},
     )
