@@ -50,6 +50,8 @@ class Store:
             raise StoreError(f"the store's data is {data}: DuckDB reads that as a pattern, because of {min(found)!r}")
         self.catalog, self.data = catalog, data
         backend, _, file = catalog.partition(":")
+        if backend not in ("sqlite", "postgres") or not file:
+            raise StoreError(f"the store's catalog is {shown(catalog)}: expected sqlite:/path/to/file or postgres:…")
         self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
         beside = Path(file).parent if backend == "sqlite" else Path(tempfile.gettempdir()) / f"rsft-{os.getuid()}"
         self._spill = _spill(beside / "spill")
@@ -67,9 +69,9 @@ class Store:
             self._patiently(lambda: self._connection.execute(attach))
         except duckdb.Error as error:
             raise StoreError(
-                f"the store at {catalog} cannot be opened: is its folder there, writable and not full, and the catalog "
-                f"whole? ({error})"
-            ) from error
+                f"the store at {shown(catalog)} cannot be opened: is its folder there, writable and not full, and the "
+                f"catalog whole? ({shown(str(error))})"
+            ) from None
         self._connection.execute("USE lake")
         self._prepare(SCHEMA.read_text(encoding="utf-8"))
 
@@ -79,18 +81,19 @@ class Store:
         there = {(row["table_name"], row["column_name"]) for row in self.query(listed)}
         tables = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", schema)) - {table for table, _ in there}
         added = set(re.findall(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+)", schema))
+        if not there:
+            self._check_no_others()
         if tables or added - there:
-            self.commit(lambda connection: connection.execute(schema))
-            self._touch(tables)
+            self.commit(lambda connection: (connection.execute(schema), _touch(connection, tables)))
 
-    def _touch(self, tables: Iterable[str]) -> None:
-        """Put an empty row into each table and take it out again.
-
-        DuckLake keeps statistics of a table's columns from its first row on. Before, it looks for each column's again
-        in every query, which takes several times as long as to read a round's rows.
-        """
-        for sql in ("INSERT INTO {} DEFAULT VALUES", "DELETE FROM {} WHERE recipe IS NULL"):
-            self.commit(lambda connection, sql=sql: [connection.execute(sql.format(table)) for table in sorted(tables)])
+    def _check_no_others(self) -> None:
+        """See that a catalog just made finds no files: what a catalog does not list, its tidying up deletes."""
+        listed = "SELECT file FROM glob(?) LIMIT 1"
+        if found := self._connection.execute(listed, [f"{self.data}/**/*.parquet"]).fetchone():
+            raise StoreError(
+                f"the store's catalog {shown(self.catalog)} is new, and its data folder {self.data} has files of "
+                f"another ({found[0]}): give it a folder of its own, or the catalog that these files belong to"
+            )
 
     @classmethod
     def at(cls, home: Path, **options: Any) -> "Store":
@@ -244,9 +247,20 @@ class Store:
                     raise
                 if time.monotonic() > deadline:
                     raise StoreError(
-                        f"the store at {self.catalog} stayed locked for {patience:.0f} s: {error}"
-                    ) from error
+                        f"the store at {shown(self.catalog)} stayed locked for {patience:.0f} s: {shown(str(error))}"
+                    ) from None
                 time.sleep(random.uniform(0.02, 0.2))
+
+
+def _touch(connection: duckdb.DuckDBPyConnection, tables: Iterable[str]) -> None:
+    """Put an empty row into each table and take it out again, inside the caller's transaction.
+
+    DuckLake keeps statistics of a table's columns from its first row on. Before, it looks for each column's again
+    in every query, which takes several times as long as to read a round's rows.
+    """
+    for table in sorted(tables):
+        connection.execute(f"INSERT INTO {table} DEFAULT VALUES")
+        connection.execute(f"DELETE FROM {table} WHERE recipe IS NULL")
 
 
 LOCK = ".lock"
@@ -266,9 +280,18 @@ def _spill(folder: Path) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not while its process goes on
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink()
-    own = open(folder / f"{uuid.uuid4().hex}{LOCK}", "wb")  # noqa: SIM115 (locked while the store is open)
-    fcntl.flock(own, fcntl.LOCK_EX)
-    return own
+    while True:
+        own = open(folder / f"{uuid.uuid4().hex}{LOCK}", "wb")  # noqa: SIM115 (locked while the store is open)
+        fcntl.flock(own, fcntl.LOCK_EX)
+        if Path(own.name).exists():  # else another process has swept it before it was locked
+            return own
+        own.close()
+
+
+def shown(words: str) -> str:
+    """What names a catalog, without the password in it."""
+    words = re.sub(r"(password=)('[^']*'|\S+)", r"\1…", words)
+    return re.sub(r"(://[^/\s:@]*:)[^@\s]*@", r"\1…@", words)
 
 
 def columns(number: int, **values: Any) -> pa.Table:

@@ -14,7 +14,7 @@ import duckdb
 import pytest
 
 from rsft_pipeline.audit.impact import MADE
-from rsft_pipeline.store import Store, StoreError, insert, replace
+from rsft_pipeline.store import Store, StoreError, insert, replace, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = {"recipe": "a", "round": "r000", "scorer": "x"}
@@ -190,3 +190,34 @@ def test_what_a_killed_process_spilt_is_removed_by_the_next_and_nobody_elses(tmp
         Store.at(tmp_path).close()
         (folder,) = (one for one in spill.iterdir() if one.is_dir())  # this store's
         assert connection.execute("SELECT count(*) FROM large").fetchone() == (3_000_000,) and any(folder.iterdir())
+
+
+@pytest.mark.parametrize("catalog", ["/a/catalog.sqlite", "sqlite:", "duckdb:/a/b", "sqlite3:/a/b"])
+def test_a_catalog_that_is_neither_kind_is_told(catalog, tmp_path):
+    with pytest.raises(StoreError, match="expected sqlite:/path/to/file or postgres:"):
+        Store(catalog, str(tmp_path))
+
+
+def test_a_new_catalog_wants_a_data_folder_without_the_files_of_another(tmp_path):
+    rows = [{"recipe": "a", "source": "s", "line": n, "reason": "empty"} for n in range(5000)]
+    with Store.at(tmp_path) as store:
+        store.append("quarantine", rows)
+        data = store.data
+    assert list(Path(data).rglob("*.parquet"))
+    with pytest.raises(StoreError, match="has files of another"):
+        Store(f"sqlite:{tmp_path / 'other.sqlite'}", data)
+    with Store.at(tmp_path) as store:  # its own catalog goes on
+        assert store.value("SELECT count(*) FROM quarantine") == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("postgres:dbname=a password=hunter2 host=b", "postgres:dbname=a password=… host=b"),
+        ("connect to 'password='hun ter2' host=b'", "connect to 'password=… host=b'"),
+        ("postgres:postgresql://me:hunter2@b:1/a", "postgres:postgresql://me:…@b:1/a"),
+        ("sqlite:/a/b@c:d", "sqlite:/a/b@c:d"),
+    ],
+)
+def test_what_is_told_of_a_catalog_has_no_password(words, expected):
+    assert shown(words) == expected
