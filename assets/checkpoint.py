@@ -57,7 +57,7 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
                 "tokens_per_second": round(made.history.tokens_per_second, 1),
                 "trainable_parameters": made.trainable,
                 "parameters": made.total,
-                "mlflow_run": dg.MetadataValue.url(tracking.url(recipe.name, round_.mlflow_run_id)),
+                "mlflow_run": dg.MetadataValue.url(pages.mlflow_run(round_.mlflow_run_id)),
                 "audit": dg.MetadataValue.url(pages.audit(pages.checkpoint(recipe.name, made.checkpoint.digest))),
             },
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import dagster as dg
 
 from assets.shared import declared, rounds_of
+from resources import pages
 from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
@@ -88,7 +89,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
                 **({"classes": dg.MetadataValue.md(by_class.table)} if by_class else {}),
                 "rounds": dg.MetadataValue.md(picture(plot, "held-out metric by round")),
                 "registered_version": version,
-                "mlflow_run": dg.MetadataValue.url(tracking.url(recipe.name, round_.mlflow_run_id)),
+                "mlflow_run": dg.MetadataValue.url(pages.mlflow_run(round_.mlflow_run_id)),
             },
         )
 

@@ -7,6 +7,7 @@ time: once the prompts are read it looks up the weights and records where they c
 import dagster as dg
 
 from assets.shared import as_run, declared, key, rounds_of
+from resources import pages
 from resources.store import StoreResource
 from resources.tracking import Tracking
 from rsft_pipeline import models, rounds
@@ -57,7 +58,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
                 "path": dg.MetadataValue.path(str(weights.path)),
                 "source_event": _event(recipe, context, weights.source),
                 "recipe_digest": now.digest,
-                "mlflow_run": dg.MetadataValue.url(tracking.url(now.name, run_id)),
+                "mlflow_run": dg.MetadataValue.url(pages.mlflow_run(run_id)),
             },
         )
 

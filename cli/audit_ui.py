@@ -18,7 +18,8 @@ def _revoking(store: Store) -> Callable[..., None]:
     """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
 
     def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
-        with Home.here().lock("instance", wait=True), here.instance() as instance:
+        here.tracking().check()
+        with here.instance() as instance:
             here.tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
 
     return revoke

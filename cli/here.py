@@ -20,15 +20,19 @@ def store() -> Store:
 
 
 def instance():
-    """The home's DagsterInstance, made where it is missing. Processes that do that take turns (`Home.lock`)."""
+    """The home's DagsterInstance, made where it is missing: processes that find none take turns."""
     import dagster as dg
 
-    home = Home.here().dagster
-    if not (home / "dagster.yaml").exists():
-        (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
-    os.environ["DAGSTER_HOME"] = str(home)
+    home = Home.here()
+    settings = home.dagster / "dagster.yaml"
+    os.environ["DAGSTER_HOME"] = str(home.dagster)
     logging.getLogger("dagster").setLevel(logging.WARNING)
-    return dg.DagsterInstance.get()
+    with home.lock("instance", wait=True):
+        if not settings.exists() or not settings.stat().st_size:
+            made = settings.with_suffix(".new")  # a whole file or none, whatever happens meanwhile
+            made.write_text((ROOT / "dagster.yaml").read_text())
+            made.replace(settings)
+        return dg.DagsterInstance.get()
 
 
 def tracking():

@@ -24,7 +24,6 @@ from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.revocations import printable
 
-SHOWN = 12  # digits of an id, where the whole would not fit
 TextOption = Annotated[
     str | None,
     typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, to the letter."),
@@ -60,6 +59,8 @@ def trace(
     """Follow a candidate from the row that asked for it to the checkpoints that learned from it."""
     if sum(given is not None for given in (candidate, text, accepted)) != 1:
         raise AuditError("say which candidate: its id, --text, or --accepted")
+    if not quick:
+        here.tracking().check()
     with opened(recipe) as store:
         if text is not None:
             matches = ids.containing(store, text, recipe)
@@ -255,6 +256,7 @@ def revoke(
     """Take something out of use: nothing of it is trained on any more, and `rsft run` makes again what learned it."""
     if forget and not erase:
         raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
+    here.tracking().check()  # what is revoked is told to MLflow, too
     with opened(recipe) as store:
         instance = here.instance()
         if forget:

@@ -50,14 +50,15 @@ def run(
 ) -> None:
     """Run rounds. One that was interrupted is finished first, from where it stopped."""
     overrides = overrides_of(set_)
-    loaded = _linked(_checked(reading.load(here.recipe_file(recipe), overrides)))
+    file = here.recipe_file(recipe)
+    loaded = _linked(_checked(reading.load(file, overrides)))
     here.device()
     here.tracking().check()
     watch()
-    with Home.here().lock("instance", wait=True):
-        instance = here.instance()
+    instance = here.instance()
     finished, failure = [], None
     while rounds_ is None or len(finished) < rounds_:
+        loaded = reading.load(file, overrides)  # each round goes by the file as it is when it begins
         with here.store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)

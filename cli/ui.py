@@ -1,6 +1,7 @@
 """`rsft ui`: Dagster's web server and daemon, MLflow's UI and the audit pages, on loopback, until interrupted."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from resources import pages
 from rsft_pipeline.home import ROOT, Home
 
 HOST = "127.0.0.1"
+SAFE = {"PYTHONSAFEPATH": "1"}  # else `python -m` would take modules from the current folder first
 
 
 def ui(
@@ -29,6 +31,9 @@ def ui(
         ports["MLflow"] = mlflow_port
     _check_free(ports)
     here.instance()
+    tracked, own = os.environ.get("RSFT_MLFLOW"), Home.here().mlflow / "mlflow.db"
+    if not tracked and not own.exists():
+        here.tracking().client()  # made in turn with others: MLflow's own server would just begin
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     commands = [
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
@@ -36,11 +41,12 @@ def ui(
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
     if not remote:
-        database = os.environ.get("RSFT_MLFLOW") or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}"
-        commands.append(["mlflow", "ui", "--backend-store-uri", database, "--host", HOST, "--port", str(mlflow_port)])
+        modules = f"--app-dir {shlex.quote(str(ROOT))}"  # and not the current folder, which uvicorn would look in first
+        commands.append(["mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--uvicorn-opts", modules])
     for ended in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         signal.signal(ended, lambda *_: sys.exit(0))
-    how = {"start_new_session": True, "env": environment(ports)}
+    database = {"MLFLOW_BACKEND_STORE_URI": tracked or f"sqlite:///{own}"}  # no argument: those can be read by others
+    how = {"start_new_session": True, "env": environment(ports) | SAFE | database}
     processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
     print(*(f"{name:<8} http://{HOST}:{ports[name]}" for name in pages.SERVERS if name in ports), sep="\n")
     if remote:

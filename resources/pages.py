@@ -4,7 +4,7 @@ Belongs here: addresses alone, so that the servers and the links between them ag
 """
 
 import os
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 SERVERS = {  # the variable that says where each is, and where it is otherwise
     "Dagster": ("RSFT_DAGSTER_UI", "http://127.0.0.1:3000"),
@@ -45,7 +45,10 @@ def at(server: str) -> str:
 def remote_tracking() -> str | None:
     """The MLflow server that rounds are tracked by, where it is one: it shows them itself."""
     uri = os.environ.get("RSFT_MLFLOW", "")
-    return uri if uri.startswith(("http://", "https://")) else None
+    if not uri.startswith(("http://", "https://")):
+        return None
+    server = urlsplit(uri)
+    return server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()  # a link is no place for a password
 
 
 def audit(page: str) -> str:

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import dagster as dg
 from pydantic import Field
 
-from resources import pages
 from rsft_pipeline.home import Home
+from rsft_pipeline.store import without_password
 
 DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # that MLflow can keep runs in
 
@@ -33,7 +33,11 @@ class Tracking(dg.ConfigurableResource):
         return _client(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
 
     def check(self) -> None:
-        """See that MLflow is where the environment says, before a round begins. Raises OSError, saying why not."""
+        """See that MLflow is where the environment says, before anything is done that it is to be told of.
+
+        Raises:
+            OSError: it is not, for the reason that it names.
+        """
         if not self.uri:  # the home's own, made where it is missing
             return
         try:
@@ -44,7 +48,8 @@ class Tracking(dg.ConfigurableResource):
                     socket.create_connection((server.hostname, server.port or usual), timeout=10).close()
             self.client().search_experiments(max_results=1)
         except Exception as error:  # each database's driver has its own
-            raise ConnectionError(f"RSFT_MLFLOW: rounds cannot be tracked there: {error}") from error
+            why = without_password(str(error))
+            raise ConnectionError(f"RSFT_MLFLOW: MLflow does not answer there: {why}") from None
 
     def begin(
         self, recipe: str, round_key: str, *, instead_of: str | None, params: Mapping[str, Any], **tags: str
@@ -154,11 +159,6 @@ class Tracking(dg.ConfigurableResource):
 
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         self.client().set_terminated(run_id, status)
-
-    def url(self, recipe: str, run_id: str) -> str:
-        """The page of a run in MLflow's UI."""
-        experiment = self.client().get_run(run_id).info.experiment_id
-        return f"{pages.at('MLflow')}/#{pages.path('experiments', experiment, 'runs', run_id)}"
 
 
 @functools.lru_cache(maxsize=4)

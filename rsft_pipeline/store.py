@@ -51,7 +51,8 @@ class Store:
         self.catalog, self.data = catalog, data
         backend, _, file = catalog.partition(":")
         if backend not in ("sqlite", "postgres") or not file:
-            raise StoreError(f"the store's catalog is {shown(catalog)}: expected sqlite:/path/to/file or postgres:…")
+            told = without_password(catalog)
+            raise StoreError(f"the store's catalog is {told}: expected sqlite:/path/to/file or postgres:…")
         self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
         beside = Path(file).parent if backend == "sqlite" else Path(tempfile.gettempdir()) / f"rsft-{os.getuid()}"
         self._spill = _spill(beside / "spill")
@@ -68,10 +69,11 @@ class Store:
         try:
             self._patiently(lambda: self._connection.execute(attach))
         except duckdb.Error as error:
-            raise StoreError(
-                f"the store at {shown(catalog)} cannot be opened: is its folder there, writable and not full, and the "
-                f"catalog whole? ({shown(str(error))})"
-            ) from None
+            told = (
+                f"the store at {catalog} cannot be opened: is its folder there, writable and not full, and the catalog "
+                f"whole? ({error})"
+            )
+            raise StoreError(without_password(told)) from None
         self._connection.execute("USE lake")
         self._prepare(SCHEMA.read_text(encoding="utf-8"))
 
@@ -91,8 +93,8 @@ class Store:
         listed = "SELECT file FROM glob(?) LIMIT 1"
         if found := self._connection.execute(listed, [f"{self.data}/**/*.parquet"]).fetchone():
             raise StoreError(
-                f"the store's catalog {shown(self.catalog)} is new, and its data folder {self.data} has files of "
-                f"another ({found[0]}): give it a folder of its own, or the catalog that these files belong to"
+                f"the store's catalog {without_password(self.catalog)} is new, and its data folder {self.data} has "
+                f"files of another ({found[0]}): give it a folder of its own, or the catalog that the files belong to"
             )
 
     @classmethod
@@ -246,9 +248,8 @@ class Store:
                 if not _is_conflict(error):
                     raise
                 if time.monotonic() > deadline:
-                    raise StoreError(
-                        f"the store at {shown(self.catalog)} stayed locked for {patience:.0f} s: {shown(str(error))}"
-                    ) from None
+                    told = f"the store at {self.catalog} stayed locked for {patience:.0f} s: {error}"
+                    raise StoreError(without_password(told)) from None
                 time.sleep(random.uniform(0.02, 0.2))
 
 
@@ -288,7 +289,7 @@ def _spill(folder: Path) -> IO[bytes]:
         own.close()
 
 
-def shown(words: str) -> str:
+def without_password(words: str) -> str:
     """What names a catalog, without the password in it."""
     words = re.sub(r"(password=)('[^']*'|\S+)", r"\1…", words)
     return re.sub(r"(://[^/\s:@]*:)[^@\s]*@", r"\1…@", words)

@@ -130,8 +130,35 @@ def test_an_mlflow_that_cannot_be_had_is_told_before_anything_runs(home, path, m
             monkeypatch.setenv("RSFT_MLFLOW", uri)
             done = rsft("run", path, "--rounds", "1")
             assert done.returncode == 2 and "Traceback" not in done.stderr
-            assert "RSFT_MLFLOW: rounds cannot be tracked there: " in done.stderr
+            assert "RSFT_MLFLOW: MLflow does not answer there: " in done.stderr
     assert not (home / "store").exists()
+
+
+def test_nothing_is_revoked_that_mlflow_could_not_be_told_of(mine, monkeypatch):
+    monkeypatch.setenv("RSFT_MLFLOW", "http://127.0.0.1:9")
+    (one, *_) = mine.query("SELECT candidate_id FROM decisions WHERE accepted")
+    done = rsft("audit", "revoke", one["candidate_id"], "--by", "me", "--why", "because")
+    assert done.returncode == 2 and "MLflow does not answer there" in done.stderr
+    assert "Traceback" not in done.stderr and mine.query("SELECT * FROM revocations") == []
+    assert rsft("audit", "trace", one["candidate_id"]).stderr.startswith("error: RSFT_MLFLOW")
+    assert rsft("audit", "trace", one["candidate_id"], "--quick").returncode == 0
+
+
+def test_stop_rules_are_those_of_the_file_as_it_is_by_then(home, write_recipe):
+    path = write_recipe(prompts={"source": "editing:rows", "template": "{question}", "reference": "answer"},
+                        training={"epochs": 1}, stop={"rounds": 3})  # fmt: skip
+    (path.parent / "editing.py").write_text(f"""
+from pathlib import Path
+
+def rows():
+    file = Path({str(path)!r})
+    file.write_text(file.read_text().replace("rounds: 3", "rounds: 1"))
+    for a in "abcdefghij":
+        yield from ({{"question": a + b, "answer": b}} for b in "abcdefghij")
+""")
+    assert "rounds: 3" in path.read_text()
+    done = rsft("run", path, "--json")
+    assert [one["round"] for one in json.loads(done.stdout.splitlines()[-1])["rounds"]] == ["r000"], done.stderr
 
 
 def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, write_recipe):
@@ -309,6 +336,8 @@ def test_the_servers_of_the_ui_link_to_each_other_where_they_are(monkeypatch):
     monkeypatch.delenv("RSFT_MLFLOW_UI")
     monkeypatch.setenv("RSFT_MLFLOW", "https://tracking.example")  # a server shows its runs itself
     assert pages.mlflow_run("x") == "https://tracking.example/#/runs/x"
+    monkeypatch.setenv("RSFT_MLFLOW", "https://me:hunter2@tracking.example:8443/at")
+    assert pages.mlflow_run("x") == "https://tracking.example:8443/at/#/runs/x"
 
 
 def test_a_process_that_ends_does_not_look_for_garbage():

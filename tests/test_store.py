@@ -14,7 +14,7 @@ import duckdb
 import pytest
 
 from rsft_pipeline.audit.impact import MADE
-from rsft_pipeline.store import Store, StoreError, insert, replace, shown
+from rsft_pipeline.store import Store, StoreError, insert, replace, without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = {"recipe": "a", "round": "r000", "scorer": "x"}
@@ -220,4 +220,4 @@ def test_a_new_catalog_wants_a_data_folder_without_the_files_of_another(tmp_path
     ],
 )
 def test_what_is_told_of_a_catalog_has_no_password(words, expected):
-    assert shown(words) == expected
+    assert without_password(words) == expected
