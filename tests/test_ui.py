@@ -1,0 +1,71 @@
+"""`rsft ui` as a person starts it: every server answers, and none is left when it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+RSFT = Path(sys.executable).with_name("rsft")
+PATIENCE = 120  # seconds
+
+
+def free_ports(number):
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A current folder with modules of the names of those that the servers are made of."""
+    made = tmp_path / "elsewhere"
+    for package in ("cli", "mlflow", "web"):
+        (made / package).mkdir(parents=True)
+        (made / package / "__init__.py").write_text("raise SystemExit('a module of the current folder ran')")
+    (made / "dagster.py").write_text("raise SystemExit('a module of the current folder ran')")
+    return made
+
+
+def test_every_server_answers_wherever_it_is_started_and_ends_with_it(home, folder):
+    ports = free_ports(3)
+    options = zip(("--port", "--mlflow-port", "--audit-port"), map(str, ports), strict=True)
+    with open(folder / "log", "w+") as log:
+        how = {"cwd": folder, "env": dict(os.environ), "stdout": log, "stderr": log}
+        process = subprocess.Popen([RSFT, "ui", *(word for pair in options for word in pair)], **how)
+        try:
+            for port in ports:
+                wait_for(f"http://127.0.0.1:{port}/", process, log)
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert len(started) >= 4
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        _, left = psutil.wait_procs(started, timeout=10)
+        assert left == []
+        log.seek(0)
+        assert "a module of the current folder ran" not in log.read()
+
+
+def wait_for(address, process, log):
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            log.seek(0)
+            assert process.poll() is None and time.monotonic() < deadline, log.read()
+            time.sleep(0.3)
