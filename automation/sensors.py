@@ -4,7 +4,9 @@ They look at what exists, never at what just happened, so a missed or repeated t
 Both are off until somebody turns them on.
 """
 
+import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -60,7 +62,7 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         nothing = dg.SkipReason(f"nothing new in {now.path(inbox)}" if inbox else "this recipe has no inbox any more")
         if not files:
             return nothing
-        there = {lineage.digest([file.name, lineage.file_digest(file)]) for file in files}
+        there = {lineage.digest([file.name, _content(file)]) for file in files}
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
             begun = rounds.raw(lake, now.name, round_key)
@@ -78,6 +80,21 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         return _request(now, round_key, lineage.digest(cursor), before)._replace(cursor=cursor)
 
     return new_prompts
+
+
+def _content(file: Path) -> str:
+    """The hash of a file's bytes; of one that cannot be read, which a round refuses by name, why not."""
+    try:
+        status = file.stat()
+        return _hashed(file, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        return str(error.strerror)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hashed(file: Path, size: int, changed: int) -> str:
+    """Looked at again only when it has changed: a sensor asks every half a minute."""
+    return lineage.file_digest(file)
 
 
 def _asked(cursor: str | None) -> tuple[set[str], str | None]:

@@ -119,6 +119,7 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
             assert tick() == before
             before = ended(instance, recipe, "r000", dg.DagsterRunStatus.FAILURE)
         assert "r000 failed 3 times" in tick()
+        (inbox / "broken.jsonl").symlink_to("/proc/self/mem")  # a file that gives an I/O error stops no other
         (inbox / "mended.jsonl").write_text('{"question": "cd c", "answer": "c"}\n')
         assert tick() == before
         with Store.at(home) as store:

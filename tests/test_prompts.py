@@ -490,3 +490,31 @@ def test_a_function_of_rows_that_wants_an_argument_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("def f(path): yield path\n")
     with pytest.raises(functions.FunctionError, match=r"mine:f is called with no arguments: missing .*'path'"):
         list(functions.rows("mine:f", tmp_path))
+
+
+ENDLESS = """
+def rows():
+    yield {"q": "a"}
+    yield {"q": 10**5000}
+    around = {"q": "b"}
+    around["itself"] = around
+    yield around
+    yield {"q": "c", "unused": 10**5000}
+    yield {"q": "d"}
+"""
+
+
+def test_a_row_that_json_cannot_even_write_is_refused_and_those_behind_it_are_read(make, tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    found = read(make(source="endless:rows"))
+    assert [prompt.text for prompt in found.prompts] == ["a", "d"]
+    assert [(row.line, row.reason) for row in found.refused] == [(n, "not storable") for n in (2, 3, 4)]
+    assert found.refused[1].raw == b"a row that JSON cannot write; its columns: q, itself"
+
+
+def test_a_prompt_of_which_a_cut_leaves_nothing_is_no_prompt(make, tmp_path):
+    write(tmp_path / "rows.jsonl", b'{"q": "  abc"}', b'{"q": "abc"}')
+    found = read(make(too_long="cut", max_tokens=3))  # <s> is one of them
+    assert [prompt.text for prompt in found.prompts] == ["ab"]
+    assert [(row.line, row.reason) for row in found.refused] == [(1, "too long")]
+    assert "nothing but white space is left" in found.refused[0].detail

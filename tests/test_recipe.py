@@ -75,6 +75,9 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold: this field is required"),
         ({"model": {"source": "bootstrap"}}, "go together"),
         ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
+        ({"seed": 10**24}, "seed: Input should be less than or equal to 1000000000000000000"),
+        ({"acceptance_rate": [0.9, 0.1]}, "acceptance_rate: expected two shares, the lower bound first"),
+        ({"acceptance_rate": [-5, 70]}, "acceptance_rate: expected two shares, the lower bound first"),
         ({"stop": {"target": 1.5}}, "stop.target is 1.5, and pass_at_1 is a share, 1 at most"),
         ({"promotion": {"require": "not_worse"}}, "`require: not_worse` needs a `margin:` above 0"),
         (
@@ -104,6 +107,7 @@ def test_yaml_that_is_broken_or_no_mapping_is_said_so(tmp_path):
         ("a: 2024-13-45", "month must be in 1..12"),
         ("- 1", "expected a mapping"),
         ("", "expected a mapping"),
+        ("a: &x [*x]", "not readable as YAML"),  # a list in itself
     ):
         path = tmp_path / "broken.yaml"
         path.write_text(text)
@@ -138,6 +142,17 @@ def test_a_recipe_is_found_by_name_or_path_and_near_names_are_offered(write_reci
 def test_a_name_that_dagster_cannot_take_is_refused(write_recipe):
     with pytest.raises(RecipeError, match="lower-case letters"):
         load(write_recipe(name="My-Recipe"))
+
+
+def test_an_override_changes_its_own_place_alone_where_yaml_names_two_at_once(write_recipe):
+    path, shared = write_recipe(), {"tolerance": 50}
+    tree = yaml.safe_load(path.read_text())
+    scorer = {"kind": "function", "function": "a:b", "arguments": shared}
+    tree["scoring"]["scorers"] = [{**scorer, "name": name} for name in ("one", "two")]
+    path.write_text(yaml.dump(tree))
+    assert "*id" in path.read_text()  # an alias
+    recipe = load(path, {"scoring.scorers.0.arguments.tolerance": "7"})
+    assert [one.arguments for one in recipe.scoring.scorers] == [{"tolerance": 7}, {"tolerance": 50}]
 
 
 def test_a_recipe_extends_another_whole_section_by_whole_section(write_recipe):

@@ -238,6 +238,8 @@ def _outcome(row: Row | Refused, recipe: Recipe, tokenizer, longest: float) -> P
         text = templates.render(tokenizer, messages)
     elif section.too_long == "cut" and longest < math.inf:
         text = _cut(tokenizer, text, longest)
+        if not lineage.normalise(text):
+            return row.refused("too long", f"nothing but white space is left where it is cut, {longest:g} tokens fit")
     question = lineage.question(values.values())
     split = "eval" if lineage.in_eval_split(question, section.eval_fraction) else "train"
     return Prompt(lineage.prompt_id(text), text, messages, reference, fields, question, split, row.source, row.line)
@@ -302,6 +304,7 @@ def _storable(value: Any) -> Any:
 
     Raises:
         TypeError: a type that JSON has nothing for.
+        ValueError: an integer of thousands of digits.
         UnicodeEncodeError: text with half a surrogate pair, which no UTF-8 file can hold.
     """
     match value:
@@ -311,6 +314,7 @@ def _storable(value: Any) -> Any:
             value.encode("utf-8")
             return value
         case numbers.Integral():
+            str(int(value))  # of too many digits Python writes none
             return int(value)
         case numbers.Real():
             return float(value) if math.isfinite(value) else None

@@ -54,7 +54,10 @@ class Row:
     def refused(self, reason: str, detail: str) -> Refused:
         raw = self.raw
         if raw is None:
-            raw = json.dumps(dict(self.fields), ensure_ascii=True, default=repr, skipkeys=True).encode()
+            try:
+                raw = json.dumps(dict(self.fields), ensure_ascii=True, default=repr, skipkeys=True).encode()
+            except (ValueError, RecursionError):  # a part of it is around it, or a number has no end of digits
+                raw = f"a row that JSON cannot write; its columns: {', '.join(map(str, self.fields))}".encode()
         return Refused(self.source, self.line, raw, reason, detail)
 
 

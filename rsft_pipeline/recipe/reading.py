@@ -60,9 +60,10 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
         RecipeError: with file, field path, what was expected and the nearest valid name.
     """
     path = Path(path).resolve()
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", path.stem):
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,59}", path.stem):
         raise RecipeError(
-            f"{path}: a recipe's file name is its name: lower-case letters, digits and _, starting with a letter"
+            f"{path}: a recipe's file name is its name: lower-case letters, digits and _, starting with a letter, 60 "
+            "of them at most"
         )
     tree = _read(path)
     if "extends" in tree:
@@ -91,7 +92,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = _apart(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
@@ -99,6 +100,13 @@ def _read(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of fields at the top level")
     return tree
+
+
+def _apart(tree: Any) -> Any:
+    """The same, with each part its own: what an anchor names is one to YAML, and `--set` would change all of them."""
+    if isinstance(tree, dict):
+        return {key: _apart(value) for key, value in tree.items()}
+    return [_apart(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _extended(tree: dict, path: Path) -> dict:

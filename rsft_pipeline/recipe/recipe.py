@@ -6,7 +6,7 @@ Not: finding, reading and explaining a file (reading.py).
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rsft_pipeline.lineage import digest
 from rsft_pipeline.recipe.acceptance import AnyRule, LossRule, RejectionRule
@@ -52,7 +52,7 @@ class Recipe(Section):
     )
     schedule: str | None = Field(None, description="Cron line (UTC) that starts a round.")
     owners: list[str] = Field([], description="E-mail addresses or `team:name`, shown in Dagster.")
-    seed: int = Field(0, ge=0, description="Every random choice follows from it.")
+    seed: int = Field(0, ge=0, le=10**18, description="Every random choice follows from it.")
 
     _path: Path | None = PrivateAttr(None)
 
@@ -119,6 +119,14 @@ class Recipe(Section):
             raise ValueError("`acceptance.pilot` has to fit into the `sampling.draws` of the first pass")
         if rule.cap is not None and until.per_prompt is not None and rule.cap < until.per_prompt:
             raise ValueError("`acceptance.cap` is below `sampling.until.per_prompt`, which could never be reached")
+
+    @field_validator("acceptance_rate")
+    @classmethod
+    def _a_range(cls, bounds: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        low, high = bounds
+        if not 0 <= low < high <= 1 and not is_recorded(info):
+            raise ValueError("expected two shares, the lower bound first")
+        return bounds
 
     @property
     def name(self) -> str:
