@@ -27,7 +27,8 @@ from resources.accelerator import Accelerator
 from resources.sampler import TransformersSampler
 from resources.store import StoreResource
 from resources.tracking import Tracking
-from rsft_pipeline.home import Home, settle_environment
+from rsft_pipeline.environment import settle_environment
+from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import RECIPES, load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError

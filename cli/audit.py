@@ -27,7 +27,7 @@ from rich.tree import Tree
 
 from cli import here
 from cli.console import console
-from cli.run import SetOption, overrides_of
+from cli.run import RecipeArgument, SetOption, overrides_of
 from rsft_pipeline import rounds
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
@@ -122,7 +122,6 @@ def _plain(value: Any) -> Any:
 
 # --- replay, verify, whatif, diff ---------------------------------------------------------------
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
 RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="r000, r001, …")]
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")

@@ -6,12 +6,11 @@ from typing import Annotated
 import typer
 
 from cli import here
+from resources.pages import HOST
 from rsft_pipeline.audit import revoke as revoking
 from rsft_pipeline.audit.ids import Thing
 from rsft_pipeline.home import Home
 from rsft_pipeline.store import Store
-
-HOST = "127.0.0.1"
 
 
 def _revoking(store: Store) -> Callable[..., None]:

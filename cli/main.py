@@ -9,7 +9,7 @@ import typer
 
 from cli import audit, audit_ui, lineage, run, ui
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.home import settle_environment
+from rsft_pipeline.environment import settle_environment
 from rsft_pipeline.models import ModelError
 from rsft_pipeline.prompts import PromptError
 from rsft_pipeline.recipe.section import RecipeError

@@ -14,9 +14,9 @@ import typer
 
 from cli import here
 from resources import pages
+from resources.pages import HOST
 from rsft_pipeline.home import ROOT, Home
 
-HOST = "127.0.0.1"
 SAFE = {"PYTHONSAFEPATH": "1"}  # else `python -m` would take modules from the current folder first
 
 

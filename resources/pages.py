@@ -6,10 +6,11 @@ Belongs here: addresses alone, so that the servers and the links between them ag
 import os
 from urllib.parse import quote, urlsplit
 
+HOST = "127.0.0.1"  # nobody but this machine reaches what is served here
 SERVERS = {  # the variable that says where each is, and where it is otherwise
-    "Dagster": ("RSFT_DAGSTER_UI", "http://127.0.0.1:3000"),
-    "MLflow": ("RSFT_MLFLOW_UI", "http://127.0.0.1:5000"),
-    "audit": ("RSFT_AUDIT_UI", "http://127.0.0.1:5001"),
+    "Dagster": ("RSFT_DAGSTER_UI", f"http://{HOST}:3000"),
+    "MLflow": ("RSFT_MLFLOW_UI", f"http://{HOST}:5000"),
+    "audit": ("RSFT_AUDIT_UI", f"http://{HOST}:5001"),
 }
 
 

@@ -11,7 +11,7 @@ import yaml
 import definitions
 from assets.shared import rounds_of
 from automation.jobs import job_name
-from rsft_pipeline.home import settle_environment
+from rsft_pipeline.environment import settle_environment
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.store import Store
 

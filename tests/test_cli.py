@@ -343,7 +343,7 @@ def test_the_servers_of_the_ui_link_to_each_other_where_they_are(monkeypatch):
 def test_a_process_that_ends_does_not_look_for_garbage():
     script = """
         import atexit, gc
-        from rsft_pipeline.home import settle_environment
+        from rsft_pipeline.environment import settle_environment
         atexit.register(lambda: print(gc.get_freeze_count() > 0))  # what was registered first runs last
         settle_environment()
     """
