@@ -201,6 +201,7 @@ def tracked_root(made: dict[str, Any]) -> dict[str, str]:
     if made["trained_on"] != "accepted" or made["mlflow_run_id"] is None:
         return {}
     try:
+        here.tracking().check()
         tags = here.tracking().client().get_run(made["mlflow_run_id"]).data.tags
     except (MlflowException, OSError):
         return {}

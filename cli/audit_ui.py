@@ -17,7 +17,10 @@ def _revoking(store: Store) -> Callable[..., None]:
     """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
 
     def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
-        here.tracking().check()
+        try:
+            here.tracking().check()
+        except OSError as error:
+            raise ConnectionError(f"{error}. Nothing was revoked.") from None
         with here.instance() as instance:
             here.tell(instance, store, revoking.revoke(store, thing, who=who, why=why, erase=erase))
 

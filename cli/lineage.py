@@ -60,7 +60,10 @@ def trace(
     if sum(given is not None for given in (candidate, text, accepted)) != 1:
         raise AuditError("say which candidate: its id, --text, or --accepted")
     if not quick:
-        here.tracking().check()
+        try:
+            here.tracking().check()
+        except OSError as error:
+            raise AuditError(f"{error}; --quick asks the store alone") from None
     with opened(recipe) as store:
         if text is not None:
             matches = ids.containing(store, text, recipe)

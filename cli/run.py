@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,8 @@ def run(
     instance = here.instance()
     finished, failure = [], None
     while rounds_ is None or len(finished) < rounds_:
-        loaded = reading.load(file, overrides)  # each round goes by the file as it is when it begins
+        with suppress(RecipeError):  # of a file that is broken by now the round itself says what is wrong
+            loaded = reading.load(file, overrides)
         with here.store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)

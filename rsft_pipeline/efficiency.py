@@ -70,9 +70,7 @@ class Efficiency:
     low: float | None  # Wilson: of candidates as if independent; draws of one prompt are not, so take it as a least
     high: float | None
     mean_a: float | None  # mean A of the seen: the share expected to pass the rule
-    one_over_m: (
-        float | None
-    )  # of `rejection`: what mean A is where p ≤ M·q holds for a p and a q that sum to 1, and no gate does
+    one_over_m: float | None  # of `rejection`: mean A where p ≤ M·q for a p and q that sum to 1, without gates
     effective_samples: float | None  # (Σw)² / Σw² over the weights of the accepted
     effective_size: float | None  # (ΣA)² / ΣA² over the seen: their worth, weighted by A instead of accepted
     kl: float | None  # nats, of what is accepted from what was drawn; see `measure`

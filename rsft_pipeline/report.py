@@ -108,7 +108,10 @@ def by_round(history: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[st
     first = history[0]
     began = json.loads(first["policy_eval"])[metric]
     return (
-        ["base" if first["policy_source"] == "base" else f"{first['policy_source']}'s", *(r["round"] for r in history)],
+        [
+            "base" if first["policy_source"] == "base" else f"from {first['policy_source']}",
+            *(r["round"] for r in history),
+        ],
         [began, *(json.loads(row["checkpoint_eval"])[metric] for row in history)],
         [began, *(json.loads(row["champion_eval"])[metric] for row in history)],
     )

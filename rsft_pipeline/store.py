@@ -50,7 +50,7 @@ class Store:
             raise StoreError(f"the store's data is {data}: DuckDB reads that as a pattern, because of {min(found)!r}")
         self.catalog, self.data = catalog, data
         backend, _, file = catalog.partition(":")
-        if backend not in ("sqlite", "postgres") or not file:
+        if backend not in ("sqlite", "postgres") or (backend == "sqlite" and not file):
             told = without_password(catalog)
             raise StoreError(f"the store's catalog is {told}: expected sqlite:/path/to/file or postgres:…")
         self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
@@ -80,22 +80,30 @@ class Store:
     def _prepare(self, schema: str) -> None:
         """Make the tables and columns that are not there yet."""
         listed = "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
-        there = {(row["table_name"], row["column_name"]) for row in self.query(listed)}
+        rows = self.query(listed)
+        if (
+            not rows and (others := self._any_file()) and not (rows := self.query(listed))
+        ):  # no other process made it now
+            self.close()
+            raise StoreError(
+                f"the store's catalog {without_password(self.catalog)} is new, and its data folder {self.data} has "
+                f"files of another ({others}), which would be deleted as nobody's: give it a folder of its own, or the "
+                "catalog that the files belong to"
+            )
+        there = {(row["table_name"], row["column_name"]) for row in rows}
         tables = set(re.findall(r"TABLE IF NOT EXISTS (\w+)", schema)) - {table for table, _ in there}
         added = set(re.findall(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+)", schema))
-        if not there:
-            self._check_no_others()
         if tables or added - there:
             self.commit(lambda connection: (connection.execute(schema), _touch(connection, tables)))
 
-    def _check_no_others(self) -> None:
-        """See that a catalog just made finds no files: what a catalog does not list, its tidying up deletes."""
-        listed = "SELECT file FROM glob(?) LIMIT 1"
-        if found := self._connection.execute(listed, [f"{self.data}/**/*.parquet"]).fetchone():
-            raise StoreError(
-                f"the store's catalog {without_password(self.catalog)} is new, and its data folder {self.data} has "
-                f"files of another ({found[0]}): give it a folder of its own, or the catalog that the files belong to"
-            )
+    def _any_file(self) -> str | None:
+        """One of the data folder's Parquet files, whoever's; None where there is none."""
+        listed, data = "SELECT file FROM glob(?) LIMIT 1", self.data.rstrip("/")
+        try:
+            found = self._connection.execute(listed, [f"{data}/**/*.parquet"]).fetchone()
+        except duckdb.Error as error:
+            raise StoreError(f"the store's data folder {self.data} cannot be looked into: {error}") from None
+        return found and found[0]
 
     @classmethod
     def at(cls, home: Path, **options: Any) -> "Store":
@@ -291,8 +299,8 @@ def _spill(folder: Path) -> IO[bytes]:
 
 def without_password(words: str) -> str:
     """What names a catalog, without the password in it."""
-    words = re.sub(r"(password=)('[^']*'|\S+)", r"\1…", words)
-    return re.sub(r"(://[^/\s:@]*:)[^@\s]*@", r"\1…@", words)
+    words = re.sub(r"(?i)(password\s*=\s*)('(?:\\.|[^'\\])*'|(?:\\.|\S)+)", r"\1…", words)
+    return re.sub(r"(://[^/\s:@]*:)\S*@", r"\1…@", words)
 
 
 def columns(number: int, **values: Any) -> pa.Table:

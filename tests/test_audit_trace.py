@@ -16,6 +16,7 @@ import definitions
 from assets import outside
 from cli.lineage import _wrote
 from cli.main import app
+from resources import pages
 from rsft_pipeline import efficiency, lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, export
@@ -212,8 +213,7 @@ def test_json_has_no_number_that_is_none_of_its(mine):
 def test_links_to_mlflow_lead_where_it_is_seen(mine, monkeypatch):
     monkeypatch.setenv("RSFT_MLFLOW_UI", "https://mlflow.example/")
     run = rounds.raw(mine, NAME, "r000")["mlflow_run_id"]
-    link = definitions.usual_resources()["tracking"].url(NAME, run)
-    assert link.startswith("https://mlflow.example/#/experiments/") and link.endswith(f"/runs/{run}")
+    assert pages.mlflow_run(run) == f"https://mlflow.example/#/runs/{run}"
 
 
 # --- impact, on rounds made by hand -----------------------------------------------------------

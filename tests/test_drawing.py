@@ -71,9 +71,9 @@ def test_a_figure_of_rounds_has_each_value_at_its_place():
 def test_the_first_point_is_called_what_it_is_where_earlier_rounds_lack_the_metric():
     lacking = {"pass_at_1": None, "mean_score": None}
     history = [row("r000", lacking, lacking, lacking, "base"), HISTORY[1]]
-    assert [name for _, name in drawing.rounds(history, "pass_at_1").xs.ticks] == ["r000's", "r001"]
+    assert [name for _, name in drawing.rounds(history, "pass_at_1").xs.ticks] == ["from r000", "r001"]
     axes, _ = report.rounds_figure("letters", "pass_at_1", history).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["r000's", "r001"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["from r000", "r001"]
 
 
 def test_of_many_rounds_not_each_is_named():

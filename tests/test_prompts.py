@@ -499,7 +499,7 @@ def rows():
     around = {"q": "b"}
     around["itself"] = around
     yield around
-    yield {"q": "c", "unused": 10**5000}
+    yield {"q": "c", "unused": 10**5000, "half \\ud800": around, 10**5000: 1}
     yield {"q": "d"}
 """
 

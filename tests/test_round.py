@@ -453,6 +453,17 @@ def test_before_a_round_is_finished_the_sides_go_by_the_fraction_of_now_as_the_w
             assert [row["split"] == "eval" for row in rows] == held_out and 0 < sum(held_out) < len(held_out)
 
 
+def test_a_round_whose_prompts_changed_sides_is_finished_no_more_whatever_becomes_of_the_run(home, instance, recipe):
+    assert run(instance, recipe, "r000").success
+    other = load(recipe.file, {"prompts.eval_fraction": "0.6"})
+    with Store.at(home) as store:
+        ingest(store, recipe, Home.here(), "killed after it", lambda *_: None, "r000")
+        assert rounds.following(store, recipe.name) == "r001"
+        ingest(store, other, Home.here(), "killed after it", lambda *_: None, "r000")
+        assert rounds.following(store, recipe.name) == "r000"
+    assert run(instance, recipe, "r000").success and run(instance, recipe, "r001").success
+
+
 def test_the_first_round_may_begin_again_with_another_fraction(home, instance, recipe):
     with Store.at(home) as store:
         for fraction in (0.3, 0.6):

@@ -192,7 +192,7 @@ def test_what_a_killed_process_spilt_is_removed_by_the_next_and_nobody_elses(tmp
         assert connection.execute("SELECT count(*) FROM large").fetchone() == (3_000_000,) and any(folder.iterdir())
 
 
-@pytest.mark.parametrize("catalog", ["/a/catalog.sqlite", "sqlite:", "duckdb:/a/b", "sqlite3:/a/b"])
+@pytest.mark.parametrize("catalog", ["/a/catalog.sqlite", "sqlite:", "duckdb:/a/b", "sqlite3:/a/b", ""])
 def test_a_catalog_that_is_neither_kind_is_told(catalog, tmp_path):
     with pytest.raises(StoreError, match="expected sqlite:/path/to/file or postgres:"):
         Store(catalog, str(tmp_path))
@@ -210,12 +210,34 @@ def test_a_new_catalog_wants_a_data_folder_without_the_files_of_another(tmp_path
         assert store.value("SELECT count(*) FROM quarantine") == len(rows)
 
 
+OPENING = """
+import sys
+from pathlib import Path
+from rsft_pipeline.store import Store
+with Store.at(Path(sys.argv[1])) as store:
+    store.append("quarantine", [{"recipe": "a", "source": "s", "line": n, "reason": "empty"} for n in range(50)])
+"""
+
+
+def test_processes_that_open_a_new_store_at_once_take_nobodys_files_for_anothers(tmp_path):
+    for trial in range(3):
+        command = [sys.executable, "-c", OPENING, str(tmp_path / str(trial))]
+        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+        told = [process.communicate()[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * 4, told
+        with Store.at(tmp_path / str(trial)) as store:
+            assert store.value("SELECT count(*) FROM quarantine") == 200
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("postgres:dbname=a password=hunter2 host=b", "postgres:dbname=a password=… host=b"),
         ("connect to 'password='hun ter2' host=b'", "connect to 'password=… host=b'"),
         ("postgres:postgresql://me:hunter2@b:1/a", "postgres:postgresql://me:…@b:1/a"),
+        ("postgres:postgresql://me:p@ss@b/a", "postgres:postgresql://me:…@b/a"),
+        ("PASSWORD = hunter2 host=b", "PASSWORD = … host=b"),
+        (r"password='it\'s secret' host=b", "password=… host=b"),
         ("sqlite:/a/b@c:d", "sqlite:/a/b@c:d"),
     ],
 )

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
+from contextlib import suppress
 
 import psutil
 import pytest
 
-RSFT = Path(sys.executable).with_name("rsft")
+from rsft_pipeline.home import ROOT
+
 PATIENCE = 120  # seconds
 
 
@@ -42,18 +43,23 @@ def test_every_server_answers_wherever_it_is_started_and_ends_with_it(home, fold
     ports = free_ports(3)
     options = zip(("--port", "--mlflow-port", "--audit-port"), map(str, ports), strict=True)
     with open(folder / "log", "w+") as log:
-        how = {"cwd": folder, "env": dict(os.environ), "stdout": log, "stderr": log}
-        process = subprocess.Popen([RSFT, "ui", *(word for pair in options for word in pair)], **how)
+        # As the command `rsft` starts it, which has no current folder to look in; and of this very code.
+        command = [sys.executable, "-P", "-m", "cli.main", "ui", *(word for pair in options for word in pair)]
+        how = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": log, "stderr": log}
+        process, started = subprocess.Popen(command, **how), []
         try:
             for port in ports:
                 wait_for(f"http://127.0.0.1:{port}/", process, log)
             started = psutil.Process(process.pid).children(recursive=True)
             assert len(started) >= 4
-        finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-        _, left = psutil.wait_procs(started, timeout=10)
-        assert left == []
+            _, left = psutil.wait_procs(started, timeout=10)
+            assert left == []
+        finally:
+            for one in [*started, process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
         log.seek(0)
         assert "a module of the current folder ran" not in log.read()
 

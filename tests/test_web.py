@@ -213,7 +213,7 @@ def test_find(ask):
     found = ask("/find?q=AFTER+12").text
     assert f"/recipes/letters/prompts/{letters.prompt_id(12)}" in found
     lost = ask("/find?q=nowhere").text
-    assert "No prompt contains these words. As an id: no id here begins so." in lost
+    assert "No prompt contains these words. As an id: nothing here has an id that begins so" in lost
     assert "No prompt" not in ask("/find?q=").text and "Type an id" in ask("/find?q=").text
 
 
@@ -223,11 +223,13 @@ def test_what_is_long_can_be_read_to_its_end_and_what_is_ambiguous_says_so(tmp_p
         of = [f"{'r' * 290} {end}", letters.prompt_id(5)]
         store.commit(lambda c: c.execute("UPDATE prompts SET reference = ? WHERE prompt_id = ?", of))
         store.commit(lambda c: c.execute("UPDATE prompts SET source = 'answer' WHERE prompt_id = ?", of[1:]))
-        revoke(store, thing(store, one), who="an auditor", why=f"{'because ' * 60}{end}")
+        revoke(store, thing(store, one), who="an auditor", why=f"{'because ' * 600}{end}")
         assert end in client.get(f"/recipes/letters/candidates/{one}").text
         assert end in client.get("/revocations").text
         found = unescape(client.get("/find?q=answer").text)
         assert "'answer' could be scorer version-answer, source answer: give more of it." in found
+        found = unescape(client.get("/find?q=combined").text)
+        assert "scorer version-combined has no page here" in found
 
 
 def test_quarantine(ask):
@@ -317,7 +319,7 @@ def test_a_round_without_a_value_of_the_metric_of_now_is_left_out_of_the_plots(t
         store.commit(lambda c: c.execute("UPDATE rounds SET settings = ?", [json.dumps(settings)]))
         store.commit(lambda c: c.execute("UPDATE rounds SET checkpoint_eval = ? WHERE round = 'r000'", [lacking]))
         page = client.get("/")
-        assert page.status_code == 200 and "r001: 0.500" in page.text and "r000: 0.500" not in page.text
+        assert page.status_code == 200 and "r001: 0.500" in page.text and ">r000: 0.500" not in page.text
         assert report.rounds_plot("letters", "mean_score", rounds.history(store, "letters")).startswith(b"\x89PNG")
 
 

@@ -98,6 +98,10 @@ def create(
         log.error("%s %s: %s", request.method, request.url.path, error)
         return _error(request, 500, f"The store of {home.path} failed: {error}")
 
+    @app.exception_handler(ConnectionError)
+    def unreachable(request: Request, error: ConnectionError) -> Response:
+        return _error(request, 503, str(error))
+
     @app.exception_handler(404)
     def absent(request: Request, error: Exception) -> Response:
         return _error(request, 404, "There is no such page.")

@@ -264,15 +264,15 @@ def quarantine(request: Request, recipe: str = "", reason: str = "", after: Afte
 def find(request: Request, q: str = "") -> Response:
     """To the thing that has this id; or the prompts that contain these words."""
     store, wanted = request.app.state.store, q.strip()
-    why = "no id here begins so."
     try:
         thing = ids.thing(store, wanted)
         if page := PAGE_OF.get(thing.kind):
             return RedirectResponse(page(thing.recipes[0], thing.what))
+        why = f"{thing.words} has no page here: ask `rsft audit impact`."
     except ids.Ambiguous as error:
         why = f"{error}."
     except AuditError:
-        pass
+        why = f"nothing here has an id that begins so ({ids.SHORTEST} digits or more)."
     found = browse.prompts_with(store, wanted) if wanted else []
     return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found, why=why))
 

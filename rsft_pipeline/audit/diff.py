@@ -111,8 +111,8 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
             notes.append(f"the rounds had different `{section}` settings")
     if before.recipe.sampling.until or after.recipe.sampling.until:
         notes.append(
-            "draws of a prompt ended with enough accepted (`sampling.until`): the share that the rule accepts is more "
-            "than its chance to, the more so the fewer draws it took"
+            "draws of a prompt ended with enough accepted (`sampling.until`): the share that the rule accepts "
+            "overstates its chance, most where few draws were needed"
         )
     return notes
 

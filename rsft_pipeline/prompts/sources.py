@@ -56,8 +56,9 @@ class Row:
         if raw is None:
             try:
                 raw = json.dumps(dict(self.fields), ensure_ascii=True, default=repr, skipkeys=True).encode()
-            except (ValueError, RecursionError):  # a part of it is around it, or a number has no end of digits
-                raw = f"a row that JSON cannot write; its columns: {', '.join(map(str, self.fields))}".encode()
+            except (ValueError, RecursionError):  # it contains itself, or a number has too many digits
+                named = ", ".join(name for name in self.fields if isinstance(name, str))
+                raw = f"a row that JSON cannot write; its columns: {named}".encode("utf-8", "backslashreplace")
         return Refused(self.source, self.line, raw, reason, detail)
 
 

@@ -52,7 +52,7 @@ class Recipe(Section):
     )
     schedule: str | None = Field(None, description="Cron line (UTC) that starts a round.")
     owners: list[str] = Field([], description="E-mail addresses or `team:name`, shown in Dagster.")
-    seed: int = Field(0, ge=0, le=10**18, description="Every random choice follows from it.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Every random choice follows from it.")
 
     _path: Path | None = PrivateAttr(None)
 
@@ -124,8 +124,8 @@ class Recipe(Section):
     @classmethod
     def _a_range(cls, bounds: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         low, high = bounds
-        if not 0 <= low < high <= 1 and not is_recorded(info):
-            raise ValueError("expected two shares, the lower bound first")
+        if not 0 <= low <= high <= 1 and not is_recorded(info):
+            raise ValueError("expected two shares from 0 to 1, the lower one first")
         return bounds
 
     @property

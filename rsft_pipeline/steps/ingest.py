@@ -91,6 +91,7 @@ def ingest(
         ids = [row["prompt_id"] for row in usable]
         connection.register("read_now", pa.Table.from_pylist([{n: row[n] for n in _PLACE} for row in usable]))
         connection.execute(_EARLIER, [recipe.name])
+        connection.execute(_BEGUN_AGAIN, {"recipe": recipe.name, "round": round_key})
         connection.unregister("read_now")
         connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe.name])
         connection.execute(
@@ -109,11 +110,17 @@ def ingest(
 _REVOKED = "SELECT kind, what FROM revocations WHERE recipe = ? ORDER BY ALL"
 
 
-_PLACE = ("prompt_id", "source")
+_PLACE = ("prompt_id", "source", "split")
 _EARLIER = """INSERT INTO earlier_sources BY NAME
     SELECT p.recipe, p.prompt_id, p.source, p.line, p.dagster_run_id FROM prompts p
     JOIN read_now n ON n.prompt_id = p.prompt_id AND n.source <> p.source WHERE p.recipe = ?
     EXCEPT SELECT recipe, prompt_id, source, line, dagster_run_id FROM earlier_sources"""
+
+
+# Prompts that change sides are no more those that the round trained on and was evaluated by: it is to be done again.
+_BEGUN_AGAIN = """UPDATE rounds SET state = 'started' WHERE recipe = $recipe AND round = $round AND state = 'finished'
+    AND EXISTS (FROM prompts p JOIN read_now n ON n.prompt_id = p.prompt_id AND n.split <> p.split
+                WHERE p.recipe = $recipe)"""
 
 
 def settings(recipe: Recipe) -> str:
