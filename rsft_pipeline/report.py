@@ -107,11 +107,9 @@ def by_round(history: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[st
     """
     first = history[0]
     began = json.loads(first["policy_eval"])[metric]
+    start = "base" if first["policy_source"] == "base" else f"from {first['policy_source']}"
     return (
-        [
-            "base" if first["policy_source"] == "base" else f"from {first['policy_source']}",
-            *(r["round"] for r in history),
-        ],
+        [start, *(row["round"] for row in history)],
         [began, *(json.loads(row["checkpoint_eval"])[metric] for row in history)],
         [began, *(json.loads(row["champion_eval"])[metric] for row in history)],
     )

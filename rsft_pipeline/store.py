@@ -81,9 +81,9 @@ class Store:
         """Make the tables and columns that are not there yet."""
         listed = "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
         rows = self.query(listed)
-        if (
-            not rows and (others := self._any_file()) and not (rows := self.query(listed))
-        ):  # no other process made it now
+        if not rows and (others := self._any_file()):
+            rows = self.query(listed)  # again: another process may have made them since, and written
+        if not rows and others:
             self.close()
             raise StoreError(
                 f"the store's catalog {without_password(self.catalog)} is new, and its data folder {self.data} has "
