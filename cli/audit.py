@@ -86,9 +86,10 @@ def recipe_of(store: Store, name: str, round_key: str) -> Recipe:
     try:
         return recipe_named(store, name)
     except RecipeError as error:
-        check_round(store, Path(name).stem, round_key)
-        print(f"{error}\n{Path(name).stem} is taken as {round_key} recorded it", file=sys.stderr)
-        return rounds.recorded(store, RECIPES / f"{Path(name).stem}.yaml", round_key)
+        called = Path(name).stem
+        check_round(store, called, round_key)
+        print(f"{error}\n{called} is taken as {round_key} recorded it", file=sys.stderr)
+        return rounds.recorded(store, RECIPES / f"{called}.yaml", round_key)
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:

@@ -1,5 +1,6 @@
 """Scoring: each scorer's values, and that no sample can shift, lose or spoil another's score."""
 
+import importlib.metadata
 import json
 import logging
 import threading
@@ -483,3 +484,17 @@ def test_a_version_follows_what_decides_the_scores_and_nothing_else(make, tmp_pa
     kinds += [{"kind": "sentiment"}, {"kind": "reward", "model": "owner/name", "revision": "abc"}]
     versions = [version(**kind) for kind in kinds] + [length, listed, judged, rewarded]
     assert len(set(versions)) == 9
+
+
+@pytest.mark.parametrize("kind", ["reward", "likelihood", "consistency"])
+def test_a_version_follows_the_release_of_the_library_that_judges(make, reward_model, kind, monkeypatch):
+    named = {"reward": "model", "likelihood": "source", "consistency": "nli"}[kind]
+    turns = {"turns": "turns"} if kind == "consistency" else {}
+    made = make({"kind": kind, named: str(reward_model), **turns})
+
+    def version():
+        return scoring.version(made.scoring.scorers[0], made)
+
+    of_now, installed = version(), importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "transformers" else installed(name))
+    assert version() != of_now

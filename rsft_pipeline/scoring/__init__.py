@@ -214,20 +214,20 @@ def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = 
             case "sentiment":
                 parts = [_source(simple), importlib.metadata.version("vaderSentiment")]
             case "reward":
-                parts = [_source(reward), _source(classifier), _model_digest(_model(config.model, recipe))]
+                parts = [_source(reward), *_classifier_parts(config.model, recipe)]
             case "squad":
                 parts = [_source(squad)]
             case "knowledge":
                 parts = [_source(knowledge), _source(squad)]
             case "likelihood":
-                parts = [_source(likelihood), _model_digest(_model(config.source, recipe))]
+                parts = [_source(likelihood), *_model_parts(config.source, recipe)]
             case "relevance":
                 parts = [_source(dialogue), *_embedding_parts(config, recipe)]
             case "consistency":
                 _check_turns(config, recipe)
                 parts = [_source(dialogue), importlib.metadata.version("regex")]
                 if config.nli is not None:
-                    parts += [_source(nli), _source(classifier), _model_digest(_model(config.nli, recipe))]
+                    parts += [_source(nli), *_classifier_parts(config.nli, recipe)]
             case "novelty":
                 parts = [_source(dialogue), *_embedding_parts(config, recipe), set_digest(set(accepted_before))]
             case "function":
@@ -336,6 +336,14 @@ def _embedding_parts(config, recipe: Recipe) -> list[str]:
     if config.model == embedding.HASHING:
         return [_source(embedding), importlib.metadata.version("scikit-learn")]
     return [_source(embedding), embedding.require(), _model_digest(_model(config.model, recipe))]
+
+
+def _classifier_parts(name: str, recipe: Recipe) -> list[str]:
+    return [_source(classifier), *_model_parts(name, recipe)]
+
+
+def _model_parts(name: str, recipe: Recipe) -> list[str]:
+    return [importlib.metadata.version("transformers"), _model_digest(_model(name, recipe))]
 
 
 def _language_model(config, recipe: Recipe) -> Path:
