@@ -238,7 +238,7 @@ def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] 
     When all values are equal t would claim certainty. Then what went unseen sets the width: see `_unseen`. Where
     nearly all are equal t is too narrow for what is rare and large: of differences that are 0 but for one draw of one
     prompt, and for 2 prompts in 100 that are lost outright, an interval of 95 % over 100 prompts misses the mean 13
-    times in 100, which is as often as none of the lost ones is among them.
+    times in 100: as often as no lost one is among them.
     """
     n, mean, alpha = len(values), float(values.mean()), 1 - confidence
     bounds = bounds or (-math.inf, math.inf)
