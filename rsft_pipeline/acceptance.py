@@ -44,6 +44,11 @@ from rsft_pipeline.recipe.acceptance import (
     ThresholdRule,
 )
 
+
+class AcceptanceError(ValueError):
+    """A rule that can decide on nothing here: the message says what to change."""
+
+
 # lineage.uniform: the upper 53 bits of a number of 64, the low half of an MD5. `{seed}` is to be filled in.
 _NUMBER = "md5_number_lower('{seed}:' || candidate_id)"
 
@@ -111,7 +116,7 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
             judged candidates past the gates it was picked from; `pilot_share`, how much of these it accepts.
 
     Raises:
-        ValueError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else; or
+        AcceptanceError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else; or
             when no number accepts the wanted share of the pilot.
     """
     resolved = rule.model_dump(mode="json")
@@ -185,7 +190,7 @@ def _calibrated(connection: duckdb.DuckDBPyConnection, source: str, rule: Calibr
     try:
         number, share = pick(rule.rule, pilot, rule.share)
     except calibration.CalibrationError as error:
-        raise ValueError(
+        raise AcceptanceError(
             f"acceptance.{rule.picked} cannot be calibrated on the pilot (draw < {rule.pilot}): {error}"
         ) from None
     return {name: number, "pilot_candidates": len(pilot), "pilot_share": share}
@@ -318,12 +323,12 @@ def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: Rejec
         f" max(target - log_q) FILTER (draw < {rule.pilot} AND {_HAS_RATIO}) FROM {source}",
     )
     if rows and not others:
-        raise ValueError(
+        raise AcceptanceError(
             f"acceptance.pilot is {rule.pilot}, which is every draw: the pilot is set aside, so nothing is left to "
             "accept. Raise sampling.draws, lower acceptance.pilot, or give acceptance.M"
         )
     if rows and (largest is None or math.isinf(largest)):
-        raise ValueError(
+        raise AcceptanceError(
             f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) has both log q and a log p above -inf under "
             f"acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
         )

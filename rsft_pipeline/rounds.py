@@ -192,8 +192,8 @@ def in_use(store: Store, recipe: str, round_key: str, left: str) -> str:
 
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:
-    """Why no further round is due, in words; None while one is, or a revoked one is to run again."""
-    if _any_revoked(store, recipe.name):
+    """Why no further round is due, in words; None while one is, or one that was begun or revoked is to be finished."""
+    if _any_unfinished(store, recipe.name):
         return None
     return _stop_reason(recipe.stop, recipe.promotion.metric, history(store, recipe.name))
 
@@ -201,14 +201,14 @@ def why_stop(store: Store, recipe: Recipe) -> str | None:
 def why_stopped(store: Store, recipe: str) -> str | None:
     """The same for a recipe's name, by the stop rules that its last finished round was run with."""
     finished = history(store, recipe)
-    if not finished or _any_revoked(store, recipe):
+    if not finished or _any_unfinished(store, recipe):
         return None
     settings = json.loads(finished[-1]["settings"])
     return _stop_reason(Stop.model_validate(settings["stop"]), settings["promotion"]["metric"], finished)
 
 
-def _any_revoked(store: Store, recipe: str) -> bool:
-    sql = "SELECT count(*) AS n FROM rounds WHERE recipe = ? AND state = 'revoked'"
+def _any_unfinished(store: Store, recipe: str) -> bool:
+    sql = "SELECT count(*) AS n FROM rounds WHERE recipe = ? AND state <> 'finished'"
     return store.value(sql, [recipe]) > 0
 
 

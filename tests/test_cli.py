@@ -115,6 +115,19 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
 
 
+def test_a_rule_that_can_decide_on_nothing_says_so_without_a_stack_and_the_round_is_finished_first(path):
+    rule = "acceptance={rule: threshold, threshold: calibrate, share: 0.001}"
+    done = rsft("run", path, "--rounds", "1", "--set", rule)
+    assert done.returncode == 1 and "acceptance.threshold cannot be calibrated on the pilot" in done.stdout
+    assert "Stack Trace" not in done.stderr and "ValueError" not in done.stdout + done.stderr
+    again = rsft("run", path, "--set", "stop.rounds=1", "--json")  # what was begun is finished
+    assert [one["round"] for one in json.loads(again.stdout.splitlines()[-1])["rounds"]] == ["r000"]
+    begun = rsft("run", path, "--rounds", "1", "--set", rule)
+    assert begun.returncode == 1 and "r001 failed" in begun.stdout
+    last = rsft("run", path, "--set", "stop.rounds=1", "--json")  # though the one round was used up
+    assert [one["round"] for one in json.loads(last.stdout.splitlines()[-1])["rounds"]] == ["r001"]
+
+
 def test_an_error_that_is_not_of_the_project_comes_with_its_stack(home, path):
     (home / "models").touch()  # where a folder is to be
     done = rsft("run", path, "--rounds", "1")

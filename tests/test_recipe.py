@@ -78,6 +78,14 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"seed": 10**24}, "seed: Input should be less than or equal to 9223372036854775807"),
         ({"acceptance_rate": [0.9, 0.1]}, "acceptance_rate: expected two shares from 0 to 1, the lower one first"),
         ({"acceptance_rate": [-5, 70]}, "acceptance_rate: expected two shares from 0 to 1, the lower one first"),
+        (
+            {"acceptance": {"rule": "threshold", "threshold": "calibrate", "share": 0.5, "pilot": 9}},
+            "`acceptance.pilot` is 9: it has to fit into the 6 `sampling.draws`",
+        ),
+        (
+            {"acceptance": {"rule": "rejection", "M": "estimate", "pilot": 6}},
+            "the 6 `sampling.draws`, and another draw, since the pilot's are never accepted",
+        ),
         ({"stop": {"target": 1.5}}, "stop.target is 1.5, and pass_at_1 is a share, 1 at most"),
         ({"promotion": {"require": "not_worse"}}, "`require: not_worse` needs a `margin:` above 0"),
         (

@@ -451,6 +451,15 @@ def test_all_is_one_where_every_minimum_is_reached(make):
     assert scoring.combine(made.scoring, scores) == ([1.0, 0.0, 0.0, 0.0], [True, False, False, False])
 
 
+@pytest.mark.parametrize("config", [{"kind": "answer"}, {"kind": "squad"}], ids=str)
+def test_a_scorer_without_the_reference_that_it_compares_with_is_refused(make, config):
+    made = make(config)
+    without = made.model_copy(update={"prompts": made.prompts.model_copy(update={"reference": None})})
+    without._path = made._path
+    with pytest.raises(scoring.ScoringError, match=r"compares with a reference answer: give `prompts\.reference`"):
+        scoring.check(without)
+
+
 # --- versions -----------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
     notes += [f"{round_.key} has decided nothing yet" for round_, one in zip(rounds_, decided, strict=True) if not one]
     if drawn.only_before and drawn.only_after and not drawn.shared:
         notes.append(
-            "no prompt is in both rounds: one is known by its exact text, and the sources or the template gave others"
+            "no prompt is in both rounds: `sampling.prompts` chose others, or the sources or the template gave others"
         )
     return Diff(recipe.name, before, after, drawn, held_out, tuple(notes))
 

@@ -74,6 +74,8 @@ class Recipe(Section):
             self._check_teacher()
         if self.sampling.until:
             self._check_until(self.sampling.until)
+        if not is_recorded(info):
+            self._check_pilot()
         if self.promotion.metric != "mean_score" and (self.stop.target or 0) > 1 and not is_recorded(info):
             raise ValueError(f"stop.target is {self.stop.target:g}, and {self.promotion.metric} is a share, 1 at most")
         return self
@@ -114,11 +116,18 @@ class Recipe(Section):
                 f"`sampling.until` needs a rule that decides on each candidate by itself; with `rule: {rule.rule}` "
                 "a later draw can change what was accepted (of boltzmann, give `r_max`)"
             )
-        set_aside = isinstance(rule, RejectionRule) and rule.M == "estimate"
-        if rule.pilot_draws + set_aside > self.sampling.draws:
-            raise ValueError("`acceptance.pilot` has to fit into the `sampling.draws` of the first pass")
         if rule.cap is not None and until.per_prompt is not None and rule.cap < until.per_prompt:
             raise ValueError("`acceptance.cap` is below `sampling.until.per_prompt`, which could never be reached")
+
+    def _check_pilot(self) -> None:
+        rule, draws = self.acceptance, self.sampling.draws
+        set_aside = isinstance(rule, RejectionRule) and rule.M == "estimate"
+        if rule.pilot_draws + set_aside > draws:
+            besides = ", and another draw, since the pilot's are never accepted" if set_aside else ""
+            of = " of the first pass" if self.sampling.until else ""
+            raise ValueError(
+                f"`acceptance.pilot` is {rule.pilot}: it has to fit into the {draws} `sampling.draws`{of}{besides}"
+            )
 
     @field_validator("acceptance_rate")
     @classmethod

@@ -59,16 +59,22 @@ class Sample:
 
 
 Judge = Callable[[Sequence[Sample]], list[float | None]]
+REFERENCED = ("answer", "squad", "knowledge")  # kinds that compare with a reference answer
 
 
 def check(recipe: Recipe) -> None:
     """See that all that the recipe's scorers name is there, before anything is loaded for them.
 
     Raises:
-        ScoringError: a file, package, model or function is not there, or a function does not take its `arguments`.
+        ScoringError: a file, package, model, function or reference is not there, or a function does not take its
+            `arguments`.
     """
     for config in recipe.scoring.scorers:
         version(config, recipe)
+        if config.kind in REFERENCED and not (recipe.prompts.reference or getattr(config, "answers", None)):
+            raise ScoringError(
+                f"scorer {config.label!r} compares with a reference answer: give `prompts.reference`, the column of it"
+            )
         if config.kind == "function":
             function = functions.load(config.function, recipe.folder)
             try:
