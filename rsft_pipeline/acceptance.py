@@ -230,7 +230,8 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         accepts, refusal, rank = f"score > {_double(parameters['threshold'])}", "below threshold", "-score"
     else:  # the selections below are the rule
         accepts, refusal, rank = "true", "", "-score"
-    set_aside = f"WHEN draw < {int(parameters['pilot'])} THEN 'pilot'" if parameters.get("M") == "estimate" else ""
+    aside = set_aside(parameters)
+    pilot = f"WHEN draw < {aside} THEN 'pilot'" if aside else ""
 
     # A reason of NULL is a candidate still in play. Only of these a few columns are put in order, and what is refused
     # then is joined to the candidates: ordering millions of whole rows is mostly writing them to disk and back.
@@ -239,7 +240,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
             SELECT *, {_uniform("number")} AS u, CASE
                 WHEN ({_judged_sql(parameters)}) IS NOT TRUE THEN 'cannot judge'
                 WHEN passed IS NOT TRUE THEN 'gate'
-                {set_aside}
+                {pilot}
             END AS reason
             FROM (SELECT rowid AS row, {_COLUMNS}, {_NUMBER.format(seed=int(seed))} AS number FROM {source})
                 {_prompt_r_max_sql(source, parameters)}
@@ -265,6 +266,11 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         FROM ruled LEFT JOIN (
             SELECT row, refusal FROM selected_{len(selections)} WHERE refusal IS NOT NULL
         ) USING (row)"""
+
+
+def set_aside(parameters: dict[str, Any]) -> int:
+    """How many of each prompt's first draws are there for M alone, and never accepted."""
+    return int(parameters["pilot"]) if parameters.get("M") == "estimate" else 0
 
 
 def _judged_sql(parameters: dict[str, Any]) -> str:

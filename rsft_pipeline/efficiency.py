@@ -191,14 +191,9 @@ def _sums(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[
     )[0]
 
 
-def _set_aside(parameters: dict[str, Any]) -> int:
-    """How many of each prompt's first draws are there for M alone."""
-    return int(parameters["pilot"]) if parameters.get("M") == "estimate" else 0
-
-
 def _open(parameters: dict[str, Any]) -> str:
     """SQL: whether a candidate is no draw of the pilot. By `reason` it could not be told: a gate comes before that."""
-    return f"draw >= {_set_aside(parameters)}"
+    return f"draw >= {acceptance.set_aside(parameters)}"
 
 
 def _by_chance(parameters: dict[str, Any]) -> str:
@@ -266,7 +261,7 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
                 row["accepted"] / row["candidates"],
                 *wilson(row["accepted"], row["candidates"]),
                 row["prompts_with_accepted"],
-                None if needed is None else needed + _set_aside(parameters),
+                None if needed is None else needed + acceptance.set_aside(parameters),
             )
         )
     return groups
