@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import socket
 import textwrap
+import time
+import urllib.request
 
 import dagster as dg
 import pytest
@@ -143,3 +146,22 @@ def write_recipe(tmp_path):
 def recipe(write_recipe):
     """The small recipe, loaded."""
     return load(write_recipe())
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(address, processes, patience=120):
+    """Wait until a server of the processes answers, before any of them ends."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+            time.sleep(0.3)

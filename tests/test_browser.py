@@ -3,12 +3,10 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ import dagster as dg
 import letters_store as letters
 import pytest
 import uvicorn
+from conftest import free_port, wait_for
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
@@ -244,22 +243,6 @@ def servers(home, write_recipe, tmp_path, monkeypatch):
         finally:
             for process in processes:
                 end(process)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(address, processes):
-    deadline = time.monotonic() + PATIENCE / 1000
-    while True:
-        try:
-            return urllib.request.urlopen(address, timeout=10).read()
-        except OSError:
-            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-            time.sleep(0.3)
 
 
 def end(process):

@@ -2,30 +2,15 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from contextlib import suppress
 
 import psutil
 import pytest
+from conftest import free_port, wait_for
 
 from rsft_pipeline.home import ROOT
-
-PATIENCE = 120  # seconds
-
-
-def free_ports(number):
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 @pytest.fixture
@@ -40,7 +25,7 @@ def folder(tmp_path):
 
 
 def test_every_server_answers_wherever_it_is_started_and_ends_with_it(home, folder):
-    ports = free_ports(3)
+    ports = [free_port() for _ in range(3)]
     options = zip(("--port", "--mlflow-port", "--audit-port"), map(str, ports), strict=True)
     with open(folder / "log", "w+") as log:
         # As the command `rsft` starts it, which has no current folder to look in; and of this very code.
@@ -49,7 +34,7 @@ def test_every_server_answers_wherever_it_is_started_and_ends_with_it(home, fold
         process, started = subprocess.Popen(command, **how), []
         try:
             for port in ports:
-                wait_for(f"http://127.0.0.1:{port}/", process, log)
+                wait_for(f"http://127.0.0.1:{port}/", [process])
             started = psutil.Process(process.pid).children(recursive=True)
             assert len(started) >= 4
             process.send_signal(signal.SIGTERM)
@@ -62,16 +47,3 @@ def test_every_server_answers_wherever_it_is_started_and_ends_with_it(home, fold
                     one.kill()
         log.seek(0)
         assert "a module of the current folder ran" not in log.read()
-
-
-def wait_for(address, process, log):
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with urllib.request.urlopen(address, timeout=10) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            log.seek(0)
-            assert process.poll() is None and time.monotonic() < deadline, log.read()
-            time.sleep(0.3)
