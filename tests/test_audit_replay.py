@@ -259,7 +259,7 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance": "2"}, "only the rule can be asked about"),
         ({"acceptance": "{rule: rejection, target: answer}"}, "whose scores are no log-probabilities"),
-        ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "has to fit into the 6 `sampling.draws`"),
+        ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "pilot is 9, which is every draw"),
     ],
 )
 def test_a_rule_that_is_none_is_refused_by_name(mine, recipe, told, said):
