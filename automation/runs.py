@@ -45,7 +45,7 @@ def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return alive
 
 
-def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> list[dg.DagsterRun]:
+def failures(instance: dg.DagsterInstance, recipe: str, round_key: str) -> list[dg.DagsterRun]:
     """Runs of a round that have failed or were cancelled since one last succeeded, the last one first."""
     tags = _tags(recipe, round_key)
     succeeded = dg.RunsFilter(tags=tags, statuses=[dg.DagsterRunStatus.SUCCESS])
@@ -54,14 +54,14 @@ def failures(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> li
     return list(instance.get_runs(dg.RunsFilter(tags=tags, statuses=ended, created_after=last)))
 
 
-def last(instance: dg.DagsterInstance, recipe: Recipe, round_key: str) -> dg.DagsterRun | None:
+def last(instance: dg.DagsterInstance, recipe: str, round_key: str) -> dg.DagsterRun | None:
     """The last run of a round's job, whatever became of it."""
     return next(iter(instance.get_runs(dg.RunsFilter(tags=_tags(recipe, round_key)), limit=1)), None)
 
 
-def _tags(recipe: Recipe, round_key: str) -> dict[str, str]:
+def _tags(recipe: str, round_key: str) -> dict[str, str]:
     """What the runs of a round's job are known by."""
-    return {LOOP: recipe.name, "dagster/partition": round_key}
+    return {LOOP: recipe, "dagster/partition": round_key}
 
 
 def _of(run: dg.DagsterRun) -> set[str]:

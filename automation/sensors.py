@@ -41,10 +41,10 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
             if isinstance(round_key, dg.SkipReason):
                 return round_key
             begun = rounds.raw(lake, now.name, round_key)
-        failed = failures(context.instance, now, round_key)
+        failed = failures(context.instance, now.name, round_key)
         if len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
-        return _request(now, round_key, _before(last(context.instance, now, round_key), begun))
+        return _request(now, round_key, _before(last(context.instance, now.name, round_key), begun))
 
     return next_round
 
@@ -72,11 +72,11 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
             return nothing
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {now.path(inbox)}, but a round of {now.name} is under way")
-        failed = failures(context.instance, now, round_key)
+        failed = failures(context.instance, now.name, round_key)
         if again and len(failed) >= ATTEMPTS:
             return _look(round_key, failed)
         cursor = json.dumps({"files": sorted(there), "round": round_key})
-        before = _before(last(context.instance, now, round_key), begun)
+        before = _before(last(context.instance, now.name, round_key), begun)
         return _request(now, round_key, lineage.digest(cursor), before)._replace(cursor=cursor)
 
     return new_prompts

@@ -248,7 +248,7 @@ def _side_by_side(answer: asking.WhatIf) -> RenderableType:
     ]
     for reason in dict.fromkeys([*was.reasons, *would.reasons]):
         if reason != "accepted":
-            rows.append((reason, f"{was.reasons.get(reason, 0):,}", f"{would.reasons.get(reason, 0):,}"))
+            rows.append((f"rejected: {reason}", f"{was.reasons.get(reason, 0):,}", f"{would.reasons.get(reason, 0):,}"))
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in (f"{answer.recipe} {answer.round}, {answer.candidates:,} candidates", "was", "would be"):
         table.add_column(column)
@@ -292,6 +292,9 @@ def _differences(answer: differing.Diff) -> RenderableType:
             lines.append(Text(f"{name}: one of the rounds was not evaluated"))
             continue
         head = f"{name}: {found.shared:,} prompts in both; {found.solved:,} newly solved, {found.lost:,} lost"
+        if not found.shifts:
+            lines.append(Text(head))
+            continue
         table = Table(title=head, title_justify="left", box=box.SIMPLE, pad_edge=False)
         for column in ("mean over prompts", answer.before, answer.after, "difference", "interval"):
             table.add_column(column)
@@ -304,6 +307,8 @@ def _differences(answer: differing.Diff) -> RenderableType:
                 "open" if shift.low is shift.high is None else f"[{_number(shift.low)}, {_number(shift.high)}]",
             )
         lines.append(table)
+        if any(shift.low is shift.high is None for shift in found.shifts):
+            lines.append(Text("  open: every prompt moved alike, so nothing bounds where the mean is", style="dim"))
         for what, changes in (("solved", found.solved_first), ("lost", found.lost_first)):
             for change in changes[:5]:
                 lines.append(

@@ -14,14 +14,27 @@ from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
 
+UNCAPTURED = {
+    "compute_logs": {
+        "module": "dagster._core.storage.noop_compute_log_manager",
+        "class": "NoOpComputeLogManager",
+        "config": {},
+    }
+}
+
 
 def store() -> Store:
     return _resource("store").open()
 
 
 def instance():
-    """The home's DagsterInstance, made where it is missing: processes that find none take turns."""
+    """The home's DagsterInstance, made where it is missing: processes that find none take turns.
+
+    What steps print stays in the terminal: the processes by which Dagster would copy it to its pages get a Ctrl-C too,
+    and each answers with a traceback.
+    """
     import dagster as dg
+    from dagster._core.instance.ref import InstanceRef
 
     home = Home.here()
     settings = home.dagster / "dagster.yaml"
@@ -32,7 +45,7 @@ def instance():
             made = settings.with_suffix(".new")  # a whole file or none, whatever happens meanwhile
             made.write_text((ROOT / "dagster.yaml").read_text())
             made.replace(settings)
-        return dg.DagsterInstance.get()
+        return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home.dagster), overrides=UNCAPTURED))
 
 
 def tracking():

@@ -66,9 +66,10 @@ def trace(
             raise AuditError(f"{error}; --quick asks the store alone") from None
     with opened(recipe) as store:
         if text is not None:
-            matches = ids.containing(store, text, recipe)
-            if len(matches) != 1:
-                show({"matches": [asdict(one) for one in matches]}, json_, lambda _: _matches(text, matches))
+            matches, there = ids.containing(store, text, recipe)
+            if there != 1:
+                answer = {"candidates": there, "matches": [asdict(one) for one in matches]}
+                show(answer, json_, lambda _: _matches(text, matches, there))
                 raise typer.Exit(0 if matches else 1)
             candidate = matches[0].candidate_id
         if accepted is not None:
@@ -103,11 +104,12 @@ def _wrote(found: tracing.Trace) -> Iterator[tuple[str | None, str]]:
     return ((link.dagster_run_id, asset) for asset, link in links if link)
 
 
-def _matches(text: str, matches: list[ids.Match]) -> Tree:
-    more = " or more" if len(matches) == ids.MATCHES else ""
-    tree = Tree(Text(f"{len(matches) or 'no'}{more} candidates contain {text!r}"))
+def _matches(text: str, matches: list[ids.Match], there: int) -> Tree:
+    first = f", these first {len(matches)} among them" if len(matches) < there else ""
+    tree = Tree(Text(f"{there:,} candidates contain {text!r}{first}" if there else f"no candidate contains {text!r}"))
     for one in matches:
-        decided = {True: "accepted", False: "rejected", None: "not decided on"}[one.accepted]
+        undecided = "held out" if one.split == "eval" else "not decided on"
+        decided = {True: "accepted", False: "rejected", None: undecided}[one.accepted]
         tree.add(Text(f"{one.candidate_id}  {one.recipe} {one.round}, {decided}: {_said(one.text)}"))
     return tree
 

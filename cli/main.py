@@ -14,7 +14,7 @@ from rsft_pipeline.models import ModelError
 from rsft_pipeline.prompts import PromptError
 from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.rounds import RoundError
-from rsft_pipeline.store import StoreError
+from rsft_pipeline.store import INTERRUPTED, StoreError
 
 app = typer.Typer(
     help="Rejection-sampling fine-tuning: draw, score, accept, fine-tune, evaluate, promote, repeat.",
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if run.INTERRUPTED not in str(error):
+        if INTERRUPTED not in str(error):
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(130)

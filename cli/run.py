@@ -5,12 +5,13 @@ recorded in the same instance.
 """
 
 import json
-import re
+import shlex
 import sys
 import textwrap
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,9 +65,11 @@ def run(
         with here.store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)
+            if not reason:
+                _tell_changed(store, loaded, round_key)
         if reason:
             if not finished:  # else it is told below what they gave
-                console.print(f"{loaded.name}: no further round: {reason}", style="yellow")
+                console.print(f"{loaded.name}: no further round: {reason}{_asked_anyway(loaded)}", style="yellow")
             break
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
@@ -80,10 +83,10 @@ def run(
         if finished:
             _show_pages()
         if json_:
-            told = {"failed": asdict(failure)} if failure else {}
+            told = {"failed": failure} if failure else {}
             print(json.dumps(_summary(store, loaded.name, finished) | told))
     if failure:
-        raise typer.Exit(130 if failure.interrupted else 1)
+        raise typer.Exit(130 if failure["interrupted"] else 1)
 
 
 def status(
@@ -112,6 +115,10 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     loaded = _checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
     console.print(able, soft_wrap=True, highlight=False, markup=False)
+    hub = [f"{source}, which is no folder here and is taken for a model on the hub" for source in models.on_hub(loaded)]
+    rows = "the rows of the source behind the first good one, and whether a prompt fits into the model's context"
+    for one in (*hub, rows):
+        console.print(f"  left to the round: {one}", soft_wrap=True, highlight=False, markup=False)
 
 
 def schema() -> None:
@@ -122,17 +129,14 @@ def schema() -> None:
 # --- running -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A round that did not finish, and why."""
-
-    round: str
-    interrupted: bool
-    why: list[str]  # each step that failed, or check that stopped the round, and what it says
-    dagster_run_id: str
+def _asked_anyway(recipe: Recipe) -> str:
+    """What to type for a round that no rule asks for: files may wait in the inbox."""
+    inbox = recipe.prompts.inbox
+    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, {})} --rounds 1" if inbox else ""
 
 
-def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> Failure | None:
+def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> dict[str, Any] | None:
+    """Run a round. Of one that fails: what it says as JSON has it, once people are told."""
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
     from automation.runs import busy
@@ -156,52 +160,48 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
             raise_on_error=False,
         )
     )
-    return None if result.success else _failed(result, recipe, round_key)
+    return None if result.success else _failed(instance, run_id, recipe, round_key, overrides)
 
 
-def _failed(result, recipe: Recipe, round_key: str) -> Failure:
-    """Tell why a round failed: what each step raised, or the check that ended it."""
-    import dagster as dg
+def _failed(instance, run_id: str, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> dict[str, Any]:
+    from automation import failures
 
-    checks = [check for check in result.get_asset_check_evaluations() if not check.passed]
-    why = [
-        f"check {check.check_name}: {check.description}"
-        for check in checks
-        if check.severity == dg.AssetCheckSeverity.ERROR
-    ]
-    errors = []
-    for event in result.filter_events(lambda event: event.is_step_failure):
-        error = event.step_failure_data.error
-        raised = error.cause or error  # it says more to people than what Dagster makes of it
-        errors.append(raised)
-        if raised.cls_name != "DagsterAssetCheckFailedError":  # the check says why itself
-            said = "interrupted" if _interrupted(error) else re.sub(OURS, "", raised.message).strip()
-            why.append(f"{event.step_key}: {said}")
-    failure = Failure(round_key, any(map(_interrupted, errors)), why, result.run_id)
+    failure = failures.of_run(instance, run_id)
     if failure.interrupted:
-        console.print(f"{recipe.name} {round_key} was interrupted: run it again to go on", style="yellow")
-        return failure
-    for error in errors:
-        if not re.match(f"{OURS}|dagster", error.message):  # not told for people: a developer has to see where it is
-            print("".join(error.stack), file=sys.stderr)
-    console.print(f"{recipe.name} {round_key} failed", style="bold red")
-    for reason in why:
-        console.print(textwrap.indent(reason, "  "), style="red", markup=False, soft_wrap=True)
-    console.print(f"  whole log: rsft ui, run {failure.dagster_run_id}", markup=False, soft_wrap=True)
-    return failure
+        told = f"{recipe.name} {round_key} was interrupted: run it again to go on: {_command(recipe, overrides)}"
+        console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    else:
+        for stack in failure.stacks:
+            print(stack, file=sys.stderr)
+        console.print(f"{recipe.name} {round_key} failed", style="bold red")
+        for reason in failure.why:
+            console.print(textwrap.indent(reason, "  "), style="red", markup=False, soft_wrap=True)
+        console.print(f"  whole log: rsft ui, run {run_id}", markup=False, soft_wrap=True)
+    return {
+        "round": round_key,
+        "interrupted": failure.interrupted,
+        "why": failure.why,
+        "dagster_run_id": run_id,
+    }
 
 
-OURS = r"rsft_pipeline\.[\w.]+: "  # how an error of the project's own is told, before what it says
-INTERRUPTED = "Query interrupted"  # what DuckDB says where a signal comes while it works, in an error of its own
+def _tell_changed(store: Store, recipe: Recipe, round_key: str) -> None:
+    """Say which settings a round that begins again had otherwise: a `--set` may have been forgotten."""
+    try:
+        changed = rounds.record(store, recipe, round_key).recipe.differing(recipe)
+    except rounds.RoundError:  # it was not begun, or by settings that are refused by now
+        return
+    if changed:
+        lines = [f"{recipe.name} {round_key} was begun with other settings; it begins again with those of now:"]
+        lines += [f"  {path} was {was}, is {now}" for path, (was, now) in changed.items()]
+        lines.append(f"as it was: {_command(recipe, {path: was for path, (was, _) in changed.items()})}")
+        console.print("\n".join(lines), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _interrupted(error) -> bool:
-    """Whether a step failed because of a signal."""
-    while error:
-        if error.cls_name == "DagsterExecutionInterruptedError" or INTERRUPTED in error.message:
-            return True
-        error = error.cause or error.context
-    return False
+def _command(recipe: Recipe, overrides: Mapping[str, str]) -> str:
+    """What to type to run the recipe so."""
+    given = [word for path, text in overrides.items() for word in ("--set", f"{path}={text}")]
+    return shlex.join(["rsft", "run", recipe.name, *given])
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -272,8 +272,25 @@ def _refused(store: Store, recipe: str) -> str:
 
 
 def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
-    sql = "SELECT round, state FROM rounds WHERE recipe = ? AND state <> 'finished' ORDER BY round"
+    sql = "SELECT * FROM rounds WHERE recipe = ? AND state <> 'finished' ORDER BY round"
     return store.query(sql, [recipe])
+
+
+def _standing(unfinished: dict[str, Any]) -> str:
+    """Where a round that is not finished stands, and why it does not go on."""
+    from automation import failures, runs
+
+    taken_up = f"`rsft run {unfinished['recipe']}` takes it up"
+    if unfinished["state"] == "revoked":
+        return f"revoked; {taken_up}"
+    instance = here.instance()
+    under_way = {run.run_id for run in runs.under_way(instance)}
+    last = runs.last(instance, unfinished["recipe"], unfinished["round"])
+    run_id = last.run_id if last else unfinished["dagster_run_id"]  # none: its assets were materialised by hand
+    if run_id in under_way:
+        return f"under way, in Dagster's run {run_id}"
+    why = "; ".join(failures.of_run(instance, run_id).why)
+    return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
 
 
 def _summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
@@ -317,8 +334,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
         console.print(f"{recipe}: {refused}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     if only is None:
         for row in _unfinished(store, recipe):
-            state = {"started": "begun, not finished", "revoked": "revoked"}[row["state"]]
-            words = f"{recipe} {row['round']}: {state}; `rsft run` takes it up"
+            words = f"{recipe} {row['round']}: {_standing(row)}"
             console.print(words, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if not rows:
         return
@@ -337,6 +353,7 @@ def _show(store: Store, recipe: str, only: list[str] | None) -> None:
         )
     console.print(table)
     for row in rows:
+        console.print(f"{row['round']}: {row['verdict']}", highlight=False, markup=False, soft_wrap=True)
         for role, found in over_controls(store.query, row).items():
             difference = shown(found.difference, found.low, found.high)
             told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"

@@ -25,6 +25,7 @@ from typing import IO, Any, TypeVar
 import duckdb
 import pyarrow as pa
 
+INTERRUPTED = "Query interrupted"  # what DuckDB says where a signal comes while it works, in an error of its own
 NEWEST_SNAPSHOT = "SELECT id FROM lake.current_snapshot()"
 SCHEMA = Path(__file__).with_name("schema.sql")
 T = TypeVar("T")

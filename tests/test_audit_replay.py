@@ -299,7 +299,7 @@ def test_diff_is_what_the_rows_say(mine, recipe):
     assert held_out["score"].after == pytest.approx(recorded[1]["mean_score"]["value"])
     stricter = json.dumps({"evaluation": {"pass_above": 0.9}})
     change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", stricter)
-    assert diff(mine, recipe, "r000", "r001").notes == ("the rounds had different `evaluation` settings",)
+    assert diff(mine, recipe, "r000", "r001").notes == ("`evaluation.pass_above` is 0.5 in r000, 0.9 in r001",)
 
 
 def test_diff_says_why_rounds_have_no_prompt_in_common(mine, recipe):

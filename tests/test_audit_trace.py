@@ -181,13 +181,17 @@ def everything(store):
     return one
 
 
-def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there):
+def test_a_candidate_is_found_by_its_place_a_text_or_not_at_all(there, monkeypatch):
     assert ids.accepted(there, NAME, "r001", 2) == accepted(there, "r001")[1]
     for place in (0, 10_000, 10**20):
         with pytest.raises(AuditError, match=f"has {len(accepted(there, 'r001'))} accepted candidates"):
             ids.accepted(there, NAME, "r001", place)
-    matches = ids.containing(there, "a")
+    matches, count = ids.containing(there, "a")
     assert len(matches) == ids.MATCHES and all("a" in one.text for one in matches) and matches[0].accepted
+    assert count == there.value("SELECT count(*) FROM candidates WHERE contains(text, 'a')") > ids.MATCHES
+    monkeypatch.setattr(ids, "MATCHES", count)
+    (every, _) = ids.containing(there, "a")
+    assert len(every) == count and {one.split for one in every if one.accepted is None} == {"eval"}
     with pytest.raises(AuditError, match="no candidate's id begins with ffff"):
         trace(there, "f" * 32)
     with pytest.raises(AuditError, match="nothing here is called 'nobody'"):

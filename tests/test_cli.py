@@ -73,16 +73,16 @@ def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
 
 def test_status_names_the_rounds_where_none_is_finished(home):
     begun = [
-        {"recipe": "one", "round": "r000", "state": "revoked"},
-        {"recipe": "one", "round": "r001", "state": "started"},
+        {"recipe": "one", "round": "r000", "state": "revoked", "dagster_run_id": "of a run that Dagster has forgotten"},
+        {"recipe": "one", "round": "r001", "state": "started", "dagster_run_id": "of another"},
     ]
     with Store.at(home) as store:
         store.append("rounds", begun)
         store.append("quarantine", [{"recipe": "one", "reason": reason} for reason in ("empty", "too long", "empty")])
     status = rsft("status", "one", "--json")
     assert "one: rows refused: 2 empty, 1 too long (Quarantine, in the audit pages)" in status.stdout
-    assert "one r000: revoked; `rsft run` takes it up" in status.stdout
-    assert "one r001: begun, not finished; `rsft run` takes it up" in status.stdout
+    assert "one r000: revoked; `rsft run one` takes it up\n" in status.stdout
+    assert "one r001: begun, not finished; `rsft run one` takes it up\n" in status.stdout
     assert json.loads(status.stdout.splitlines()[-1]) == {
         "recipe": "one",
         "rounds": [],
@@ -113,6 +113,20 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert told["failed"]["why"] == [lines[1].strip()]
     assert told["failed"]["dagster_run_id"] in lines[2]
     assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
+    standing = (
+        f"letters_loop r000: begun, not finished; `rsft run letters_loop` takes it up (it ended by: {lines[1].strip()})"
+    )
+    assert standing in rsft("status").stdout
+
+
+def test_a_round_that_begins_again_says_what_it_had_otherwise_before(path):
+    rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--set", 'sampling.stop=["\\n"]')
+    again = rsft("run", path, "--rounds", "1").stdout
+    assert "letters_loop r000 was begun with other settings; it begins again with those of now:" in again
+    assert "  acceptance.threshold was 1.0, is 0.5\n" in again
+    (was,) = re.findall("as it was: (.*)", again)
+    assert was == r"""rsft run letters_loop --set 'sampling.stop=["\n"]' --set acceptance.threshold=1.0"""
+    assert "other settings" not in rsft("run", path, "--rounds", "1").stdout  # a round of its own
 
 
 def test_a_rule_that_can_decide_on_nothing_says_so_without_a_stack_and_the_round_is_finished_first(path):
@@ -179,7 +193,7 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     (path.parent / "slow.py").write_text(SLOW)
     done = rsft("run", path, "--rounds", "1", "--json")
     assert done.returncode == 130
-    assert "letters_loop r000 was interrupted: run it again to go on" in done.stdout
+    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop\n" in done.stdout
     failed = json.loads(done.stdout.splitlines()[-1])["failed"]
     assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
 
@@ -328,7 +342,9 @@ def test_the_version_is_that_of_the_project():
 
 
 def test_check_and_schema(home, path):
-    assert "can run" in rsft("check", "arithmetic").stdout
+    assert "can run" in (told := rsft("check", "arithmetic").stdout) and "hub" not in told
+    misspelt = rsft("check", path, "--set", "model={source: modles/mine}").stdout
+    assert "left to the round: modles/mine, which is no folder here and is taken for a model on the hub" in misspelt
     schema = json.loads(rsft("schema").stdout)
     for file in RECIPES.glob("*.yaml"):
         jsonschema.validate(yaml.safe_load(file.read_text()), schema)

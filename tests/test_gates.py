@@ -61,3 +61,12 @@ def test_a_rate_outside_its_bounds_is_told(store):
     for low, high in ((0.0, 0.24), (0.26, 1.0)):
         found = gates.acceptance_rate(store, round_(store, acceptance_rate=[low, high]))
         assert (found.passed, found.reason) == (False, f"25.0% accepted; expected {low:.1%} to {high:.1%}")
+
+
+def test_where_nothing_could_be_judged_no_looser_rule_is_suggested(store):
+    store.commit(lambda c: c.execute("UPDATE decisions SET accepted = false, reason = 'cannot judge', score = NULL"))
+    found = gates.something_accepted(store, round_(store))
+    assert not found.passed and "is missing of every candidate" in found.reason and "loosen" not in found.reason
+    store.commit(lambda c: c.execute("UPDATE decisions SET reason = 'below threshold', score = 0.25 WHERE u > 0.5"))
+    found = gates.something_accepted(store, round_(store))
+    assert not found.passed and "from 0.25 to 0.25" in found.reason and "loosen `acceptance`" in found.reason

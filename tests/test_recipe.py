@@ -186,3 +186,31 @@ def test_what_cannot_be_extended_is_said(write_recipe):
     third.write_text("extends: variant\n")
     with pytest.raises(RecipeError, match=r"variant\.yaml extends another recipe itself; extend that one"):
         load(third)
+
+
+def test_a_name_whose_file_is_right_here_is_pointed_to(write_recipe, monkeypatch):
+    monkeypatch.chdir(write_recipe().parent)
+    with pytest.raises(
+        RecipeError, match=r"no recipe is called 'letters_loop'\. Did you mean the file letters_loop.yaml\?"
+    ):
+        find("letters_loop")
+
+
+def test_recipes_differ_by_fields_that_set_takes(write_recipe):
+    rule = {"rule": "top_k", "k": 2}
+    one, other = load(write_recipe()), load(write_recipe("other", seed=7, acceptance=rule, sampling={"stop": ["\n"]}))
+    found = one.differing(other)
+    assert set(found) == {
+        "seed",
+        "acceptance",
+        "sampling.draws",
+        "sampling.max_tokens",
+        "sampling.wave_size",
+        "sampling.stop",
+    }
+    assert found["seed"] == ("0", "7") and found["sampling.stop"] == ("[]", r'["\n"]') and one.differing(one) == {}
+    again = load(other.file, {path: here for path, (here, _) in found.items()})
+    assert (
+        again.digest == one.digest
+        and load(one.file, {path: v for path, (_, v) in found.items()}).digest == other.digest
+    )

@@ -227,7 +227,10 @@ def test_what_is_long_can_be_read_to_its_end_and_what_is_ambiguous_says_so(tmp_p
         assert end in client.get(f"/recipes/letters/candidates/{one}").text
         assert end in client.get("/revocations").text
         found = unescape(client.get("/find?q=answer").text)
-        assert "'answer' could be scorer version-answer, source answer: give more of it." in found
+        assert (
+            "'answer' could be scorer version-answer, source answer: give the whole id of the one that is meant."
+            in found
+        )
         found = unescape(client.get("/find?q=combined").text)
         assert "scorer version-combined has no page here" in found
 
@@ -375,8 +378,8 @@ def test_only_a_form_of_this_server_revokes(tmp_path):
     [
         ("accepted", -0.342490308946776, {"rule": "rejection"}, "p/(M·q) = 0.71 > u = 0.33"),
         ("accepted", 0.0, {"rule": "rejection"}, "p/(M·q) ≥ 1 > u = 0.33"),
-        ("u >= A", -2.0, {"rule": "boltzmann", "beta": 0.5}, "exp((score − r_max)/β) with β = 0.5 = 0.1353 ≤ u = 0.33"),
-        ("duplicate", -0.1, {"rule": "loss", "k": 2}, "loss/k with k = 2 = 0.9048 > u = 0.33, but the same text was "
+        ("u >= A", -2.0, {"rule": "boltzmann", "beta": 0.5}, "exp((score − r_max)/β) (β = 0.5) = 0.1353 ≤ u = 0.33"),
+        ("duplicate", -0.1, {"rule": "loss", "k": 2}, "loss/k (k = 2) = 0.9048 > u = 0.33, but the same text was "
          "kept already for this prompt"),
         ("below threshold", -2.0, {"rule": "rejection", "threshold": 0.2},
          "p/(M·q) = 0.1353 is not above the threshold 0.2"),

@@ -106,9 +106,9 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
     for label in sorted(set().union(*itertools.chain(*pairs))):
         if any(was.get(label) != now.get(label) for was, now in pairs):
             notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")
-    for section in ("sampling", "acceptance", "prompts", "evaluation"):
-        if getattr(before.recipe, section) != getattr(after.recipe, section):
-            notes.append(f"the rounds had different `{section}` settings")
+    for path, (was, now) in before.recipe.differing(after.recipe).items():
+        if path.partition(".")[0] in ("sampling", "acceptance", "prompts", "evaluation"):
+            notes.append(f"`{path}` is {was} in {before.key}, {now} in {after.key}")
     if before.recipe.sampling.until or after.recipe.sampling.until:
         notes.append(
             "draws of a prompt ended with enough accepted (`sampling.until`): the share that the rule accepts "

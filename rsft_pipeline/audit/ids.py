@@ -145,7 +145,7 @@ def _only(found: dict[tuple[str, str], Any], typed: str) -> tuple[tuple[str, str
         )
     named = ", ".join(" ".join(key) for key in sorted(found)[:NAMED])
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    raise Ambiguous(f"{typed!r} could be {named}{more}: give more of it")
+    raise Ambiguous(f"{typed!r} could be {named}{more}: give the whole id of the one that is meant")
 
 
 def text(store: Store, words: str, recipe: str | None = None) -> Thing:
@@ -188,25 +188,29 @@ def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate that contains a text."""
+    """A candidate that contains a text, accepted ones before others."""
 
     recipe: str
     round: str
     candidate_id: str
+    split: str | None  # of its prompt; `eval`: it is held out, and nobody decides on it. None: the prompt is gone
     accepted: bool | None  # None: it was not decided on
     text: str
 
 
-def containing(store: Store, words: str, recipe: str | None = None) -> list[Match]:
-    """The first candidates, accepted ones before others, whose completion contains the text, to the letter."""
+def containing(store: Store, words: str, recipe: str | None = None) -> tuple[list[Match], int]:
+    """The first candidates whose completion contains the text, to the letter, and how many do."""
     words = text(store, words, recipe).what
     rows = store.query(
-        f"""WITH found AS (SELECT recipe, round, candidate_id, text FROM candidates
+        f"""WITH found AS (SELECT recipe, round, candidate_id, prompt_id, text FROM candidates
                 WHERE contains(text, $words) AND {_IN})
-            SELECT f.recipe, f.round, f.candidate_id, d.accepted, f.text FROM found f
-            LEFT JOIN (SELECT candidate_id, accepted FROM decisions
-                       WHERE candidate_id IN (SELECT candidate_id FROM found)) d ON d.candidate_id = f.candidate_id
+            SELECT f.recipe, f.round, f.candidate_id, p.split, d.accepted, f.text, count(*) OVER () AS n FROM found f
+            LEFT JOIN prompts p ON p.recipe = f.recipe AND p.prompt_id = f.prompt_id
+            LEFT JOIN (SELECT recipe, candidate_id, bool_or(accepted) AS accepted FROM decisions
+                       WHERE candidate_id IN (SELECT candidate_id FROM found) GROUP BY recipe, candidate_id) d
+                ON d.recipe = f.recipe AND d.candidate_id = f.candidate_id
             ORDER BY d.accepted DESC NULLS LAST, f.recipe, f.round, f.candidate_id LIMIT $limit""",
         {"words": words, "recipe": recipe, "limit": MATCHES},
     )
-    return [Match(**row) for row in rows]
+    there = [row.pop("n") for row in rows]
+    return [Match(**row) for row in rows], there[0] if there else 0

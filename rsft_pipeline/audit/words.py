@@ -75,8 +75,8 @@ def _chance(row: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
     """A, by the formula that it comes from; each is cut at 1."""
     formula = {
         "rejection": "p/(M·q)",
-        "boltzmann": f"exp((score − r_max)/β) with β = {_n(rule.get('beta'))}",
-        "loss": f"loss/k with k = {_n(rule.get('k'))}",
+        "boltzmann": f"exp((score − r_max)/β) (β = {_n(rule.get('beta'))})",
+        "loss": f"loss/k (k = {_n(rule.get('k'))})",
     }.get(rule["rule"], "A")
     return f"{formula} = {_n(math.exp(row['log_a']))}" if row["log_a"] < 0 else f"{formula} ≥ 1"
 

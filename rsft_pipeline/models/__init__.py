@@ -55,20 +55,28 @@ def check(recipe: Recipe) -> int | None:
     Raises:
         ModelError: a folder that is not there or holds no weights, or what a model would be made of is not right.
     """
-    model, teacher, contexts = recipe.model, recipe.sampling.teacher, []
-    if model.bootstrap or model.warm_up:
+    contexts = []
+    if recipe.model.bootstrap or recipe.model.warm_up:
         from rsft_pipeline import bootstrap
 
         if made := bootstrap.check(recipe):
             contexts.append(context_of(made))
-    named = {"sampling.teacher": teacher.source} if teacher else {}
-    if not model.bootstrap:
-        named["model"] = model.source
-    for field, source in named.items():
+    for field, source in _named(recipe).items():
         if folder := local(recipe, f"{field}.source", source):
             _check_folder(folder, field)
             contexts.append(context_length(folder))
     return min((context for context in contexts if context is not None), default=None)
+
+
+def on_hub(recipe: Recipe) -> list[str]:
+    """The policy and the teacher, where no folder here is called so: what a misspelt folder is taken for as well."""
+    return [source for field, source in _named(recipe).items() if local(recipe, f"{field}.source", source) is None]
+
+
+def _named(recipe: Recipe) -> dict[str, str]:
+    """The fields of the policy and the teacher, and what they name."""
+    teacher = {"sampling.teacher": recipe.sampling.teacher.source} if recipe.sampling.teacher else {}
+    return teacher if recipe.model.bootstrap else {**teacher, "model": recipe.model.source}
 
 
 def bases(home: Path) -> Path:

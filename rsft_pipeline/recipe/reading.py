@@ -43,9 +43,9 @@ def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
         return path.resolve()
     known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     if str(name) not in known:
-        raise RecipeError(
-            f"no recipe is called {str(name)!r}.{nearest(str(name), known)} Known: {', '.join(sorted(known))}"
-        )
+        file = Path(f"{path}.yaml")
+        meant = f" Did you mean the file {file}?" if file.is_file() else nearest(str(name), known)
+        raise RecipeError(f"no recipe is called {str(name)!r}.{meant} Known: {', '.join(sorted(known))}")
     return known[str(name)].resolve()
 
 
@@ -171,7 +171,7 @@ def explain(error: ValidationError, path: Path) -> str:
                 if tag := problem["ctx"].get("discriminator"):
                     where += "." + tag.strip("'")
                 message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
-            case _ if not isinstance(problem["input"], dict):
+            case kind if kind.endswith("_type") or not isinstance(problem["input"], dict):  # else it is a whole section
                 message = f"{message} (got {problem['input']!r})"
         lines.append(f"  {where}: {message}")
     return "\n".join(lines)

@@ -3,6 +3,8 @@
 Not: finding, reading and explaining a file (reading.py).
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +172,24 @@ class Recipe(Section):
         """The same recipe with the fields that a round recorded."""
         return Recipe.of_file(self._path, fields, RECORDED)
 
+    def differing(self, other: "Recipe") -> dict[str, tuple[str, str]]:
+        """The fields that another recipe has otherwise: path → value here and there, all as `--set` takes them."""
+        found = _differing(self.model_dump(mode="json"), other.model_dump(mode="json"))
+        return {path: (json.dumps(here), json.dumps(there)) for path, here, there in found}
+
     def path(self, name: str) -> Path:
         """A path of the recipe, absolute."""
         return (self.folder / Path(name).expanduser()).resolve()
+
+
+def _differing(here: Any, there: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(here, dict) and isinstance(there, dict) and here.keys() == there.keys():
+        parts = [(name, value, there[name]) for name, value in here.items()]
+    elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        parts = [(str(i), *both) for i, both in enumerate(zip(here, there, strict=True))]
+    else:  # also a section of another kind, such as another rule: it is given whole
+        if here != there:
+            yield path, here, there
+        return
+    for name, *both in parts:
+        yield from _differing(*both, f"{path}.{name}" if path else name)

@@ -43,6 +43,11 @@ def _nothing(store: Store, round_: Round) -> str:
         return "nothing was accepted: no candidate was decided on"
     why = ", ".join(f"{row['reason']}: {row['n']}" for row in rows)
     rule = json.loads(rows[0]["rule"])
+    if {row["reason"] for row in rows} == {"cannot judge"}:
+        return (
+            f"nothing was accepted ({why}): what the rule {rule['rule']} looks at is missing of every candidate. "
+            "Look at what the scorers say in the step `scores`"
+        )
     of_rule = {name: value for name, value in rule.items() if name != "pilot" and type(value) in (int, float)}
     numbers = ", ".join(f"{name} {value:g}" for name, value in of_rule.items())
     scores = [row[end] for row in rows for end in ("low", "high") if row[end] is not None]
