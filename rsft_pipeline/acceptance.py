@@ -108,8 +108,8 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
         The rule's fields, as JSON has them, and what had to be resolved from rows and round:
         threshold: `threshold`, t as it is in this round.
         quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
-        rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot +
-            log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should
+        rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot past the
+            gates + log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should
             be more, and such texts are under-represented); `log_M_needed`, the smallest log M without any, or None.
         boltzmann with r_max given: `violations`, how many score above it.
         with `calibrate`: the number that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
@@ -326,7 +326,7 @@ def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: Rejec
     rows, others, largest = _row(
         connection,
         f"SELECT count(*), count(*) FILTER (draw >= {rule.pilot}),"
-        f" max(target - log_q) FILTER (draw < {rule.pilot} AND {_HAS_RATIO}) FROM {source}",
+        f" max(target - log_q) FILTER (draw < {rule.pilot} AND passed AND {_HAS_RATIO}) FROM {source}",
     )
     if rows and not others:
         raise AcceptanceError(
@@ -335,7 +335,7 @@ def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: Rejec
         )
     if rows and (largest is None or math.isinf(largest)):
         raise AcceptanceError(
-            f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) has both log q and a log p above -inf under "
+            f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) passed the gates and has both log q and a log p above -inf under "
             f"acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
         )
     return (largest or 0.0) + math.log(rule.safety)

@@ -251,6 +251,9 @@ def test_M_is_the_pilots_largest_ratio_times_safety_and_the_pilot_is_set_aside(c
         "g": "gate",
         "h": "cannot judge",
     }
+    # What a gate turned down the rule sees nothing of, and so does M.
+    gated = candidate("z", draw=0, target=9.0, log_q=0.0, passed=False)
+    assert decide(connection, [*rows, gated], rule="rejection", pilot=1, safety=1.5)[1]["log_M"] == parameters["log_M"]
 
 
 def test_M_that_cannot_be_estimated_is_an_error_that_says_so(connection):
