@@ -109,8 +109,9 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
         threshold: `threshold`, t as it is in this round.
         quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
         rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot past the
-            gates + log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it should
-            be more, and such texts are under-represented); `log_M_needed`, the smallest log M without any, or None.
+            gates + log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it
+            should be more, and such texts are under-represented); `log_M_needed`, the smallest log M without any, or
+            None.
         boltzmann with r_max given: `violations`, how many score above it.
         with `calibrate`: the number that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
             judged candidates past the gates it was picked from; `pilot_share`, how much of these it accepts.
@@ -335,8 +336,8 @@ def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: Rejec
         )
     if rows and (largest is None or math.isinf(largest)):
         raise AcceptanceError(
-            f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) passed the gates and has both log q and a log p above -inf under "
-            f"acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
+            f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) passed the gates and has both log q and a "
+            f"log p above -inf under acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
         )
     return (largest or 0.0) + math.log(rule.safety)
 

@@ -98,7 +98,8 @@ def macro_f1(found: Answers, *, confidence: float, seed: int) -> Estimate:
     Its interval is the basic bootstrap over prompts (Davison and Hinkley 1997, section 5.2.1): the prompts drawn again
     as many times as there are, each with all of its answers, and the labels that these have. Drawing again loses F1
     where a label has few prompts, as the draw itself did, so the values drawn are reflected in the estimate; as they
-    are they lie below it. The estimate is always inside. Where no answer was wrong it is [1, 1]: what was never seen it cannot draw.
+    are they lie below it. The estimate is always inside. Where no answer was wrong it is [1, 1]: what was never seen
+    it cannot draw.
     """
     n = int(found.prompts.sum())
     drawn = np.random.default_rng(seed).multinomial(n, found.prompts / n, RESAMPLES).astype(float)

@@ -299,7 +299,7 @@ def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights |
     weights = Weights(digest, home.checkpoints / digest, made[0]["round"])
     if not weights.path.is_dir():
         raise RoundError(f"the weights of {recipe.name} {weights.source} are not at {weights.path} any more")
-    if changed := checkpoints.verify(weights.path):
+    if changed := checkpoints.verify(checkpoints.Checkpoint(digest, weights.path)):
         raise RoundError(f"{weights.path} is not what {weights.source} saved: {', '.join(changed)} changed since")
     return weights
 

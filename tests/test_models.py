@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import string
 import time
 
@@ -110,7 +111,7 @@ def test_a_checkpoint_is_named_after_its_content_and_comes_back_as_it_was(tmp_pa
     assert checkpoints.read_meta(saved.path)["round"] == "r000"
     assert (saved.path / "README.md").read_text() == "# a card"
     assert torch.equal(logits(models.load(saved.path, CPU)), before)
-    assert checkpoints.verify(saved.path) == []
+    assert checkpoints.verify(saved) == []
     assert [path.name for path in tmp_path.iterdir()] == [saved.digest]
 
 
@@ -131,10 +132,10 @@ def test_a_single_changed_byte_is_named(tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert checkpoints.verify(saved.path) == ["model.safetensors"]
+    assert checkpoints.verify(saved) == ["model.safetensors"]
     (saved.path / "chat_template.jinja").write_text("added since")
     (saved.path / "tokenizer.json").unlink()
-    assert checkpoints.verify(saved.path) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
+    assert checkpoints.verify(saved) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
@@ -143,7 +144,26 @@ def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
     record = checkpoints.read_meta(saved.path)
     record["files"]["config.json"] = lineage.file_digest(saved.path / "config.json")
     (saved.path / "meta.json").write_text(json.dumps(record))
-    assert checkpoints.verify(saved.path) == ["meta.json"]
+    assert checkpoints.verify(saved) == ["meta.json"]
+
+
+def test_a_damaged_one_is_replaced_when_the_same_is_saved_again(tmp_path):
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
+    weights = saved.path / "model.safetensors"
+    good = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(good[:-1]), lambda: (saved.path / "meta.json").unlink()):
+        damage()
+        checkpoints.describe(checkpoints.save(tiny(), characters(), tmp_path, {}, ""), {"said": "again"}, "")
+        assert checkpoints.verify(saved) == [] and weights.read_bytes() == good
+        assert [path.name for path in tmp_path.iterdir()] == [saved.digest]
+
+
+def test_the_weights_of_another_folder_are_not_those_of_this_one(tmp_path):
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
+    other = checkpoints.save(trained(tiny(), tmp_path), characters(), tmp_path, {}, "")
+    shutil.rmtree(saved.path)
+    shutil.copytree(other.path, saved.path)  # a backup that was put into the wrong place
+    assert checkpoints.verify(saved) == ["meta.json"] and checkpoints.verify(other) == []
 
 
 def test_what_a_killed_save_left_goes_after_a_day_and_a_second_save_of_the_same_keeps_the_first(tmp_path):
@@ -160,7 +180,7 @@ def test_what_a_killed_save_left_goes_after_a_day_and_a_second_save_of_the_same_
 def test_a_folder_without_a_record_cannot_be_verified(tmp_path):
     assert checkpoints.read_meta(tmp_path) == {}
     with pytest.raises(ModelError, match="not saved as a checkpoint"):
-        checkpoints.verify(tmp_path)
+        checkpoints.verify(checkpoints.Checkpoint("0" * 32, tmp_path))
 
 
 def test_a_bf16_base_trains_in_float32_and_is_saved_in_bf16_again(tmp_path):
@@ -463,7 +483,7 @@ def test_a_bootstrapped_model_loads_stops_at_eos_and_is_verified(tmp_path):
     model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
     assert models.stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
     assert model.config.vocab_size == len(tokenizer)
-    assert checkpoints.verify(made.path) == []
+    assert checkpoints.verify(made) == []
     assert checkpoints.read_meta(made.path)["kind"] == "bootstrap"
 
 

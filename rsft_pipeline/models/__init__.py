@@ -86,15 +86,15 @@ def bases(home: Path) -> Path:
 
 def made(root: Path, digest: str) -> Checkpoint | None:
     """Such a model, if it is still there. Raises ModelError when it has changed since."""
-    folder = root / digest
-    if not folder.is_dir():
+    there = Checkpoint(digest, root / digest)
+    if not there.path.is_dir():
         return None
-    if changed := verify(folder):
+    if changed := verify(there):
         raise ModelError(
-            f"{folder} is not the model that was made there: {', '.join(changed)} changed since. "
+            f"{there.path} is not the model that was made there: {', '.join(changed)} changed since. "
             "Move the folder away, and it is made again"
         )
-    return Checkpoint(digest, folder)
+    return there
 
 
 def teacher(recipe: Recipe, student: Path) -> Checkpoint:

@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
-    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already is kept.
+    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already, undamaged, is kept.
 
     What a killed process had written of one goes after a day.
 
@@ -74,8 +74,13 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         try:
             temporary.rename(saved.path)
         except OSError:
-            if not saved.path.is_dir():  # else the same was saved before
+            if not saved.path.is_dir():
                 raise
+            if not _intact(saved):  # else the same was saved before
+                damaged = temporary.with_name(f"{temporary.name}-damaged")
+                saved.path.rename(damaged)
+                temporary.rename(saved.path)
+                shutil.rmtree(damaged, ignore_errors=True)
         _sync(saved.path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,8 +88,8 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
 
 
 def describe(saved: Checkpoint, meta: dict, card: str) -> None:
-    """Write what is said of a checkpoint anew: `meta.json` and README.md."""
-    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": _file_digests(saved.path)}))
+    """Write what is said of a checkpoint anew: `meta.json` and README.md. What its files were stays as it was saved."""
+    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
     write_card(saved.path, card)
 
 
@@ -115,22 +120,31 @@ def read_meta(path: Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def verify(path: Path) -> list[str]:
+def verify(saved: Checkpoint) -> list[str]:
     """Names of the files that are not as they were saved: changed, missing or added since.
+
+    `meta.json` is among them where it is the record of other weights, such as those of another folder.
 
     Raises:
         ModelError: when there is no record to compare with.
     """
-    match read_meta(path):
+    match read_meta(saved.path):
         case {"files": dict(then), "digest": str(digest)}:
             pass
         case _:
-            raise ModelError(f"{path} has no {META} with file digests: it was not saved as a checkpoint")
-    now = _file_digests(Path(path))
+            raise ModelError(f"{saved.path} has no {META} with file digests: it was not saved as a checkpoint")
+    now = _file_digests(saved.path)
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if _digest_of(then) != digest:
+    if not _digest_of(then) == digest == saved.digest:
         changed.append(META)
     return changed
+
+
+def _intact(saved: Checkpoint) -> bool:
+    try:
+        return not verify(saved)
+    except (ModelError, ValueError, OSError):  # its record is gone, or is none any more
+        return False
 
 
 def _digest_of(files: dict[str, str]) -> str:
