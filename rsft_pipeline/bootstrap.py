@@ -8,6 +8,7 @@ made on the CPU, where two builds give the same bits.
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -82,7 +83,7 @@ def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
         return made
     # An alphabet teaches nothing, so held-out prompts may add to it; the merges of BPE are learnt from the rest.
     texts = _texts(corpus if settings.tokenizer == "characters" else rows)
-    tokenizer = _tokenizer(settings, texts, recipe.task)
+    tokenizer = _tokenizer(settings, texts, _configuration(settings).is_encoder_decoder)
     model = _fresh(settings, tokenizer, recipe)
     facts = _warm_up(recipe, settings, model, tokenizer, corpus, rows, root / "bootstrap" / key, key, on_step)
     meta = {"kind": "bootstrap", **facts, "bootstrap": settings.model_dump(mode="json")}
@@ -204,10 +205,15 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
     asked = [prompts.encode(tokenizer, row["prompt"], chat, recipe.task) for row in rows]
     completions = tasks.of(recipe).completion_ids(model, tokenizer, [row["completion"] for row in rows])
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    return [
+    samples = [
         training.Sample(row["prompt"] or row["completion"], prompt or start, completion)  # GPT-2 makes «» no token
         for row, prompt, completion in zip(rows, asked, completions, strict=True)
     ]
+    context = models.context_of(model.config) or math.inf
+    for row, sample in zip(rows, samples, strict=True):
+        if (length := training.room(sample, model)) > context:
+            raise _bad_corpus(f"the row {row!r:.100} has {length} tokens; the model's context is {context}")
+    return samples
 
 
 def _made(root: Path, key: str) -> Checkpoint | None:
@@ -286,7 +292,7 @@ def _texts(rows: list[dict[str, str]]) -> Iterable[str]:
 # --- tokenizer and weights --------------------------------------------------------------------
 
 
-def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
+def _tokenizer(settings: Bootstrap, texts: Iterable[str], encoder: bool = False):
     """A tokenizer that gives back the very text it was given, and reads `</s>` in a text as mere characters.
 
     Every prompt starts with BOS, so that even an empty one has a position to predict from; an encoder's ends
@@ -314,7 +320,7 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str], task: str = "causal"):
         )
         inner.train_from_iterator(texts, trainer)
     inner.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}" if task == "seq2seq" else f"{BOS} $A",
+        single=f"$A {EOS}" if encoder else f"{BOS} $A",
         special_tokens=[(token, inner.token_to_id(token)) for token in (BOS, EOS)],
     )
     return PreTrainedTokenizerFast(
@@ -356,9 +362,11 @@ def _configuration(settings: Bootstrap, **filled_in: Any):
 def _random(config, recipe: Recipe):
     """A model of the configuration, on the device that tensors are made on, its weights from its random numbers."""
     try:
-        return models.auto_class(recipe.task).from_config(config)
+        model = models.auto_class(recipe.task).from_config(config)
     except Exception as error:  # each kind of model has its own
         raise _no_model(error) from error
+    models.check_kind(model, recipe.task)
+    return model
 
 
 def _no_model(error: Exception) -> models.ModelError:
@@ -376,7 +384,7 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if recipe.task == "seq2seq":
+    if _configuration(settings).is_encoder_decoder:
         special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     labels = models.head(recipe.model.labels) if recipe.model.labels else {}
     config = _configuration(settings, **special, **labels, vocab_size=len(tokenizer))

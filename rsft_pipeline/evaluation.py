@@ -1,4 +1,4 @@
-"""Evaluation: how good a model is on held-out prompts, whether a checkpoint beats the policy, when to stop.
+"""Evaluation: how good a model is on held-out prompts, whether a checkpoint beats another, when to stop.
 
 Belongs here: metrics with intervals, the paired comparison, and the verdicts of the recipe's `promotion` and
 `stop` sections. Does not: drawing, scoring and fetching; numbers come in per prompt.
@@ -66,7 +66,7 @@ class Comparison:
     low: float
     high: float
     n: int
-    length_drift: float  # the checkpoint's mean length / the policy's
+    length_drift: float  # the checkpoint's mean length / that of what it is compared with
     eligible: Estimate | None = None  # the same difference of the share of eligible draws; None: not recorded
     unseen: float | None = None  # how low it may be for what is too rare to be among n prompts; None: nobody knows
 
@@ -127,25 +127,25 @@ def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> 
 
 
 def compare(
-    policy: Sequence[PromptResult], checkpoint: Sequence[PromptResult], metric: Metric, *, k: int, confidence: float
+    other: Sequence[PromptResult], checkpoint: Sequence[PromptResult], metric: Metric, *, k: int, confidence: float
 ) -> Comparison:
-    """The checkpoint's metric less the policy's, paired per prompt on those that both have a value for.
+    """The checkpoint's metric less the other's (the champion's, a control's), paired per prompt that has both.
 
     Raises:
         ValueError: when they have no such prompt in common.
     """
-    before, after = _values(policy, metric, k), _values(checkpoint, metric, k)
+    before, after = _values(other, metric, k), _values(checkpoint, metric, k)
     common = sorted(before.keys() & after.keys())
     if not common:
         raise ValueError(
-            f"policy and checkpoint cannot be compared by {metric}: no held-out prompt has a value for both"
-            f" (policy: {len(before)} prompts, checkpoint: {len(after)})"
+            f"the checkpoint cannot be compared by {metric}: no held-out prompt has a value for both"
+            f" (of {len(before)} prompts where it is compared with, of {len(after)} where it is the checkpoint)"
         )
     bounds = None if metric == "mean_score" else (-1.0, 1.0)
     difference = _mean([after[p] - before[p] for p in common], confidence, bounds)
-    counted, counts = _eligible(policy), _eligible(checkpoint)
+    counted, counts = _eligible(other), _eligible(checkpoint)
     eligible = [counts[p] - counted[p] for p in sorted(counted.keys() & counts.keys())]
-    tokens_before, tokens_after = ({r.prompt_id: r.tokens for r in results} for results in (policy, checkpoint))
+    tokens_before, tokens_after = ({r.prompt_id: r.tokens for r in results} for results in (other, checkpoint))
     drift = sum(tokens_after[p] for p in common) / sum(tokens_before[p] for p in common)
     return Comparison(
         metric,

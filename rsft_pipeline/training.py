@@ -277,13 +277,20 @@ def _check(samples: Sequence[Sample], model) -> None:
             raise TrainingError(f"candidate {sample.candidate_id} has no completion tokens: nothing would be trained")
         if not sample.prompt_ids:
             raise TrainingError(f"candidate {sample.candidate_id} has no prompt tokens to predict its first token from")
-        lengths = len(sample.prompt_ids), len(sample.completion_ids)
-        # An encoder-decoder has its context twice, once for each; a classifier's label takes none of it.
-        apart = model.config.is_encoder_decoder or not model.can_generate()
-        if (length := max(lengths) if apart else sum(lengths)) > context:
+        if (length := room(sample, model)) > context:
             raise TrainingError(
                 f"candidate {sample.candidate_id} has {length} tokens; the model's context is {context}"
             )
+
+
+def room(sample: Sample, model) -> int:
+    """Tokens that a sample takes of the model's context.
+
+    An encoder-decoder has its context twice, for the prompt and for the completion; a classifier's label takes none.
+    """
+    lengths = len(sample.prompt_ids), len(sample.completion_ids)
+    apart = model.config.is_encoder_decoder or not model.can_generate()
+    return max(lengths) if apart else sum(lengths)
 
 
 # --- going on after a kill --------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Classification: one label as a completion, drawn, rated and trained on; heads; reports by class."""
 
+import json
 import math
 import re
 from collections import Counter
@@ -366,3 +367,38 @@ def test_a_label_that_is_neither_a_reference_nor_an_answer_is_no_part_of_the_mea
     # Of a hundred prompts drawn again, more than a third of the times none is the only one of its label.
     rare = classes.macro_f1(answered({("a", "a"): 50, ("b", "b"): 49, ("c", "c"): 1}, "abc"), **how)
     assert (rare.value, rare.low, rare.high) == (1.0, 1.0, 1.0)
+
+
+def test_what_mixes_in_its_padding_is_read_with_texts_of_the_same_length():
+    torch.manual_seed(3)
+    sizes = {name: BERT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    config = AutoConfig.for_model("fnet", **sizes, **models.head(LABELS), max_position_embeddings=32)
+    mixing = AutoModelForSequenceClassification.from_config(config).eval()
+    padded = classification._logits(mixing, classification._padded(PROMPTS, PAD))
+    assert (padded[1] - logits(mixing, PROMPTS[1])).abs().max() > 1e-3
+    expected = {prompt: logits(mixing, prompt).log_softmax(-1) for prompt in PROMPTS}
+    for size in (1, 2, 64):
+        for one in classification.draw(mixing, Padding, requests(2), Sampling(batch_size=size)):
+            assert one.log_p == pytest.approx(expected[one.request.prompt_ids][one.token_ids[0]].item(), abs=1e-5)
+    samples = [Sample(str(i), list(prompt), [1]) for i, prompt in enumerate(PROMPTS)]
+    found = classification.log_probabilities(mixing, samples, PAD)
+    assert found == pytest.approx([expected[prompt][1].item() for prompt in PROMPTS], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_that_is_made_here_chooses_too(recipe, tmp_path, kind):
+    sizes = {
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+                 "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32},
+    }[kind]  # fmt: skip
+    made_here = {"config": {"model_type": kind, **sizes}, "corpus": "letters:warm", "steps": 3, "batch_size": 8}
+    asked = recipe(model=json.dumps({"source": "bootstrap", "bootstrap": made_here, "labels": ["early", "late"]}))
+    models.check(asked)
+    base = models.base(asked, tmp_path / "home")
+    model, tokenizer = models.load(base.path, CPU, task="classification"), models.tokenizer(base.path)
+    ids = [tuple(prompts.encode(tokenizer, text, False, "classification")) for text in ("abc", "ab", "j")]
+    drawn = classification.draw(
+        model, tokenizer, [Request(str(i), Asked(str(i), one, None), 0, i) for i, one in enumerate(ids)], Sampling()
+    )
+    assert {one.text for one in drawn} <= {"early", "late"}

@@ -39,6 +39,7 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 GPT2 = {"model_type": "gpt2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = torch.tensor([[1, 5, 6, 7]])
 
 
@@ -431,6 +432,7 @@ ODD = 'é😀á  two  spaces\n\n\ttab </s> <s>"don\'t" .,!'
 def test_a_bootstrapped_tokenizer_gives_back_the_very_text(tmp_path, kind):
     settings = Bootstrap(config=LLAMA, corpus="-", tokenizer=kind, vocabulary=300)
     bootstrap._tokenizer(settings, [ODD, "the cat the cat the cat"]).save_pretrained(tmp_path)
+    AutoConfig.for_model("llama", vocab_size=300).save_pretrained(tmp_path)
     tokenizer = models.tokenizer(tmp_path)
     ids = tokenizer(ODD)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids and tokenizer.unk_token_id not in ids
@@ -607,9 +609,39 @@ def test_a_corpus_that_is_not_utf8_is_named_with_its_field_and_line(tmp_path):
         ({"config": {**LLAMA, "intermediate_size": -4}}, "makes no model: .* negative dimension -4"),
         ({"config": {**LLAMA, "hiden_size": 16}}, "no such setting. Did you mean 'hidden_size'?"),
         ({"config": {**LLAMA, "num_attention_heads": 3, "head_dim": None}}, "makes no model"),
+        ({"config": {"model_type": "bert", **BERT}}, "BertLMHeadModel reads its text both ways, unless .*is_decoder"),
+        ({"config": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}}, "keeps no keys and values"),
     ],
 )
 def test_a_bad_bootstrap_section_is_explained(tmp_path, changes, message):
     for look in (models.check, lambda recipe: models.base(recipe, tmp_path)):
         with pytest.raises(ModelError, match=message):
             look(a_recipe(tmp_path, **changes))
+
+
+def test_what_reads_both_ways_writes_nothing_until_it_is_a_decoder(tmp_path):
+    for is_decoder in (False, True):
+        config = AutoConfig.for_model("bert", vocab_size=30, is_decoder=is_decoder, **BERT)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(is_decoder))
+    assert models.load(tmp_path / "True", CPU)
+    with pytest.raises(ModelError, match="BertLMHeadModel reads its text both ways"):
+        models.load(tmp_path / "False", CPU)
+
+
+def test_a_padding_token_without_an_embedding_is_none(tmp_path):
+    tokenizer, model = characters(), tiny()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert models.tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_row_of_the_warm_up_that_is_too_long_is_named(tmp_path):
+    wanted = a_recipe(tmp_path, config={**LLAMA, "max_position_embeddings": 8})
+    with open(tmp_path / "corpus.jsonl", "a") as corpus:
+        corpus.write(json.dumps({"prompt": "q=", "completion": "long" * 200}) + "\n")
+    with pytest.raises(
+        ModelError, match=r"corpus`: the row \{'prompt': 'q=',.{,99} has 804 tokens; the .*context is 8"
+    ):
+        models.base(wanted, tmp_path)

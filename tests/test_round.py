@@ -621,3 +621,17 @@ def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use
             store.append("rounds", [{"recipe": "a", "round": key, "state": state, "champion": champion}])
         assert rounds.in_use(store, "a", "r000", "first") == "b"
         assert rounds.in_use(store, "a", "r002", "third") == "third"
+
+
+def test_a_text_that_was_drawn_for_in_other_tokens_is_no_prompt_of_the_same_name(home, recipe):
+    with Store.at(home) as store:
+        ingest(store, recipe, Home.here(), "run", lambda *_: None)
+        store.commit(lambda c: c.execute("UPDATE prompts SET chat = true"))  # as if by a template that says the same
+        ingest(store, recipe, Home.here(), "run", lambda *_: None)  # nothing was drawn for it yet
+        (one, *_) = store.query("SELECT prompt_id FROM prompts")
+        store.append("candidates", [{"recipe": recipe.name, "prompt_id": one["prompt_id"]}])
+        store.commit(lambda c: c.execute("UPDATE prompts SET chat = true"))
+        with pytest.raises(
+            prompts.PromptError, match="are plain text now, and come out as the very text that was drawn"
+        ):
+            ingest(store, recipe, Home.here(), "run", lambda *_: None)

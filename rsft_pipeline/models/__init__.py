@@ -10,6 +10,7 @@ Weights are read as safetensors only, and no code that comes with a model is eve
 import functools
 import inspect
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -189,7 +190,8 @@ def _check_folder(folder: Path, field: str = "model") -> None:
 
 
 def tokenizer(path: Path):
-    """The model's tokenizer; where it has no padding token, EOS serves (padding is masked by position).
+    """The model's tokenizer; where it has no padding token that the model can read, EOS serves (padding is masked by
+    position): one that was added, and no embedding with it, is none.
 
     Raises:
         ModelError: when it has neither.
@@ -197,7 +199,7 @@ def tokenizer(path: Path):
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if loaded.pad_token_id is None:
+    if loaded.pad_token_id is None or loaded.pad_token_id >= vocabulary(path):
         if loaded.eos_token_id is None:
             raise ModelError(f"the tokenizer in {path} has neither a padding nor an end-of-sequence token")
         loaded.pad_token = loaded.eos_token
@@ -218,12 +220,30 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     no_bars()
     _check_folder(Path(path))
     model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
-    if task != "classification" and "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ModelError(f"{path}: a {type(model).__name__} keeps no keys and values, which draws would go on from")
+    check_kind(model, task)
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)
     return model.to(device.kind).eval()
+
+
+def check_kind(model, task: str) -> None:
+    """See that a model can do what the task asks of its kind. Raises ModelError."""
+    if task == "classification":
+        return
+    name = type(model).__name__
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ModelError(f"a {name} keeps no keys and values, which draws would go on from")
+    if task == "causal" and _reads_both_ways(model.config):
+        raise ModelError(f"a {name} reads its text both ways, unless its configuration has `is_decoder: true`")
+
+
+def _reads_both_ways(config) -> bool:
+    """Whether what was made to fill gaps, and can be made a decoder, is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter: XLM
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
 
 
 def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: Any):
@@ -365,7 +385,7 @@ def context_length(path: Path) -> int | None:
     return context_of(_configuration(path))
 
 
-def vocabulary(path: Path) -> int:
+def vocabulary(path: Path) -> float:
     """Token ids that a model has, from 0 on. Raises ModelError as `context_length` does."""
     return vocabulary_of(_configuration(path))
 
@@ -417,13 +437,13 @@ def context_of(config) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     context = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     if context is not None:
-        context -= first_position(config)
+        context = context - first_position(config) if context > 0 else None  # XLNet has -1 for none
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 
-def vocabulary_of(config) -> int:
-    """Token ids that a model has, from 0 on."""
-    return config.get_text_config(decoder=True).vocab_size
+def vocabulary_of(config) -> float:
+    """Token ids that a model has, from 0 on; infinity where it reads characters."""
+    return getattr(config.get_text_config(decoder=True), "vocab_size", math.inf)
 
 
 def depth_of(config) -> int:

@@ -10,7 +10,7 @@ from rsft_pipeline import models, prompts
 from rsft_pipeline.devices import Device
 from rsft_pipeline.prompts import templates
 from rsft_pipeline.tasks import causal, seq2seq
-from rsft_pipeline.training import Sample
+from rsft_pipeline.training import Sample, room
 
 
 class Likelihood:
@@ -26,8 +26,8 @@ class Likelihood:
     def __init__(self, folder: Path, device: Device):
         from transformers import AutoConfig
 
-        self.two_sided = AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder
-        self.name, self.task = ("seq2seq", seq2seq) if self.two_sided else ("causal", causal)
+        two_sided = AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder
+        self.name, self.task = ("seq2seq", seq2seq) if two_sided else ("causal", causal)
         self.tokenizer = models.tokenizer(folder)
         self.model = models.load(folder, device, task=self.name)
         self.longest = models.context_length(folder)
@@ -61,6 +61,4 @@ class Likelihood:
         return prompts.encode(self.tokenizer, prompt, messages is not None, self.name)
 
     def _fits(self, sample: Sample) -> bool:
-        lengths = len(sample.prompt_ids), len(sample.completion_ids)
-        used = max(lengths) if self.two_sided else sum(lengths)  # encoder and decoder have a context each
-        return self.longest is None or used <= self.longest
+        return self.longest is None or room(sample, self.model) <= self.longest

@@ -6,6 +6,7 @@ which prompts a round asks (draw.py).
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import pyarrow as pa
@@ -41,8 +42,10 @@ def ingest(
     tokenizer = models.tokenizer(base.path)
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
     contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
+    chat = recipe.prompts.messages is not None and tokenizer.chat_template is not None
     revoked = store.query(_REVOKED, [recipe.name])
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
+    _check_read_alike(store, recipe, chat, {prompt.prompt_id for prompt in read.prompts})
     sides = _sides(store, recipe, round_key)
     split = {
         p.prompt_id: sides.get(p.question) or sides.get(lineage.same_text(p.text)) or p.split for p in read.prompts
@@ -61,7 +64,7 @@ def ingest(
             "recipe": recipe.name,
             "prompt_id": prompt.prompt_id,
             "text": prompt.text,
-            "chat": prompt.messages is not None and tokenizer.chat_template is not None,
+            "chat": chat,
             "messages": json.dumps(prompt.messages) if prompt.messages else None,
             "reference": prompt.reference,
             "fields": json.dumps(prompt.fields, ensure_ascii=False),
@@ -126,6 +129,24 @@ _BEGUN_AGAIN = """UPDATE rounds SET state = 'started' WHERE recipe = $recipe AND
 def settings(recipe: Recipe) -> str:
     """What the sources are read by: a round asks only prompts that were read by its own."""
     return lineage.digest(recipe.prompts.model_dump(mode="json"))
+
+
+def _check_read_alike(store: Store, recipe: Recipe, chat: bool, prompt_ids: Collection[str]) -> None:
+    """Raise PromptError where a prompt comes out as a text that was drawn for otherwise: from a template or a chat.
+
+    What the tokenizer puts around plain text it does not put around a chat's: the same text is other tokens then, and
+    what was drawn for it, which is known by the text, is no answer to these.
+    """
+    drawn_for = store.query(
+        """SELECT prompt_id FROM prompts WHERE recipe = $recipe AND chat <> $chat
+           AND prompt_id IN (SELECT prompt_id FROM candidates WHERE recipe = $recipe)""",
+        {"recipe": recipe.name, "chat": chat},
+    )
+    if any(row["prompt_id"] in prompt_ids for row in drawn_for):
+        raise prompts.PromptError(
+            f"{recipe.name}: prompts are {'a chat' if chat else 'plain text'} now, and come out as the very text that "
+            f"was drawn for as {'plain text' if chat else 'a chat'} before, in other tokens: go on under another name"
+        )
 
 
 def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:

@@ -5,8 +5,9 @@ chooses. Does not: how the head came to be (models/, bootstrap.py).
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rsft_pipeline import devices
 from rsft_pipeline.decoding.draws import Shape, check_number, choose, uniforms
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS = 64  # texts read at once
+TOLERANCE = {"torch.float32": 1e-3}  # of a logit: rounding is 1e-5 in float32 and a tenth in half precision
 
 
 def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
@@ -29,11 +31,9 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     import torch
 
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, 1, frozenset())
-    asked = sorted({request.prompt_ids for request in requests}, key=len)
-    place = {prompt_ids: i for i, prompt_ids in enumerate(asked)}
+    prompts = [request.prompt_ids for request in requests]
     with torch.inference_mode():
-        logits = _read(model, asked, tokenizer.pad_token_id, sampling.batch_size or ROWS)
-        row = torch.tensor([place[request.prompt_ids] for request in requests], device=model.device)
+        logits, row = _read(model, prompts, tokenizer.pad_token_id, sampling.batch_size or ROWS)
         u = torch.from_numpy(uniforms([request.seed for request in requests], 1)[:, 0]).to(model.device)
         drawn = [each.tolist() for each in choose(logits, row, u, shape)]
     for log_q in drawn[1]:
@@ -44,17 +44,24 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
     ]
 
 
-def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> "Tensor":
-    """Logits of each prompt, [prompts, labels]. Out of memory, it goes on with half as many rows at once."""
+def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tuple["Tensor", "Tensor"]:
+    """Logits of the different prompts, [different, labels], and which of these each prompt has, int64 [prompts].
+
+    Out of memory, it goes on with half as many rows at once.
+    """
     import torch
 
+    asked = sorted({tuple(prompt) for prompt in prompts}, key=len)
+    place = {prompt: i for i, prompt in enumerate(asked)}
     read: list[Tensor] = []
     start = 0
-    while start < len(prompts):
-        batch = prompts[start : start + rows]
+    while start < len(asked):
+        batch = asked[start : start + rows]
+        if len(batch[0]) < len(batch[-1]) and _heeds_padding(model, batch[0], batch[-1], pad_id):
+            batch = [prompt for prompt in batch if len(prompt) == len(batch[0])]
         try:
             read.append(_logits(model, _padded(batch, pad_id)))
-            start += rows
+            start += len(batch)
             continue
         except RuntimeError as error:
             if len(batch) == 1 or not devices.out_of_memory(error):
@@ -63,7 +70,20 @@ def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> "T
         rows = len(batch) // 2
         devices.release(devices.Device(model.device.type, "float32"))
         log.warning("out of memory: going on with %d texts at once", rows)
-    return torch.cat(read)
+    return torch.cat(read), torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+
+
+_heeding: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # model → whether padding changes a text's
+
+
+def _heeds_padding(model, shorter: Sequence[int], longer: Sequence[int], pad_id: int) -> bool:
+    """Whether a text is rated otherwise beside a longer one: some families, such as FNet, mix in what is masked."""
+    if model not in _heeding:
+        alone, beside = (_logits(model, _padded(batch, pad_id))[0] for batch in ([shorter], [shorter, longer]))
+        _heeding[model] = (alone - beside).abs().max().item() > TOLERANCE.get(str(model.dtype), 0.25)
+        if _heeding[model]:
+            log.warning("%s: texts are read with others of their length, as padding counts", type(model).__name__)
+    return _heeding[model]
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -81,11 +101,12 @@ def log_probabilities(model, samples: Sequence["Sample"], pad_id: int, batch_siz
     """Log-probability of each sample's label, in nats."""
     import torch
 
-    found: list[float] = []
+    if not samples:
+        return []
     with torch.inference_mode():
-        for i in range(0, len(samples), batch_size):
-            found += (-token_losses(model, collate(samples[i : i + batch_size], pad_id))).tolist()
-    return found
+        logits, row = _read(model, [sample.prompt_ids for sample in samples], pad_id, batch_size)
+        labels = torch.tensor([sample.completion_ids[0] for sample in samples], device=logits.device)
+        return logits.float().log_softmax(-1)[row, labels].tolist()
 
 
 def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
