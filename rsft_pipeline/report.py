@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsft_pipeline import acceptance, efficiency
+from rsft_pipeline import acceptance, efficiency, revocations
 from rsft_pipeline.evaluation import Estimate, interval
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
@@ -150,7 +150,7 @@ def candidates(store: Store, round_: "Round") -> CandidateFacts:
     ids = store.arrow(f"SELECT candidate_id FROM ({ROUND_CANDIDATES})", parameters)["candidate_id"].to_pylist()
     shown = store.query(
         f"""SELECT p.text AS prompt, c.text AS candidate, c.finish_reason, c.log_q
-            FROM ({ROUND_CANDIDATES}) c
+            FROM (SELECT * FROM ({ROUND_CANDIDATES}) s WHERE NOT ({revocations.REVOKED})) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
             ORDER BY c.candidate_id LIMIT {SHOWN}""",
         parameters,
@@ -230,7 +230,8 @@ def decisions(store: Store, round_: "Round") -> DecisionFacts:
     )
     shown = store.query(
         f"""SELECT d.accepted, d.reason, p.text AS prompt, c.text AS candidate, d.score, exp(d.log_a) AS A, d.u
-            FROM {joined} QUALIFY row_number() OVER (PARTITION BY d.accepted ORDER BY d.u) <= {SHOWN}
+            FROM {joined} AND d.reason <> '{revocations.REASON}'
+            QUALIFY row_number() OVER (PARTITION BY d.accepted ORDER BY d.u) <= {SHOWN}
             ORDER BY d.accepted DESC, d.u""",
         of,
     )

@@ -23,16 +23,18 @@ from rsft_pipeline.prompts import Ingest, Prompt, Refused
 from rsft_pipeline.store import Store
 
 REASON = "revoked"  # of a decision, and of a row in quarantine
+EVERY = "*"  # in place of a recipe: every one, also those to come
+OF = f"recipe IN ($recipe, '{EVERY}')"  # SQL: what was revoked in a recipe
 
 _CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
-_PROMPTS = "SELECT what FROM revocations WHERE kind = 'prompt' AND recipe = $recipe"
+_PROMPTS = f"SELECT what FROM revocations WHERE kind = 'prompt' AND {OF}"
 _CHECKPOINTS = "SELECT what FROM revocations WHERE kind = 'checkpoint'"
 # SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on, after `WITH` NAMED: DuckLake
 # opens the table once then, which takes longer than to read it.
 NAMED = "named AS MATERIALIZED (SELECT recipe, kind, what FROM revocations)"
-ALLOWED = """
+ALLOWED = f"""
     d.candidate_id NOT IN (SELECT what FROM named WHERE kind = 'candidate')
-    AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND recipe = $recipe)
+    AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND {OF})
     AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
 
 # Prompts by a source that they had before, to be followed by `AND source = …`.
@@ -80,14 +82,14 @@ def _within(words: str, value: Any) -> bool:
 
 def without(store: Store, recipe: str, read: Ingest) -> Ingest:
     """What was read, with the revoked prompts among the refused rows and their bytes nowhere."""
-    rows = store.query("SELECT kind, what FROM revocations WHERE recipe = ?", [recipe])
+    rows = store.query(f"SELECT kind, what FROM revocations WHERE {OF}", {"recipe": recipe})
     if not rows:
         return read
-    revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in ("prompt", "source", "text")}
-    same = store.query(
-        """SELECT DISTINCT same_text FROM prompts WHERE recipe = $recipe AND same_text IS NOT NULL
-           AND list_contains($ids, prompt_id)""",
-        {"recipe": recipe, "ids": list(revoked["prompt"])},
+    kinds = ("prompt", "source", "text", "refused")
+    revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in kinds}
+    same = store.query(  # the hash of a prompt's text is the same in every recipe
+        "SELECT DISTINCT same_text FROM prompts WHERE same_text IS NOT NULL AND list_contains($ids, prompt_id)",
+        {"ids": list(revoked["prompt"])},
     )
     texts_revoked = revoked["prompt"] | {row["same_text"] for row in same}
     spelt = [each for words in revoked["text"] for each in spellings(words)]
@@ -102,10 +104,15 @@ def without(store: Store, recipe: str, read: Ingest) -> Ingest:
 
     out = [prompt for prompt in read.prompts if is_revoked(prompt)]
     copies = {f"the same text as line {prompt.line} of {prompt.source}" for prompt in out}
-    refused = [
-        replace(row, raw=b"", detail="") if row.detail in copies or row.source in revoked["source"] else row
-        for row in read.refused
-    ]
+
+    def is_blank(row: Refused) -> bool:
+        return (
+            row.detail in copies
+            or row.source in revoked["source"]
+            or (bool(revoked["refused"]) and hashlib.sha256(row.raw).hexdigest() in revoked["refused"])
+        )
+
+    refused = [replace(row, raw=b"", detail="") if is_blank(row) else row for row in read.refused]
     ids = {prompt.prompt_id for prompt in out}
     return replace(
         read,
@@ -128,17 +135,18 @@ def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, se
     connection.execute(f"CREATE OR REPLACE TEMP TABLE revoked AS SELECT * FROM {table} LIMIT 0")
     if connection.execute(ANY).fetchone():
         of = {"recipe": recipe}
-        connection.execute(f"INSERT INTO revoked SELECT * FROM {table} s WHERE {_REVOKED}", of)
+        connection.execute(f"INSERT INTO revoked SELECT * FROM {table} s WHERE {REVOKED}", of)
         connection.execute(f"DELETE FROM {table} WHERE candidate_id IN (SELECT candidate_id FROM revoked)")
     return f"""SELECT candidate_id, prompt_id, false AS accepted, '{REASON}' AS reason, score, NULL::DOUBLE AS log_a,
         {UNIFORM_SQL.format(seed=int(seed))} AS u, 1::DOUBLE AS weight FROM revoked"""
 
 
-_REVOKED = f"""
+# SQL: whether a candidate `s`, drawn or decided on, is one of them.
+REVOKED = f"""
     s.candidate_id IN ({_CANDIDATES}) OR s.prompt_id IN ({_PROMPTS})
     OR s.candidate_id IN (
         SELECT c.candidate_id FROM candidates c JOIN revocations r ON contains(c.text, r.what)
-        WHERE c.recipe = $recipe AND r.recipe = $recipe AND r.kind = 'text')"""
+        WHERE c.recipe = $recipe AND r.{OF} AND r.kind = 'text')"""
 
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:

@@ -114,9 +114,10 @@ CREATE TABLE IF NOT EXISTS rounds (
 
 -- What may be trained on no more, from then on (revocations.py). The rows of other tables stay as they are.
 CREATE TABLE IF NOT EXISTS revocations (
-    recipe VARCHAR,
-    kind VARCHAR,            -- 'candidate', 'prompt', 'source', 'scorer', 'checkpoint' or 'text'
-    what VARCHAR,            -- its id, name, version or digest; of a text: itself, or if erased its SHA-256
+    recipe VARCHAR,          -- '*': prompts and texts of every recipe, also of those to come
+    kind VARCHAR,            -- 'candidate', 'prompt', 'source', 'scorer', 'checkpoint', 'text' or 'refused'
+    what VARCHAR,            -- its id, name, version or digest; of a text: itself, or if erased its SHA-256, as of the
+                             -- bytes of a refused row that had it
     cause VARCHAR,           -- of what was reached by the revocation of something else: its kind and `what`
     who VARCHAR, why VARCHAR, revoked_at TIMESTAMPTZ,
     erased BOOLEAN           -- its text is no more in the tables as they are now

@@ -1,14 +1,16 @@
 """Revocations and provenance where there are several recipes, attempts and moments: on a store written row by row."""
 
 import json
+import re
+from pathlib import Path
 
 import letters_store as letters
 import pytest
 from typer.testing import CliRunner
 
 from cli import audit, main  # noqa: F401 (main puts the commands of lineage.py into audit's)
-from rsft_pipeline import lineage, revocations
-from rsft_pipeline.audit import ids, verify
+from rsft_pipeline import lineage, report, revocations, rounds
+from rsft_pipeline.audit import browse, ids, verify
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
@@ -16,6 +18,7 @@ from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
 from rsft_pipeline.prompts import Ingest, Prompt, Refused
 from rsft_pipeline.recipe.reading import load
+from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.store import Store
 
@@ -151,7 +154,9 @@ def test_who_erased_what_somebody_had_revoked_is_written_down_too(store, kind):
     revoke(store, named[kind](), who="Ann", why="first")
     thing = named[kind]()
     revoke(store, thing, who="Bob", why="court order", erase=True)
-    rows = store.query("SELECT who, why, what, erased FROM revocations WHERE kind = ? AND cause IS NULL", [kind])
+    rows = store.query(
+        "SELECT who, why, what, erased FROM revocations WHERE kind = ? AND cause IS NULL AND recipe <> '*'", [kind]
+    )
     said = {"what": thing.unspoken, "erased": True}
     assert sorted(rows, key=lambda row: row["who"]) == [
         {"who": "Ann", "why": "first", **said},
@@ -200,6 +205,52 @@ def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
         revoke(store, ids.text(store, text), **WORDS, erase=True)
     left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%'")
     assert left == [{"source": "f.txt"}]
+
+
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_copy_of_the_recipe_does_not_ask_what_was_revoked(home, write_recipe, erase):
+    def read(name: str) -> set[str]:
+        source = {"source": "asked.jsonl", "template": "{q}", "eval_fraction": 0.5}
+        path = write_recipe(name, prompts=source, scoring={"scorers": [{"kind": "length", "at_most": 1}]})
+        path.with_name("asked.jsonl").write_text("\n".join(json.dumps({"q": a + b}) for a in "abc" for b in "abcde"))
+        ingest(store, load(path), Home.here(), f"read {name}", lambda *_: None)
+        asked = store.query("SELECT text FROM prompts WHERE recipe = ? AND active", [name])
+        return {row["text"] for row in asked}
+
+    with Store.at(home) as store:
+        assert len(read("one")) == 15
+        revoke(store, ids.thing(store, lineage.prompt_id("ab")), **WORDS, erase=erase)
+        revoke(store, ids.text(store, "cd"), **WORDS, erase=erase)
+        revoke(store, ids.text(store, "a", "one"), **WORDS, erase=erase)  # in that recipe alone
+        assert read("one") == {first + second for first in "bc" for second in "bcde"} - {"cd"}
+        assert read("another") == {first + second for first in "abc" for second in "abcde"} - {"ab", "cd"}
+        page = browse.revocations(store).rows
+        assert {row["recipe"] for row in page} == {"one"} and len(page) == 3
+
+
+def test_an_erased_text_does_not_come_back_with_what_was_refused(store):
+    refused = [
+        Refused("more.jsonl", line, f'{{"a": "{name}"}}'.encode(), "too long", "")
+        for line, name in enumerate(("Jane Roe", "somebody"), 1)
+    ]
+    store.append("quarantine", [{"recipe": letters.RECIPE, **vars(row)} for row in refused])
+    assert revoke(store, ids.text(store, "Jane Roe"), **WORDS, erase=True).erased["quarantine"] == 1
+    for recipe in (letters.RECIPE, "a copy"):
+        read = revocations.without(store, recipe, Ingest([], refused, 1, "digest"))
+        assert [row.raw for row in read.refused] == [b"", refused[1].raw]
+
+
+def test_what_was_revoked_is_no_example(store):
+    recipe = Recipe.of_file(Path(f"{letters.RECIPE}.yaml"), letters.RECIPE_AS_RUN.model_dump(mode="json"), {})
+    round_ = rounds.record(store, recipe, "r000")
+    of = {"recipe": letters.RECIPE, "round": "r000", "split": "train"}
+    store.append("round_prompts", [{**of, "prompt_id": letters.prompt_id(i)} for i in range(letters.PROMPTS)])
+    (first, *_) = re.findall(r"\| (answer [0-9]+ [0-9]+) \|", report.candidates(store, round_).examples)
+    revoke(store, ids.text(store, first), **WORDS)
+    assert f"| {first} |" not in report.candidates(store, round_).examples
+    assert "answer" in report.decisions(store, round_).examples
+    store.commit(lambda c: c.execute("UPDATE decisions SET reason = 'revoked', accepted = false WHERE round = 'r000'"))
+    assert "answer" not in report.decisions(store, round_).examples
 
 
 def test_of_an_erased_source_nothing_comes_back_with_what_was_refused(store):

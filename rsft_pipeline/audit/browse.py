@@ -19,7 +19,7 @@ from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import MADE, descend
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.audit.trace import EARLIER, REVOKED
-from rsft_pipeline.revocations import said
+from rsft_pipeline.revocations import EVERY, OF, said
 from rsft_pipeline.store import Query, Store
 
 ROWS = 25  # of a page
@@ -299,7 +299,7 @@ def prompt(store: Store, recipe: str, prompt_id: str) -> dict | None:
 
 def revoked(store: Store, recipe: str, prompt_id: str) -> list[str]:
     """The revocations of a prompt, in words."""
-    sql = "SELECT * FROM revocations WHERE kind = 'prompt' AND recipe = $recipe AND what = $id"
+    sql = f"SELECT DISTINCT kind, what, cause, who, why FROM revocations WHERE kind = 'prompt' AND {OF} AND what = $id"
     return [said(row, spoken=True) for row in store.query(sql, {"recipe": recipe, "id": prompt_id})]
 
 
@@ -391,7 +391,8 @@ def revocations(store: Store, after: str | None = None) -> Page:
         f"""SELECT r.*, epoch_us(r.revoked_at)::DOUBLE AS key, concat(r.recipe, ' ', r.kind, ' ', r.what) AS name,
                 (SELECT count(*) FROM revocations c WHERE c.cause = concat(r.kind, ' ', r.what) AND c.recipe = r.recipe)
                     AS caused
-            FROM revocations r WHERE cause IS NULL AND (key < $key OR (key = $key AND name > $name))
+            FROM revocations r
+            WHERE cause IS NULL AND r.recipe <> '{EVERY}' AND (key < $key OR (key = $key AND name > $name))
             ORDER BY key DESC, name LIMIT {ROWS + 1}""",
         {"key": key, "name": name},
     )

@@ -34,6 +34,7 @@ class Thing:
     kind: Kind
     what: str  # its id, digest, version or name; of a text: the text itself
     recipes: tuple[str, ...]  # where it is
+    everywhere: bool = False  # no recipe was named: of a prompt or a text, recipes to come are meant too
 
     @property
     def words(self) -> str:
@@ -104,7 +105,7 @@ def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
         there = {
             row["recipe"] for row in query("SELECT DISTINCT recipe FROM scores WHERE version = $what", {"what": what})
         }
-    return Thing(kind, what, tuple(sorted(there)))
+    return Thing(kind, what, tuple(sorted(there)), everywhere=recipe is None)
 
 
 _IN = "($recipe IS NULL OR recipe = $recipe)"
@@ -154,7 +155,7 @@ def text(store: Store, words: str, recipe: str | None = None) -> Thing:
         raise AuditError("an empty text is in everything: give some words")
     if recipe:
         check_recipe(store, recipe)
-    return Thing("text", words, tuple([recipe] if recipe else recipes(store)))
+    return Thing("text", words, tuple([recipe] if recipe else recipes(store)), everywhere=recipe is None)
 
 
 # --- candidates ------------------------------------------------------------------------------

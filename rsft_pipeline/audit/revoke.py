@@ -7,6 +7,7 @@ Nothing is deleted but, with `erase`, texts: ids, hashes, scores and decisions s
 that are run again, in older snapshots of the store.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import duckdb
@@ -45,8 +46,8 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
 
     def work(connection) -> Revoked:
         found = follow(on(connection), thing)
-        erased = _erase(connection, thing) if erase else {}
-        _record(connection, found, who, why, erase)
+        erased, refused = _erase(connection, thing) if erase else ({}, [])
+        _record(connection, found, refused, who, why, erase)
         for recipe in thing.recipes:
             connection.execute(
                 """UPDATE prompts SET active = false WHERE recipe = $recipe AND active
@@ -66,16 +67,22 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
     return replace(done, keeping=before) if erase else done
 
 
-def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why: str, erased: bool) -> None:
+def _record(
+    connection: duckdb.DuckDBPyConnection, found: Impact, refused: list[str], who: str, why: str, erased: bool
+) -> None:
     """Write down who said what of the thing, each time, and of all that has to be known by its id what is not yet."""
     thing = found.thing
     what = thing.unspoken if erased else thing.what
     name = f"{thing.kind} {what}"
-    rows = [(recipe, thing.kind, what, None) for recipe in thing.recipes]
+    every = [revocations.EVERY] if thing.everywhere and thing.kind in ("prompt", "text") else []
+    recipes = [*thing.recipes, *every]
+    rows = [(recipe, thing.kind, what, None) for recipe in recipes]
+    rows += [(recipe, "refused", one, name) for recipe in recipes for one in refused]
     rows += [(one.recipe, "checkpoint", one.checkpoint, name) for one in found.checkpoints if one.checkpoint != what]
     if thing.kind in ("prompt", "source", "text"):
         touched = "SELECT DISTINCT recipe, prompt_id FROM touched_prompts"
         others = [row for row in connection.execute(touched).fetchall() if row[1] != what]
+        others += [(recipe, prompt) for recipe in every for prompt in {prompt for _, prompt in others}]
         rows += [(recipe, "prompt", prompt, name) for recipe, prompt in others]
     if thing.kind == "text":
         touched = "SELECT recipe, candidate_id FROM touched"
@@ -88,15 +95,14 @@ def _record(connection: duckdb.DuckDBPyConnection, found: Impact, who: str, why:
         connection, "revocations", [{**row, "who": who, "why": why, "revoked_at": now, "erased": erased} for row in new]
     )
     if erased:
-        of = [list(thing.recipes)]
         said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
-        connection.execute(said, [*of, thing.kind, what])
+        connection.execute(said, [recipes, thing.kind, what])
     if what != thing.what:  # it may have been revoked before, and not erased
         hashed = f"UPDATE revocations SET what = ?, erased = true WHERE {_OF} AND kind = 'text' AND what = ?"
-        connection.execute(hashed, [what, *of, thing.what])
+        connection.execute(hashed, [what, recipes, thing.what])
         plain = f"{thing.kind} {thing.what}"
         connection.execute(
-            f"UPDATE revocations SET cause = ?, erased = true WHERE {_OF} AND cause = ?", [name, *of, plain]
+            f"UPDATE revocations SET cause = ?, erased = true WHERE {_OF} AND cause = ?", [name, recipes, plain]
         )
 
 
@@ -106,12 +112,17 @@ _OF = "list_contains(?, recipe)"
 # --- texts -------------------------------------------------------------------------------------
 
 
-def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int]:
-    """Remove the texts of all that is in the temporary tables `touched` and `touched_prompts`, and refused copies."""
-    done = {"prompts": 0, "candidates": 0, "quarantine": 0}
+def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> tuple[dict[str, int], list[str]]:
+    """Remove the texts of all that is in the temporary tables `touched` and `touched_prompts`, and refused copies.
+
+    Returns:
+        How many rows of each table, and the SHA-256 of the refused ones: a source that still has them is read again.
+    """
+    done, refused = {"prompts": 0, "candidates": 0, "quarantine": 0}, []
     for recipe in thing.recipes:
         of = {"recipe": recipe}
-        done["quarantine"] += _erase_refused(connection, thing, recipe)
+        refused += (hashes := _erase_refused(connection, thing, recipe))
+        done["quarantine"] += len(hashes)
         for table, sets, ids in (
             ("prompts", "text = NULL, messages = NULL, reference = NULL, fields = NULL", "touched_prompts"),
             ("candidates", "text = NULL, token_ids = NULL", "touched"),
@@ -121,11 +132,11 @@ def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> dict[str, int
                 AND {id_} IN (SELECT {id_} FROM {ids} WHERE recipe = $recipe)"""
             done[table] += connection.execute(f"SELECT count(*) FROM {table} WHERE {where}", of).fetchone()[0]
             connection.execute(f"UPDATE {table} SET {sets} WHERE {where}", of)
-    return done
+    return done, refused
 
 
-def _erase_refused(connection: duckdb.DuckDBPyConnection, thing: Thing, recipe: str) -> int:
-    """The same of rows that were refused: of the source, with the text, or as copies of a prompt. Returns how many."""
+def _erase_refused(connection: duckdb.DuckDBPyConnection, thing: Thing, recipe: str) -> list[str]:
+    """The same of rows that were refused: of the source, with the text, or as copies of a prompt."""
     of = {"recipe": recipe}
     copies = connection.execute(
         """SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p WHERE p.recipe = $recipe
@@ -139,13 +150,13 @@ def _erase_refused(connection: duckdb.DuckDBPyConnection, thing: Thing, recipe: 
     rows = connection.execute(
         "SELECT rowid, source, raw, detail FROM quarantine WHERE recipe = $recipe AND octet_length(raw) > 0", of
     ).fetchall()
-    found = [
-        rowid
+    found = {
+        rowid: hashlib.sha256(raw).hexdigest()
         for rowid, source, raw, detail in rows
         if (thing.kind == "source" and source == thing.what)
         or (detail,) in copies
         or (thing.kind == "text" and (has(raw) or thing.what in (detail or "")))
-    ]
+    }
     sql = "UPDATE quarantine SET raw = ''::BLOB, detail = '' WHERE recipe = $recipe AND list_contains($rows, rowid)"
-    connection.execute(sql, {**of, "rows": found})
-    return len(found)
+    connection.execute(sql, {**of, "rows": list(found)})
+    return list(found.values())

@@ -18,7 +18,7 @@ from rsft_pipeline.audit.impact import MADE, descend, role
 from rsft_pipeline.audit.reading import at_once
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RECORDED
-from rsft_pipeline.revocations import ANY, REASON, said
+from rsft_pipeline.revocations import ANY, OF, REASON, said
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
@@ -430,8 +430,8 @@ def _learned(query: Query, trained: list[dict], made: list[dict], rounds: list[d
 
 # Revocations of things with these ids. The hash of a prompt's text is the same in every recipe that asks it, and the
 # prompt is revoked in one of them.
-REVOKED = """SELECT DISTINCT kind, what, cause, who, why FROM revocations
-    WHERE list_contains($ids, what) AND (kind <> 'prompt' OR recipe = $recipe) ORDER BY ALL"""
+REVOKED = f"""SELECT DISTINCT kind, what, cause, who, why FROM revocations
+    WHERE list_contains($ids, what) AND (kind <> 'prompt' OR {OF}) ORDER BY ALL"""
 
 
 def _revoked(query: Query, recipe: str, ids: list[str]) -> list[dict]:

@@ -43,7 +43,7 @@ def ingest(
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
     contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
     chat = recipe.prompts.messages is not None and tokenizer.chat_template is not None
-    revoked = store.query(_REVOKED, [recipe.name])
+    revoked = store.query(_REVOKED, {"recipe": recipe.name})
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
     _check_read_alike(store, recipe, chat, {prompt.prompt_id for prompt in read.prompts})
     sides = _sides(store, recipe, round_key)
@@ -88,7 +88,7 @@ def ingest(
     refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
 
     def work(connection) -> bool:
-        now = connection.execute(_REVOKED, [recipe.name]).to_arrow_table().to_pylist()
+        now = connection.execute(_REVOKED, {"recipe": recipe.name}).to_arrow_table().to_pylist()
         if now != revoked:
             return False
         ids = [row["prompt_id"] for row in usable]
@@ -110,7 +110,7 @@ def ingest(
     return read
 
 
-_REVOKED = "SELECT kind, what FROM revocations WHERE recipe = ? ORDER BY ALL"
+_REVOKED = f"SELECT kind, what FROM revocations WHERE {revocations.OF} ORDER BY ALL"
 
 
 _PLACE = ("prompt_id", "source", "split")
