@@ -108,7 +108,11 @@ def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recip
             "seeds of held-out candidates, computed again": (answers, 0),
             "held-out results, counted again": (evaluated, 0),
             "the verdict of the gate": (1, 0),
-            "what the round came to": (8, 0),
+            "what the round came to": (10, 0),
+            "lengths": (decided, 0),
+            "origins": (decided, 0),
+            "lengths of held-out candidates": (answers, 0),
+            "origins of held-out candidates": (answers, 0),
             "prompts of held-out candidates, hashed again": (asked, 0),
             "scorer answer of held-out candidates": (answers, 0),
             "texts of held-out candidates, decoded again": (answers, 0),
@@ -193,7 +197,8 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     assert mine.snapshot() == snapshot
 
     settings = {**recipe.model_dump(mode="json"), "acceptance": rule}
-    change(mine, "UPDATE rounds SET settings = ? WHERE round = 'r000'", json.dumps(settings))
+    written = "UPDATE rounds SET settings = ?, recipe_digest = ? WHERE round = 'r000'"
+    change(mine, written, json.dumps(settings), lineage.digest(settings))
     decide(mine, rounds.record(mine, recipe, "r000"), "again")
     then = {row["candidate_id"]: row for row in mine.query("SELECT * FROM decisions WHERE round = 'r000'")}
     pairs = [(row["accepted"], then[row["candidate_id"]]["accepted"]) for row in was]
@@ -212,7 +217,11 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     assert answer.would.score == pytest.approx(np.mean([row["score"] for row in kept]))
     assert answer.would.parameters == json.loads(kept[0]["parameters"])
 
-    change(mine, "UPDATE rounds SET accepted = ? WHERE round = 'r000'", len(kept))  # which the round's end would
+    drawn = mine.query("SELECT candidate_id, text FROM candidates WHERE round = 'r000'")
+    text = {row["candidate_id"]: lineage.normalise(row["text"]) for row in drawn}
+    texts = {(row["prompt_id"], text[row["candidate_id"]]) for row in kept}
+    ended = "UPDATE rounds SET accepted = ?, distinct_accepted = ? WHERE round = 'r000'"  # as the round's end would
+    change(mine, ended, len(kept), len(texts))
     again = replayed(mine, recipe, judged=0)
     assert (again.findings, again.replayed) == ([], len(then))
 
@@ -324,6 +333,8 @@ TAMPERED = {
         "data",
     ),
     "a seed": ("UPDATE candidates SET seed = seed + 1 WHERE candidate_id = ?", "data"),
+    "a length": ("UPDATE candidates SET tokens = tokens + 1 WHERE candidate_id = ?", "data"),
+    "an origin": ("UPDATE candidates SET origin = 'reference' WHERE candidate_id = ?", "data"),
     "a draw": ("UPDATE candidates SET draw = (draw + 1) % 6 WHERE candidate_id = ?", "data"),
     "a log-probability": ("UPDATE candidates SET log_p = log_p - 0.1 WHERE candidate_id = ?", "weights"),
     "a candidate gone": ("DELETE FROM candidates WHERE candidate_id = ?", "data"),
@@ -331,7 +342,9 @@ TAMPERED = {
     "a candidate twice": ("INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", "data"),
 }
 # What training does not take: the others are of rows that were trained on, and `verify` names them too.
-NOT_TRAINED_ON = {"a single score", "a combined score", "u", "a seed", "a draw", "a log-probability"}
+NOT_TRAINED_ON = {
+    "a single score", "a combined score", "u", "a seed", "a length", "an origin", "a draw", "a log-probability"
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", TAMPERED)
@@ -439,7 +452,8 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     (finding,) = verified(mine).findings
     assert "the rows at the snapshot still have the root" in finding.what and finding.ids == (candidate,)
     change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
-    (finding,) = verified(mine).findings
+    counted, finding = verified(mine).findings
+    assert "`training_samples` gives" in counted.what
     assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
 
 
@@ -504,6 +518,13 @@ BROKEN = {
     "the snapshot of a checkpoint": "UPDATE checkpoints SET snapshot = 3 WHERE ? <> ''",
     "the samples of a checkpoint": "UPDATE checkpoints SET samples = 7 WHERE ? <> ''",
     "a round without a record": "DELETE FROM rounds WHERE ? <> ''",
+    "a parent, in its record too": """UPDATE checkpoints SET parent = 'fee', meta = json_merge_patch(meta, '{"parent":
+        "fee"}') WHERE ? <> ''""",
+    "its samples, in its record too": """UPDATE checkpoints SET samples = 7, meta = json_merge_patch(meta, '{"samples":
+        7}') WHERE ? <> ''""",
+    "what it was trained by": """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"training": {"epochs": 9}}')
+        WHERE ? <> ''""",
+    "the side of a prompt": f"UPDATE prompts SET split = 'eval' WHERE {ITS_PROMPT}",
     "a record of nothing": "UPDATE checkpoints SET meta = '[]' WHERE ? <> ''",
     "a record without its root": """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"merkle_root": null}')
         WHERE ? <> ''""",
@@ -530,6 +551,9 @@ UNREADABLE = {
     "the checkpoint": f"UPDATE rounds SET checkpoint = policy WHERE {R000}",
     "a summary": f"UPDATE rounds SET checkpoint_eval = replace(checkpoint_eval, '0.', '1.') WHERE {R000}",
     "a count": f"UPDATE rounds SET candidates = 1 WHERE {R000}",
+    "a count of texts": f"UPDATE rounds SET distinct_accepted = 1 WHERE {R000}",
+    "a setting": f"""UPDATE rounds SET settings = json_merge_patch(settings, '{{"training": {{"learning_rate": 9}}}}')
+        WHERE {R000}""",
 }
 
 

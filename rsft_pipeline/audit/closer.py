@@ -70,9 +70,9 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
             WHERE {OF_SCORERS}
             GROUP BY s.candidate_id
         )
-        SELECT r.content = r.now AS unchanged, c.candidate_id, c.prompt_id, c.text, c.token_ids, c.finish_reason,
-            c.log_q, c.log_p, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content, p.same_text,
-            s.scorers, s.scores
+        SELECT r.content = r.now AS unchanged, c.candidate_id, c.prompt_id, c.text, c.token_ids, c.tokens, c.origin,
+            c.finish_reason, c.log_q, c.log_p, p.text AS prompt, p.chat, p.messages, p.reference, p.fields, p.content,
+            p.same_text, s.scorers, s.scores
         FROM {looked_at} r
         JOIN ({candidates}) c ON c.candidate_id = r.candidate_id
         JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
@@ -81,7 +81,21 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
         ORDER BY r.candidate_id"""
 
 
-def known(vocabulary: int, rows: list[dict], note: Notes, of: str = "") -> list[dict]:
+def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
+    """Whether the lengths of draws are those of their tokens, and their origin is what the round drew from."""
+    for name, wrong, what in (
+        (
+            "lengths",
+            lambda row: row["tokens"] != len(row["token_ids"] or ()),
+            "lengths that are not those of the tokens",
+        ),
+        ("origins", lambda row: row["origin"] not in (None, source), f"origins other than «{source}»"),
+    ):
+        found = [row["candidate_id"] for row in rows if wrong(row)]
+        note(Check(f"{name}{of}", len(rows), len(found)), *([named("data", what, found)] if found else []))
+
+
+def known(vocabulary: float, rows: list[dict], note: Notes, of: str = "") -> list[dict]:
     """Those of the rows whose token ids the model has. The others are named."""
 
     def has(token: int | None) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import duckdb
 
+from rsft_pipeline import lineage
 from rsft_pipeline.audit import closer
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named
 from rsft_pipeline.audit.reading import on
@@ -18,7 +19,14 @@ from rsft_pipeline.evaluation import PromptResult, compare, promoted, summarise
 from rsft_pipeline.rounds import Round
 from rsft_pipeline.sampling import EVALUATION
 from rsft_pipeline.steps.evaluate import counts, finite, recorded_results, results
-from rsft_pipeline.steps.rows import COMBINED, EVALUATION_CANDIDATES, of_evaluation, of_scorers
+from rsft_pipeline.steps.rows import (
+    COMBINED,
+    EVALUATION_CANDIDATES,
+    ROUND_CANDIDATES,
+    of_evaluation,
+    of_round,
+    of_scorers,
+)
 from rsft_pipeline.store import Query
 
 OF = " of held-out candidates"  # what its checks are called beside those of candidates to train on
@@ -135,11 +143,15 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
         "policy_eval": summaries["policy"],
         "checkpoint_eval": summaries["checkpoint"],
         "champion_eval": summaries[left],
-        **{name: drawn[name] for name in ("candidates", "tokens", "accepted")},  # texts may have been erased since
+        **{name: drawn[name] for name in ("candidates", "tokens", "accepted")},
+        "recipe_digest": lineage.digest(json.loads(row["settings"])),
     }
+    erased = f"SELECT candidate_id FROM ({ROUND_CANDIDATES}) WHERE text IS NULL LIMIT 1"
+    if not query(erased, of_round(round_)):
+        outcome["distinct_accepted"] = drawn["distinct_accepted"]
     there = {column: value for column, value in outcome.items() if row[column] is not None}
     different = [column for column, value in there.items() if not _recorded(row[column], value)]
-    what = f"the table `rounds` has another {', '.join(different)} than decisions and results give"
+    what = f"the table `rounds` has another {', '.join(different)} than its settings, decisions and results give"
     note(
         Check("what the round came to", len(there), len(different)),
         *([Finding("data", what, len(different))] if different else []),

@@ -89,11 +89,12 @@ def replay(
         {"decisions": 0, "replayed": 0, "parameters": {}}, [], [], {}, {}
     )
     with lease as device:
-        for rows, judged_by, of in (
-            (stored.rows, stored.version_of, ""),
-            (stored.held_out, stored.evaluated_by, held_out.OF),
+        for rows, source, judged_by, of in (
+            (stored.rows, round_.recipe.sampling.source, stored.version_of, ""),
+            (stored.held_out, "policy", stored.evaluated_by, held_out.OF),
         ):
             if rows := closer.readable(rows, note, of):
+                closer.draws(rows, source, note, of)
                 closer.prompts(rows, note, of)
                 closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
         _weights(store, round_, home, device, stored, forced, tolerance, note)

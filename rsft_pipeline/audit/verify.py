@@ -20,6 +20,7 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.reading import as_of, column
 from rsft_pipeline.home import Home
+from rsft_pipeline.lineage import set_digest
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
@@ -90,7 +91,7 @@ def verify(
     began = time.perf_counter()
     note = Notes()
 
-    meta = _record(made, note)
+    meta = _record(made, home, note)
     recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
@@ -113,8 +114,8 @@ def verify(
     )
 
 
-def _record(made: Mapping[str, Any], note: Notes) -> dict[str, Any]:
-    """What was recorded of the checkpoint, against the columns that say the same; empty where it cannot be read."""
+def _record(made: Mapping[str, Any], home: Home, note: Notes) -> dict[str, Any]:
+    """What was recorded of the checkpoint, against what says the same; empty where it cannot be read."""
     name = "columns of `checkpoints`, against its record"
     try:
         meta = dict(json.loads(made["meta"]))
@@ -130,6 +131,15 @@ def _record(made: Mapping[str, Any], note: Notes) -> dict[str, Any]:
     said = "; ".join(f"{column} {made[column]!r}, and its record {then!r}" for column, then in wrong.items())
     what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
     note(Check(name, len(there), len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
+
+    beside = _meta(home.checkpoints / made["checkpoint"])
+    if all(
+        beside.get(key) == meta.get(key) for key in ("recipe", "round", "trained_on")
+    ):  # else the same was made twice
+        other = [key for key, value in meta.items() if key != "merkle_root" and beside.get(key) != value]  # see _roots
+        what = f"the record of {made['checkpoint']} in `checkpoints` has another {', '.join(other)} than its folder's"
+        name = f"its record, against {checkpoints.META}"
+        note(Check(name, len(meta), len(other)), *([Finding("data", what, len(other))] if other else []))
     return meta
 
 
@@ -185,7 +195,7 @@ def _meta(folder) -> dict[str, Any]:
 # --- the rows ---------------------------------------------------------------------------------
 
 # What the row of now is compared with the row of then by. Of then the leaf is compared too, which is SHA-256.
-_ROW = "hash(candidate_id, round, weight, score, token_ids, prompt, chat, text)"
+_ROW = "hash(candidate_id, round, weight, score, token_ids, prompt, chat, text, split)"
 
 
 def _rows(
@@ -208,10 +218,11 @@ def _rows(
             WHERE recipe = $recipe AND round = $round AND checkpoint = $checkpoint""",
         {**of, "checkpoint": made["checkpoint"]},
     )
+    _counted(connection, made, note)
     there = then is not None
     with as_of(connection, TABLES, now):
         revoked = _revoked(connection, made)
-        others = _others(connection, made, revoked, note)
+        others = _others(connection, made, meta, revoked, note)
     if not there and others:
         return _leaves(connection, meta, f"the snapshot was forgotten, and {others}", note)
     with as_of(connection, TABLES, then if there else now):
@@ -236,6 +247,20 @@ def _rows(
     return root
 
 
+def _counted(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], note: Notes) -> None:
+    """What the checkpoint's row says of its training set, which the table `training_samples` names."""
+    members = column(connection, "SELECT candidate_id FROM recorded")
+    found = {"samples": len(members), "accepted_digest": set_digest(members)}
+    there = {name: value for name, value in found.items() if made[name] is not None}
+    wrong = {name: value for name, value in there.items() if made[name] != value}
+    said = "; ".join(f"{name} {made[name]!r}, and `training_samples` gives {value!r}" for name, value in wrong.items())
+    what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
+    note(
+        Check("the training set, counted and hashed", len(there), len(wrong)),
+        *([Finding("data", what, len(wrong))] if wrong else []),
+    )
+
+
 def _recorded(row: tuple[str]) -> Recipe:
     """What a training set goes by of the recorded recipe; the rest may be refused by now."""
     was = json.loads(row[0])
@@ -244,7 +269,13 @@ def _recorded(row: tuple[str]) -> Recipe:
     return Recipe.model_construct(**{**was, **read})
 
 
-def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revoked: set[str], note: Notes) -> str:
+def _others(
+    connection: duckdb.DuckDBPyConnection,
+    made: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    revoked: set[str],
+    note: Notes,
+) -> str:
     """Why the rows of now are others than this checkpoint's, in words; empty where they are not."""
     of = {"recipe": made["recipe"], "round": made["round"]}
     result = connection.execute(_RESULT, of).fetchone()
@@ -256,8 +287,12 @@ def _others(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], revo
         return f"{made['round']} was begun again since: its rows of now are not this checkpoint's"
     if earlier := connection.execute(_BEGUN_SINCE, of).fetchone():
         return f"{earlier[0]}, which it learned from too, was begun again since"
-    if revoked and made["trained_on"] not in (None, "accepted"):
-        return f"{len(revoked)} were revoked since, and a control learns others in their place"
+    if made["trained_on"] not in (None, "accepted") and connection.execute(ANY).fetchone():
+        data = (meta.get("training") or {}).get("data")
+        first = "r000" if data == "all_rounds" else made["round"]
+        (gone,) = connection.execute(_REVOKED, {**of, "first": first}).fetchone()
+        if gone:
+            return f"{gone} candidates were revoked since, and a control learns others, or as many as are left"
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     return f"all {rows} were revoked since" if 0 < rows == len(revoked) else ""
 
@@ -268,6 +303,9 @@ _RESULT = """
     FROM (SELECT *, CASE WHEN json_valid(controls) THEN controls END AS made FROM rounds)
     WHERE recipe = $recipe AND round = $round
 """
+_REVOKED = f"""WITH {NAMED} SELECT count(*) FROM decisions d
+    JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $round AND NOT ({ALLOWED})"""
 _BEGUN_SINCE = """
     SELECT e.round FROM rounds e JOIN rounds r ON r.recipe = e.recipe AND r.round = $round
     WHERE e.recipe = $recipe AND e.round < $round AND e.started_at > r.started_at
