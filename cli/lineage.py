@@ -273,8 +273,8 @@ def revoke(
                 "say whose with --recipe, one after the other"
             )
         done = revoking.revoke(store, found, who=by, why=why, erase=erase)
-        left = store.forget() if forget else []
         here.tell(instance, store, done)
+        left = store.forget() if forget else []
     answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}
     show(answer, json_, lambda _: _revoked(done, forget, left))
 
@@ -337,8 +337,8 @@ def export(
         if round_ is None:
             ids.check_not_recipe(store, checkpoint)
         else:
-            checkpoint = verifying.find(store, checkpoint, round_)["checkpoint"]
-        done = exporting.export(store, checkpoint, to, format_, recipe=recipe)
+            recipe, checkpoint = checkpoint, verifying.find(store, checkpoint, round_)["checkpoint"]
+        done = exporting.export(store, checkpoint, to, format_, recipe, round_)
     show(done, json_, lambda _: _written(done))
 
 

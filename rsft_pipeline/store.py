@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -169,6 +169,21 @@ class Store:
             fcntl.flock(file, how)
             yield
 
+    @contextmanager
+    def _alone(self, patience: float) -> Iterator[None]:
+        """With readers and writers gone, and none let in. Raises BlockingIOError where some stay longer, in seconds."""
+        with ExitStack() as stack:
+            deadline = time.monotonic() + patience
+            while True:
+                try:
+                    stack.enter_context(self._not_merging(fcntl.LOCK_EX | fcntl.LOCK_NB))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(0.02)
+            yield
+
     # --- writing ----------------------------------------------------------------------------
 
     def commit(
@@ -210,32 +225,37 @@ class Store:
         Args:
             patience: seconds to wait for readers; where they read for longer nothing is merged: there is a next time.
         """
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            with suppress(BlockingIOError), self._not_merging(fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
-                break
-            time.sleep(0.02)
+        with suppress(BlockingIOError), self._alone(patience):
+            self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
         for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
             sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
             with suppress(duckdb.IOException):  # another process tidies up too, and was there first
                 self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
 
-    def forget(self) -> list[str]:
+    def forget(self, patience: float = 60.0) -> list[str]:
         """Make the present all that can be read: what was replaced or deleted is gone from the files too.
 
         Every older snapshot goes, those that checkpoints name too. No other process may be writing: its files, not
         yet committed, would be taken for a killed writer's. Returns local files that are there all the same.
+
+        Raises:
+            StoreError: somebody reads for longer than these seconds, and nothing was forgotten.
         """
-        with self._not_merging(fcntl.LOCK_EX):
-            for sql in (
-                "ducklake_flush_inlined_data('lake')",
-                "ducklake_rewrite_data_files('lake', delete_threshold => 0)",
-                "ducklake_expire_snapshots('lake', older_than => now())",
-                "ducklake_cleanup_old_files('lake', cleanup_all => true)",
-                "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
-            ):
-                self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
+        try:
+            with self._alone(patience):
+                for sql in (
+                    "ducklake_flush_inlined_data('lake')",
+                    "ducklake_rewrite_data_files('lake', delete_threshold => 0)",
+                    "ducklake_expire_snapshots('lake', older_than => now())",
+                    "ducklake_cleanup_old_files('lake', cleanup_all => true)",
+                    "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
+                ):
+                    self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
+        except BlockingIOError:
+            raise StoreError(
+                f"older snapshots were not forgotten: somebody was reading the store for {patience:.0f} s, a page or a "
+                "command. What was revoked and erased stays so; do it again when they are done"
+            ) from None
         backend, _, catalog = self.catalog.partition(":")
         if backend == "sqlite":  # what SQLite deletes stays in its file until that is written anew
             with closing(sqlite3.connect(catalog, timeout=60, isolation_level=None)) as connection:

@@ -682,6 +682,29 @@ def test_an_export_takes_a_recipe_and_a_round_for_the_checkpoint_that_it_made(th
     assert told["checkpoint"] == rounds.history(there, NAME)[1]["checkpoint"]
 
 
+def test_where_two_rounds_gave_the_same_weights_each_has_its_own_samples(mine, tmp_path):
+    first, second = (row["checkpoint"] for row in rounds.history(mine, NAME))
+    for table in ("checkpoints", "training_samples", "rounds"):
+        same = f"UPDATE {table} SET checkpoint = ? WHERE checkpoint = ? AND round = 'r001'"
+        mine.commit(lambda connection, same=same: connection.execute(same, [first, second]))
+    for key in ("r000", "r001"):
+        words = ["audit", "export", NAME, key, "--to", str(tmp_path / key), "--json"]
+        told = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)
+        rows = mine.query("SELECT candidate_id FROM read_parquet(?)", [told["files"][0]])
+        assert (told["round"], [row["candidate_id"] for row in rows]) == (key, accepted(mine, key))
+    found = impact(mine, ids.thing(mine, accepted(mine, "r000")[0]))
+    assert [(one.round, one.samples) for one in found.checkpoints] == [("r000", 1), ("r001", 0)]
+
+
+def test_the_sources_of_a_round_are_those_of_the_prompts_that_it_asked(mine, recipe, tmp_path):
+    made = rounds.history(mine, NAME)[1]["checkpoint"]
+    before = read_by(events(mine, made, tmp_path / "before")["r000/candidates"][0])
+    later = {"recipe": NAME, "prompt_id": "later", "source": "added_since.jsonl", "split": "train", "active": True}
+    mine.append("prompts", [later])
+    mine.commit(lambda connection: connection.execute("UPDATE prompts SET source = 'renamed.jsonl' WHERE line > 9"))
+    assert read_by(events(mine, made, tmp_path / "after")["r000/candidates"][0]) == before
+
+
 def events(store, checkpoint, folder):
     """The events of an export, but for its own, by what is written: table or weights."""
     pytest.importorskip("openlineage.client")

@@ -243,3 +243,13 @@ def test_processes_that_open_a_new_store_at_once_take_nobodys_files_for_anothers
 )
 def test_what_is_told_of_a_catalog_has_no_password(words, expected):
     assert without_password(words) == expected
+
+
+def test_what_cannot_be_forgotten_while_somebody_reads_is_told(tmp_path):
+    with Store.at(tmp_path) as one, Store.at(tmp_path) as other:
+        one.append("quarantine", [{"recipe": "a"}])
+        with other.connection():
+            with pytest.raises(StoreError, match="somebody was reading the store for 0 s"):
+                one.forget(patience=0.2)
+            one.compact(patience=0.2)  # is left for the next time
+        assert one.forget() == []

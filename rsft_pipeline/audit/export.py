@@ -67,13 +67,19 @@ class Exported:
 
 
 def export(
-    store: Store, checkpoint: str, to: Path, form: Literal["parquet", "jsonl"] = "parquet", recipe: str | None = None
+    store: Store,
+    checkpoint: str,
+    to: Path,
+    form: Literal["parquet", "jsonl"] = "parquet",
+    recipe: str | None = None,
+    round_key: str | None = None,
 ) -> Exported:
     """Write the training set of a checkpoint to a folder: rows, `croissant.json` and `openlineage.jsonl`.
 
     Args:
         checkpoint: its digest, or the beginning of it.
         to: is made, and must be empty.
+        recipe, round_key: whose training set, where several came to the same weights; None: of the first.
 
     Raises:
         AuditError: no round made such weights, or the folder holds something.
@@ -86,12 +92,12 @@ def export(
 
     def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
-        made = _made(query, named)
+        made = _made(query, named, recipe, round_key)
         to.mkdir(parents=True, exist_ok=True)
         sql, parameters, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
         connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
-        return made, openlineage.history(query, made["checkpoint"]), notes
+        return made, openlineage.history(query, made), notes
 
     made, history, notes = store.commit(work)
     if why := of_checkpoint(store, made["recipe"], made["checkpoint"]):
@@ -115,11 +121,12 @@ def _checkpoint(named: Thing) -> Thing:
     return named
 
 
-def _made(query: Query, named: Thing) -> dict[str, Any]:
+def _made(query: Query, named: Thing, recipe: str | None, round_key: str | None) -> dict[str, Any]:
     rows = query(
         """SELECT * EXCLUDE (meta), json_extract_string(meta, '$.scorers[*]') AS scorers, meta FROM checkpoints
-           WHERE checkpoint = $checkpoint ORDER BY snapshot LIMIT 1""",
-        {"checkpoint": named.what},
+           WHERE checkpoint = $checkpoint AND ($recipe IS NULL OR recipe = $recipe)
+             AND ($round IS NULL OR round = $round) ORDER BY snapshot LIMIT 1""",
+        {"checkpoint": named.what, "recipe": recipe, "round": round_key},
     )
     if not rows:
         raise AuditError(f"no round made the weights {named.what}: they have no training set here")

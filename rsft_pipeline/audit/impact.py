@@ -85,7 +85,7 @@ def follow(query: Query, thing: Thing) -> Impact:
             row["round"],
             row["checkpoint"],
             role(row, now.get((row["recipe"], row["round"]))),
-            samples.get((row["recipe"], row["checkpoint"]), 0),
+            samples.get((row["recipe"], row["round"], row["checkpoint"]), 0),
             through[row["checkpoint"]],
             row["checkpoint"] in revoked,
             row["mlflow_run_id"],
@@ -166,7 +166,7 @@ def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, 
         one |= query(f"{decided} AND {_ROUND_BY_ROUND}", of)[0]
         counts = {**counts, **{name: counts[name] + number for name, number in one.items()}}
         counts["evaluated"] += [(recipe, row["round"]) for row in query(_EVALUATED[thing.kind], of)]
-        samples |= {(recipe, row["checkpoint"]): row["samples"] for row in query(_TRAINED, of)}
+        samples |= {(recipe, row["round"], row["checkpoint"]): row["samples"] for row in query(_TRAINED, of)}
     return counts, samples
 
 
@@ -185,8 +185,8 @@ _DECIDED = {
     **dict.fromkeys(("text", "checkpoint"), f"candidate_id IN ({_TOUCHED})"),
 }
 _ROUND_BY_ROUND = "round IN (SELECT DISTINCT round FROM touched WHERE recipe = $recipe)"
-_TRAINED = f"""SELECT checkpoint, count(*) AS samples FROM training_samples
-    WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY checkpoint"""
+_TRAINED = f"""SELECT round, checkpoint, count(*) AS samples FROM training_samples
+    WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY round, checkpoint ORDER BY round"""
 # The rounds whose verdict counted it: the prompt, whichever weights answered, or the answer, by the weights that gave
 # it. Of a scorer, those that went by this version.
 _VERDICTS = f"""SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
@@ -210,7 +210,7 @@ def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping
         return {row["checkpoint"]: f"trained on {row['samples']:,} samples accepted by it" for row in by}
     reached = {
         checkpoint: f"trained on {count:,} {'sample' if count == 1 else 'samples'} of it"
-        for (_, checkpoint), count in samples.items()
+        for (_, _, checkpoint), count in samples.items()
     }
     if thing.kind == "checkpoint":
         reached[thing.what] = "it is this one"

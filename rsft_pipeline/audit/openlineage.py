@@ -17,24 +17,36 @@ PRODUCER = "urn:rsft-pipeline"
 NAMESPACE = "rsft"
 
 
-def history(query: Query, checkpoint: str) -> list[dict[str, Any]]:
+def history(query: Query, made: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A checkpoint and all that it started or learned from, oldest first: rows of MADE with the rounds that its samples
-    are of in `learned`, the sources of the recipe's prompts, and when and how much was drawn, as far as is known."""
+    are of in `learned`, the sources of the prompts that were asked, and when and how much was drawn, as far as is
+    known.
+
+    Args:
+        made: its row of `checkpoints`.
+    """
     snapshots = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
-    sources = {row["recipe"]: row["sources"] for row in query(_SOURCES)}
     return [
         {
-            "sources": sources.get(made["recipe"], []),
+            "sources": _sources(query, made, made["snapshot"] in snapshots),
             **dict.fromkeys(("candidates", "started", "finished")),
             **_attempt(query, made, made["snapshot"] in snapshots),
             **made,
             "learned": [*before, made["round"]],
         }
-        for made, before in _ancestors(checkpoint, query(MADE))
+        for made, before in _ancestors(made, query(MADE))
     ]
 
 
-_SOURCES = "SELECT recipe, list(DISTINCT source ORDER BY source) AS sources FROM prompts GROUP BY recipe"
+def _sources(query: Query, made: Mapping[str, Any], there: bool) -> list[str]:
+    """Where the prompts of a round came from, by the names that the sources had then, or have now."""
+    at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
+    sql = f"""SELECT DISTINCT source FROM prompts {at} WHERE recipe = $recipe AND prompt_id IN (
+        SELECT prompt_id FROM round_prompts {at} WHERE recipe = $recipe AND round = $round AND split = 'train')
+        ORDER BY source"""
+    return [row["source"] for row in query(sql, {"recipe": made["recipe"], "round": made["round"]})]
+
+
 # Of an older snapshot no columns are asked that a store of then may lack.
 _ROUND = """SELECT {more} candidates, epoch_ms(started_at) AS started, epoch_ms(finished_at) AS finished
     FROM rounds {at} WHERE recipe = $recipe AND round = $round"""
@@ -51,11 +63,12 @@ def _attempt(query: Query, made: dict[str, Any], there: bool) -> dict[str, Any]:
     return then[0] if then else {}
 
 
-def _ancestors(checkpoint: str, made: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
+def _ancestors(of: Mapping[str, Any], made: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
     """The rows of a checkpoint and of all that it started or learned from, each with those of the earlier rounds whose
     samples it has too."""
     by_digest = {row["checkpoint"]: row for row in reversed(made)}
-    found, open_ = {}, [by_digest[checkpoint]]
+    itself = ("recipe", "round", "checkpoint")
+    found, open_ = {}, [next(row for row in made if all(row[name] == of[name] for name in itself))]
     while open_:
         row = open_.pop()
         if row["checkpoint"] not in found:
