@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import duckdb
@@ -75,7 +74,7 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
 
 def recipe_named(store: Store, name: str) -> Recipe:
     """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
-    called = Path(name).stem
+    called = here.recipe_name(name)
     if not rounds_in(store, called):
         check_recipe(store, called)
     return load(here.recipe_file(name))
@@ -86,7 +85,7 @@ def recipe_of(store: Store, name: str, round_key: str) -> Recipe:
     try:
         return recipe_named(store, name)
     except RecipeError as error:
-        called = Path(name).stem
+        called = here.recipe_name(name)
         check_round(store, called, round_key)
         print(f"{error}\n{called} is taken as {round_key} recorded it", file=sys.stderr)
         return rounds.recorded(store, RECIPES / f"{called}.yaml", round_key)
@@ -197,14 +196,12 @@ def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, js
 
 def tracked_root(made: dict[str, Any]) -> dict[str, str]:
     """The root that MLflow was told of a checkpoint; nothing where it cannot say."""
-    from mlflow.exceptions import MlflowException
-
     if made["trained_on"] != "accepted" or made["mlflow_run_id"] is None:
         return {}
     try:
         here.tracking().check()
         tags = here.tracking().client().get_run(made["mlflow_run_id"]).data.tags
-    except (MlflowException, OSError):
+    except Exception:  # its database's driver has errors of its own
         return {}
     if tags.get("rsft.checkpoint") != made["checkpoint"]:  # the run's later one: an asset may be materialised twice
         return {}

@@ -64,6 +64,11 @@ def device() -> Device:
         raise RecipeError(f"RSFT_DEVICE: {error}") from error
 
 
+def recipe_name(typed: str) -> str:
+    """What a recipe is called that is given by its name or path."""
+    return Path(typed).stem if typed.endswith(".yaml") else typed
+
+
 def recipe_file(name: str) -> Path:
     """The file of a recipe, by its name or path. Raises RecipeError, naming those that are near."""
     return reading.find(name, (reading.RECIPES, Home.here().recipes))

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -96,7 +95,7 @@ def status(
     """The rounds so far, of one recipe or of all."""
     with here.store() as store:
         there = [row["recipe"] for row in store.query("SELECT DISTINCT recipe FROM rounds ORDER BY recipe")]
-        names = [Path(recipe).stem] if recipe else there
+        names = [here.recipe_name(recipe)] if recipe else there
         for name in names:
             if name not in there:
                 raise RecipeError(f"{here.recipe_file(recipe).stem} has no rounds yet: rsft run {recipe}")

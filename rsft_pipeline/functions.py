@@ -30,10 +30,11 @@ def load(reference: str, folder: Path) -> Callable:
 
     A file `module.py` in the folder wins over an installed module, and is read afresh on every call, so that
     the function is always the one whose source is hashed. The folder does not become importable: such a file
-    cannot import its neighbours.
+    cannot import its neighbours. An installed module is imported once by a process, as Python does.
 
     Raises:
-        FunctionError: not of that form, no such module, a module that fails to import, no such function.
+        FunctionError: not of that form, no such module, a module that fails to import or was edited since it was
+            imported, no such function.
     """
     return _found(reference, Path(folder))[1]
 
@@ -73,7 +74,8 @@ def version(reference: str, folder: Path) -> str:
     What these files import is not part of it. Raises FunctionError as `load` does, and where there is no such file.
     """
     path = _path(reference, Path(folder))
-    digests = sorted(map(file_digest, _files(reference, Path(folder), path.read_bytes() if path.is_file() else b"")))
+    files = _files(reference, Path(folder), path.read_bytes() if path.is_file() else b"")
+    digests = sorted(file_digest(file) if file == path.resolve() else _imported_digest(file) for file in files)
     return digests[0] if len(digests) == 1 else digest(digests)
 
 
@@ -127,9 +129,27 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
+_imported: dict[Path, str] = {}  # file of an installed module → its digest when this process first used it
+
+
+def _imported_digest(file: Path) -> str:
+    """The digest of an installed module's file. Raises FunctionError where that is not what runs here any more."""
+    now = file_digest(file)
+    if _imported.setdefault(file, now) != now:
+        raise FunctionError(
+            f"{file} was edited since this process imported it, and what runs is what it was: start again"
+        )
+    return now
+
+
 def _installed(module_name: str, reference: str, path: Path) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
+        if (file := getattr(module, "__file__", None)) and Path(file).is_file():
+            _imported_digest(Path(file).resolve())
+        return module
+    except FunctionError:
+        raise
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise FunctionError(

@@ -92,6 +92,14 @@ def test_status_names_the_rounds_where_none_is_finished(home):
     }
 
 
+def test_a_name_with_a_dot_is_no_other_recipe(home):
+    with Store.at(home) as store:
+        store.append("rounds", [{"recipe": "one", "round": "r000", "state": "started", "dagster_run_id": "gone"}])
+    for words in (("status", "one.typo"), ("audit", "diff", "one.typo", "r000", "r000")):
+        done = rsft(*words)
+        assert done.returncode == 2 and "'one.typo'" in done.stderr
+
+
 def test_stop_rules_end_a_run_and_say_why(path):
     done = rsft("run", path, "--set", "stop.rounds=1", "--json")
     assert len(json.loads(done.stdout.splitlines()[-1])["rounds"]) == 1

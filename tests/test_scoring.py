@@ -397,6 +397,7 @@ def test_memory_that_runs_out_costs_no_score():
         ("return None", "scorer 'mine' returned a NoneType, not a list"),
         ("return [0.0, float('nan')]", "scorer 'mine' returned nan for sample 1, not a finite number or None"),
         ("return [float('-inf'), 0.0]", "scorer 'mine' returned -inf for sample 0, not a finite number or None"),
+        ("return [0.0, 10**5000]", "scorer 'mine' returned an integer beyond every float for sample 1"),
         ("return ['1', 0.0]", "scorer 'mine' returned '1' for sample 0, not a finite number or None"),
     ],
 )

@@ -291,7 +291,11 @@ def _checked(label: str, returned: Any, count: int, first: int = 0) -> list[floa
     if len(values) != count:
         raise ScoringError(f"scorer {label!r} returned {len(values)} scores for {count} samples")
     for i, value in enumerate(values, first):
-        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+        try:
+            good = value is None or (isinstance(value, numbers.Real) and math.isfinite(value))
+        except OverflowError:
+            raise ScoringError(f"scorer {label!r} returned an integer beyond every float for sample {i}") from None
+        if not good:
             raise ScoringError(f"scorer {label!r} returned {value!r} for sample {i}, not a finite number or None")
     return [None if value is None else float(value) for value in values]
 
