@@ -19,10 +19,20 @@ def test_the_tables_of_fields_are_those_of_the_recipe():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_link_to_a_file_leads_to_one():
+def test_every_link_to_a_file_leads_to_one_and_to_a_heading_in_it():
+    followed = 0
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+        for target, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.relative_to(ROOT)}: {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+                assert heading in anchors, f"{page.relative_to(ROOT)}: {target}#{heading}"
+                followed += 1
+    assert followed > 10
 
 
 def test_every_command_that_is_shown_is_one():
