@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_pipeline.evaluation import Estimate
-from rsft_pipeline.rounds import Round
-from rsft_pipeline.steps.rows import EVALUATION_CANDIDATES, of_evaluation
-from rsft_pipeline.store import Store
 
 RESAMPLES = 2000
 
@@ -68,19 +65,6 @@ class Answers:
     @property
     def prompts_by_reference(self) -> np.ndarray:
         return np.bincount(self.references, self.prompts, self.answers.shape[1]).astype(np.int64)
-
-
-def answers(store: Store, round_: Round, policy: str) -> Answers:
-    """What a policy answered to the round's held-out prompts."""
-    rows = store.query(
-        f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
-            JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
-        of_evaluation(round_, policy),
-    )
-    answered: dict[str, tuple[str, dict[str, int]]] = {}
-    for row in rows:
-        answered.setdefault(row["prompt_id"], (row["reference"], {}))[1][row["text"]] = row["n"]
-    return Answers.of(answered.values(), round_.recipe.model.labels)
 
 
 def classes(found: Answers, labels: Sequence[str]) -> list[Class]:

@@ -12,7 +12,6 @@ A candidate's A is the chance that the rule accepts it, before `distinct` and `c
 is 1 or 0, and every duplicate counts as accepted by the rule, except with `top_k`, which ranks different texts only.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -22,12 +21,9 @@ import duckdb
 import numpy as np
 from scipy.special import betainc
 
-from rsft_pipeline import acceptance, revocations
+from rsft_pipeline import acceptance
 from rsft_pipeline.calibration import CalibrationError
 from rsft_pipeline.recipe.acceptance import AnyRule
-from rsft_pipeline.rounds import Round
-from rsft_pipeline.steps import decide, rows
-from rsft_pipeline.store import Store
 
 CONFIDENCE = 0.95  # of intervals, and of getting enough draws
 WANTED = (0.1, 0.3, 0.5)  # shares of the seen candidates that a number is suggested for
@@ -90,46 +86,6 @@ class Efficiency:
             "kl_of_accepted": self.kl,
             "tokens_per_accepted": self.tokens_per_accepted,
         }
-
-
-def of_round(store: Store, round_: Round, column: str | None = None) -> Efficiency:
-    """What a round's decisions, as they are stored, brought.
-
-    Args:
-        column: of the prompts' fields; with it, `groups` has one entry for each of its values.
-    """
-    of = {"recipe": round_.recipe.name, "round": round_.key}
-    stored = store.query("SELECT parameters FROM decisions WHERE recipe = $recipe AND round = $round LIMIT 1", of)
-    rule = round_.recipe.acceptance
-    parameters = json.loads(stored[0]["parameters"]) if stored else rule.model_dump(mode="json")
-    sql = decided(store, round_, column)
-    values = rows.of_round(round_) | ({"column": _pointer(column)} if column else {})
-
-    with store.connection() as connection:  # every number is of the same rows, read once
-        connection.execute(f"CREATE TEMP TABLE decided AS {sql}", values)
-        groups = coverage(connection, "decided", rule) if column else []
-        return measure(connection, "decided", parameters, groups)
-
-
-def decided(store: Store, round_: Round, column: str | None = None) -> str:
-    """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
-
-    Without those that were revoked, of which the rule saw nothing.
-
-    Takes the parameters of rows.ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
-    """
-    grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
-    return f"""
-        SELECT s.* EXCLUDE (same_text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
-        FROM ({decide.scored(store, round_)}) s
-        JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
-        JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe
-        WHERE d.reason <> '{revocations.REASON}'"""
-
-
-def _pointer(column: str) -> str:
-    """RFC 6901: a column may be called anything, `$` and `/` too."""
-    return "/" + column.replace("~", "~0").replace("/", "~1")
 
 
 # --- the round ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rsft_pipeline import acceptance, efficiency, revocations
 from rsft_pipeline.evaluation import Estimate, interval
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
-from rsft_pipeline.steps import decide
+from rsft_pipeline.steps import decide, evaluate
 from rsft_pipeline.steps.evaluate import Contest
 from rsft_pipeline.steps.rows import (
     COMBINED,
@@ -235,7 +235,7 @@ def decisions(store: Store, round_: "Round") -> DecisionFacts:
             ORDER BY d.accepted DESC, d.u""",
         of,
     )
-    found = efficiency.of_round(store, round_, round_.recipe.group_by)
+    found = decide.efficiency_of(store, round_, round_.recipe.group_by)
     return DecisionFacts(
         **numbers,
         digest=set_digest(ids["candidate_id"].to_pylist()),
@@ -346,7 +346,7 @@ def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
 
     recipe, overall, rows = round_.recipe, [], []
     how = {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
-    answers = contest.by_role(lambda weights: by_class.answers(store, round_, weights))
+    answers = contest.by_role(lambda weights: evaluate.answers(store, round_, weights))
     found = {role: by_class.macro_f1(each, **how) for role, each in answers.items()}
     for role, each in answers.items():
         overall.append(

@@ -17,7 +17,7 @@ from assets import outside
 from cli.lineage import _wrote
 from cli.main import app
 from resources import pages
-from rsft_pipeline import efficiency, lineage, merkle, revocations, rounds
+from rsft_pipeline import lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
@@ -28,7 +28,7 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.rounds import RoundError
 from rsft_pipeline.steps import evaluate, gates
-from rsft_pipeline.steps.decide import decide
+from rsft_pipeline.steps.decide import decide, efficiency_of
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training
 from rsft_pipeline.store import Store
@@ -468,7 +468,7 @@ def test_a_revoked_text_is_recognised_in_what_is_drawn_later_and_a_revoked_score
     )
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] == "revoked"} == {True}
     assert {"c" in row["text"] + row["prompt"] for row in rows if row["reason"] != "revoked"} == {False}
-    seen = efficiency.of_round(mine, round_)  # the rule has seen nothing of the others
+    seen = efficiency_of(mine, round_)  # the rule has seen nothing of the others
     assert seen.candidates == sum(row["reason"] != "revoked" for row in rows) < len(rows)
 
     revoke(mine, ids.thing(mine, "answer"), who="me", why="it was wrong")

@@ -1,6 +1,7 @@
 """The architecture of the folder tree: imports go one way, and the method stands without Dagster."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,18 @@ def test_the_audit_pages_stand_on_resources_and_the_method_alone():
 def test_the_method_imports_no_dagster_and_no_mlflow():
     for file in files_of("rsft_pipeline"):
         assert not imports(file) & {"dagster", "mlflow"}, file
+
+
+def test_where_the_method_takes_rows_and_numbers_it_knows_no_store():
+    """It meets the store in `steps/`; beside these, only what a round is and what people ask about it does."""
+    meet = {"steps", "audit", "store.py", "rounds.py", "revocations.py", "report.py"}
+    for file in files_of("rsft_pipeline"):
+        if file.relative_to(ROOT / "rsft_pipeline").parts[0] not in meet:
+            asked = re.findall(r"^from rsft_pipeline\.(store|steps)\b", file.read_text("utf-8"), re.MULTILINE)
+            asked += re.findall(
+                r"^from rsft_pipeline import .*\b(store|steps)\b", file.read_text("utf-8"), re.MULTILINE
+            )
+            assert not asked, f"{file.relative_to(ROOT)} imports {asked}"
 
 
 def test_the_method_works_where_dagster_mlflow_and_duckdb_are_not_installed():

@@ -6,6 +6,7 @@ Not: training them (training.py).
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterable
 
 from rsft_pipeline import models
@@ -65,7 +66,8 @@ def _with_adapters(model, config: Model, seed: int):
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
         task_type=kind,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by a former name
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, settings)

@@ -1,14 +1,16 @@
 """Decide: which of a round's candidates are accepted.
 
-Belongs here: a round's candidates beside their scores, and the decisions on them, written or only counted. Not: the
-rules (acceptance.py), nor which of the accepted a checkpoint is trained on (rows.py).
+Belongs here: a round's candidates beside their scores, the decisions on them, written or only counted, and what they
+brought. Not: the rules (acceptance.py) and formulas (efficiency.py), nor which of the accepted a checkpoint is trained
+on (rows.py).
 """
 
 import json
 
 import duckdb
 
-from rsft_pipeline import acceptance, revocations, rounds
+from rsft_pipeline import acceptance, efficiency, revocations, rounds
+from rsft_pipeline.efficiency import Efficiency
 from rsft_pipeline.recipe.acceptance import RejectionRule
 from rsft_pipeline.rounds import Round, RoundError
 from rsft_pipeline.steps.rows import COMBINED, ROUND_CANDIDATES, of_round
@@ -107,3 +109,46 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[di
         )
     parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
     return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"
+
+
+# --- what the decisions brought ----------------------------------------------------------------
+
+
+def efficiency_of(store: Store, round_: Round, column: str | None = None) -> Efficiency:
+    """What a round's decisions, as they are stored, brought.
+
+    Args:
+        column: of the prompts' fields; with it, `groups` has one entry for each of its values.
+    """
+    of = {"recipe": round_.recipe.name, "round": round_.key}
+    stored = store.query("SELECT parameters FROM decisions WHERE recipe = $recipe AND round = $round LIMIT 1", of)
+    rule = round_.recipe.acceptance
+    parameters = json.loads(stored[0]["parameters"]) if stored else rule.model_dump(mode="json")
+    sql = _decided(store, round_, column)
+    values = of_round(round_) | ({"column": _pointer(column)} if column else {})
+
+    with store.connection() as connection:  # every number is of the same rows, read once
+        connection.execute(f"CREATE TEMP TABLE decided AS {sql}", values)
+        groups = efficiency.coverage(connection, "decided", rule) if column else []
+        return efficiency.measure(connection, "decided", parameters, groups)
+
+
+def _decided(store: Store, round_: Round, column: str | None = None) -> str:
+    """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
+
+    Without those that were revoked, of which the rule saw nothing.
+
+    Takes the parameters of ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
+    """
+    grouped = "NULL::VARCHAR" if column is None else "json_extract_string(p.fields, $column)"
+    return f"""
+        SELECT s.* EXCLUDE (same_text), d.accepted, d.reason, d.log_a, d.weight, {grouped} AS grouped
+        FROM ({scored(store, round_)}) s
+        JOIN decisions d ON d.candidate_id = s.candidate_id AND d.recipe = $recipe AND d.round = $round
+        JOIN prompts p ON p.prompt_id = s.prompt_id AND p.recipe = $recipe
+        WHERE d.reason <> '{revocations.REASON}'"""
+
+
+def _pointer(column: str) -> str:
+    """RFC 6901: a column may be called anything, `$` and `/` too."""
+    return "/" + column.replace("~", "~0").replace("/", "~1")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from rsft_pipeline import acceptance, revocations, rounds
+from rsft_pipeline.classes import Answers
 from rsft_pipeline.evaluation import Comparison, PromptResult, Summary, compare, promoted, summarise
 from rsft_pipeline.home import Home
 from rsft_pipeline.rounds import Round, RoundError, starting_weights
@@ -149,6 +150,19 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
         },
     )
     return [PromptResult(**row) for row in rows]
+
+
+def answers(store: Store, round_: Round, policy: str) -> Answers:
+    """What a policy answered to the round's held-out prompts."""
+    rows = store.query(
+        f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
+            JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
+        of_evaluation(round_, policy),
+    )
+    answered: dict[str, tuple[str, dict[str, int]]] = {}
+    for row in rows:
+        answered.setdefault(row["prompt_id"], (row["reference"], {}))[1][row["text"]] = row["n"]
+    return Answers.of(answered.values(), round_.recipe.model.labels)
 
 
 def recorded_results(query: Query, recipe: str, round_key: str, role: str) -> list[PromptResult]:
