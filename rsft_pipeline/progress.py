@@ -1,12 +1,10 @@
 """Progress: a bar where a person watches a terminal, a line every ten seconds where nobody does.
 
-Dagster captures standard output while a step runs, so bar and lines go to a copy of standard error
-taken before that: `watch()` is called once, by the command line.
+Both go to standard error where the command line has called `watch()`, and else, in Dagster's own processes, to the
+step's log.
 """
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +18,9 @@ _console: Console | None = None
 
 
 def watch() -> None:
-    """Show progress on this process's standard error from now on, even while steps' output is captured."""
+    """Show progress on this process's standard error from now on."""
     global _console
-    _console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w", errors="backslashreplace"))
+    _console = Console(stderr=True)
 
 
 @contextmanager

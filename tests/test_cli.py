@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 import tomllib
 
 import jsonschema
@@ -204,6 +206,31 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop\n" in done.stdout
     failed = json.loads(done.stdout.splitlines()[-1])["failed"]
     assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
+
+
+def test_what_a_terminal_sends_to_all_of_a_runs_processes_is_told_in_a_line(home, write_recipe, tmp_path):
+    path = write_recipe(prompts={"source": "waiting:rows", "template": "{question}"}, scoring=NO_REFERENCE)
+    begun = tmp_path / "begun"
+    (path.parent / "waiting.py").write_text(f"""
+import time
+from pathlib import Path
+
+def rows():
+    yield {{"question": "ab"}}
+    Path({str(begun)!r}).touch()
+    time.sleep(300)
+""")
+    command = [sys.executable, "-m", "cli.main", "run", str(path)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        deadline = time.monotonic() + 120
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "letters_loop r000 was interrupted" in said
+    assert "Traceback" not in said + errors
 
 
 def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
