@@ -402,3 +402,9 @@ def test_an_encoder_decoder_that_is_made_here_chooses_too(recipe, tmp_path, kind
         model, tokenizer, [Request(str(i), Asked(str(i), one, None), 0, i) for i, one in enumerate(ids)], Sampling()
     )
     assert {one.text for one in drawn} <= {"early", "late"}
+
+
+def test_what_is_prepared_is_kept_in_the_number_format_of_its_encoder(tmp_path, encoder, recipe):
+    AutoModel.from_pretrained(encoder, dtype=torch.bfloat16).save_pretrained(encoder)
+    made = models.base(recipe(), tmp_path / "home")
+    assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {torch.bfloat16}

@@ -298,6 +298,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = whole(auto_class("classification"), path, new_head=True, dtype=torch.float32, **head(labels))
+    model.stored_dtype = _stored_dtype(Path(path))
     _pad_as_the_tokenizer(model, path)
     return model
 
@@ -472,9 +473,10 @@ def _stored_dtype(folder: Path):
     from safetensors import safe_open
 
     formats: Counter[str] = Counter()
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 (not a mapping)
-            tensor = weights.get_slice(name)
-            formats[tensor.get_dtype()] += functools.reduce(int.__mul__, tensor.get_shape(), 1)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a mapping)
+                tensor = weights.get_slice(name)
+                formats[tensor.get_dtype()] += math.prod(tensor.get_shape())
     known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return known.get(formats.most_common(1)[0][0], torch.float32)
