@@ -7,7 +7,6 @@ made (bootstrap.py) or trained (training.py).
 Weights are read as safetensors only, and no code that comes with a model is ever run.
 """
 
-import functools
 import inspect
 import json
 import math
