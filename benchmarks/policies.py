@@ -26,6 +26,7 @@ from rsft_pipeline import models, prompts, rounds
 from rsft_pipeline.decoding import Draw, Drawn, Shape, decode
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import configuration
 from rsft_pipeline.recipe.reading import find, load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store
@@ -56,7 +57,7 @@ def policies(name: str, home: Home) -> tuple[Recipe, list[dict], dict[str, Path]
 def work_of(recipe: Recipe, asked: list[dict], policy: Path) -> Work:
     """The recipe's draws from this policy, at temperature 1, which all ways can draw at."""
     model, tokenizer = models.load(policy, Device("cpu", "float32"), task=recipe.task).eval(), models.tokenizer(policy)
-    shape = Shape(1.0, 1.0, None, recipe.sampling.max_tokens, frozenset(models.stop_ids(model, tokenizer)))
+    shape = Shape(1.0, 1.0, None, recipe.sampling.max_tokens, frozenset(configuration.stop_ids(model, tokenizer)))
     ids = [list(prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)) for row in asked]
     return Work(model, sorted(ids, key=len), DRAWS, shape)
 

@@ -17,6 +17,7 @@ import numpy as np
 from rsft_pipeline import lineage, models
 from rsft_pipeline.decoding import Draw, Shape, decode
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import configuration
 
 PILOT, WORDS = 100, 8
 
@@ -26,7 +27,7 @@ def main(model_path: str, texts: str) -> None:
         if not Path(path).exists():
             sys.exit(f"{path} is not there: docs/real-input.md says where such a model and texts are from")
     tokenizer, model = models.tokenizer(Path(model_path)), models.load(Path(model_path), Device("cpu", "float32"))
-    stop_ids = frozenset(models.stop_ids(model, tokenizer))
+    stop_ids = frozenset(configuration.stop_ids(model, tokenizer))
     with open(texts, encoding="utf-8") as lines:
         openings = [" ".join(json.loads(line)["text"].split()[:WORDS]) for line in islice(lines, 2 * PILOT)]
     draws = [Draw(tuple(tokenizer(one)["input_ids"]), int(lineage.digest(one)[:15], 16)) for one in openings]

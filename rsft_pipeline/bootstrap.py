@@ -17,7 +17,7 @@ from typing import Any
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import checkpoints
+from rsft_pipeline.models import checkpoints, configuration
 from rsft_pipeline.models.checkpoints import Checkpoint
 from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Bootstrap, WarmUp
@@ -209,7 +209,7 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
         training.Sample(row["prompt"] or row["completion"], prompt or start, completion)  # GPT-2 makes «» no token
         for row, prompt, completion in zip(rows, asked, completions, strict=True)
     ]
-    context = models.context_of(model.config) or math.inf
+    context = configuration.context_of(model.config) or math.inf
     for row, sample in zip(rows, samples, strict=True):
         if (length := training.room(sample, model)) > context:
             raise _bad_corpus(f"the row {row!r:.100} has {length} tokens; the model's context is {context}")

@@ -23,8 +23,8 @@ import torch  # noqa: TID253
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 
-from rsft_pipeline import models
 from rsft_pipeline.decoding.attention import UNHEEDED, Unsupported, attention_of, windows
+from rsft_pipeline.models import configuration
 
 NAME = "rsft_packing"
 PADDING = 1.25  # longest over shortest row that attention reads as one batch
@@ -74,7 +74,7 @@ def logits(
         raise Unsupported("its window is narrower than the longest row")
     inputs = {
         "input_ids": input_ids.flatten()[first][None],
-        "position_ids": (first % longest)[None] + models.first_position(inner.config),
+        "position_ids": (first % longest)[None] + configuration.first_position(inner.config),
         "use_cache": False,
         "packing": _bands(nodes, first),
     }

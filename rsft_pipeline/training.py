@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from rsft_pipeline.devices import Device
 from rsft_pipeline.lineage import digest
-from rsft_pipeline.models import context_of
+from rsft_pipeline.models.configuration import context_of
 from rsft_pipeline.recipe.training import Training
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,13 @@ import scipy.stats
 import torch
 import transformers
 
-from rsft_pipeline import decoding, devices, models
+from rsft_pipeline import decoding, devices
 from rsft_pipeline.decoding import Draw, Shape, attention, cache, cpu_attention, decode, shared_prefix
 from rsft_pipeline.decoding.draws import choose, uniforms
 from rsft_pipeline.decoding.memory import draws_at_once, state_bytes
 from rsft_pipeline.decoding.plain import _batches
 from rsft_pipeline.decoding.plain import draw as draw_plainly
+from rsft_pipeline.models import configuration
 
 VOCABULARY = 48
 STOPS = frozenset({1, 2})
@@ -614,7 +615,7 @@ def test_a_failure_without_words_is_a_failure(monkeypatch):
 def test_a_model_of_text_and_pictures_has_the_words_of_its_text():
     text = {**SMALL, "head_dim": 8, "num_key_value_heads": 2}
     config = transformers.Gemma3Config(text_config=text)
-    assert models.vocabulary_of(config) == VOCABULARY and not hasattr(config, "vocab_size")
+    assert configuration.vocabulary_of(config) == VOCABULARY and not hasattr(config, "vocab_size")
 
 
 def test_a_padding_token_that_was_drawn_has_a_place_like_any_other():

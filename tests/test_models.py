@@ -19,7 +19,7 @@ from transformers import (
 
 from rsft_pipeline import bootstrap, lineage, models, prompts, training
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import ModelError, checkpoints
+from rsft_pipeline.models import ModelError, checkpoints, configuration
 from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.prompts import encode, templates
 from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
@@ -357,14 +357,14 @@ def test_a_tokenizer_without_padding_pads_with_eos_and_gains_no_token(tmp_path):
 def test_a_completion_stops_at_the_models_and_the_tokenizers_eos(configured, expected):
     model = tiny()
     model.generation_config.eos_token_id = configured
-    assert models.stop_ids(model, characters()) == expected
+    assert configuration.stop_ids(model, characters()) == expected
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(7, 7), ([7, 2], 2), ([7, 9], 7), (None, 2)])
 def test_a_given_text_ends_with_the_tokenizers_eos_where_the_model_has_several(configured, expected):
     model = tiny()
     model.generation_config.eos_token_id = configured
-    assert models.end_id(model, characters()) == expected
+    assert configuration.end_id(model, characters()) == expected
 
 
 def test_a_model_that_keeps_no_keys_and_values_is_refused(tmp_path):
@@ -384,12 +384,12 @@ def test_the_context_length_is_the_configurations(tmp_path):
     phi.save_pretrained(tmp_path / "phi3")  # past 32 tokens a row changes those beside it
     AutoConfig.for_model("xlm-roberta", max_position_embeddings=48, pad_token_id=1).save_pretrained(tmp_path / "xlmr")
     kinds = ("gpt2", "llama", "bloom", "phi3", "xlmr")
-    assert [models.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32, 46]
+    assert [configuration.context_length(tmp_path / kind) for kind in kinds] == [48, 96, None, 32, 46]
     AutoConfig.for_model("mpt", max_seq_len=24).save_pretrained(tmp_path / "mpt")
-    assert models.context_length(tmp_path / "mpt") == 24
+    assert configuration.context_length(tmp_path / "mpt") == 24
     AutoConfig.for_model("roberta", pad_token_id=None).save_pretrained(tmp_path / "roberta")
     with pytest.raises(ModelError, match="no `pad_token_id`, from which a roberta counts on"):
-        models.context_length(tmp_path / "roberta")
+        configuration.context_length(tmp_path / "roberta")
 
 
 def test_a_check_goes_by_the_shorter_context_of_policy_and_teacher(tmp_path):
@@ -407,7 +407,7 @@ def test_a_check_goes_by_the_shorter_context_of_policy_and_teacher(tmp_path):
         models.check(taught)
 
 
-@pytest.mark.parametrize("kind", sorted(models._BEHIND_PADDING))
+@pytest.mark.parametrize("kind", sorted(configuration.BEHIND_PADDING))
 def test_a_text_as_long_as_the_context_is_read_and_none_longer_where_positions_begin_behind_padding(kind):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     own = {
@@ -418,7 +418,7 @@ def test_a_text_as_long_as_the_context_is_read_and_none_longer_where_positions_b
     }
     sizes |= {"vocab_size": 30, "max_position_embeddings": 16, "pad_token_id": 1, **own.get(kind, {})}
     config = AutoConfig.for_model(kind, **sizes)
-    model, longest = AutoModelForSequenceClassification.from_config(config).eval(), models.context_of(config)
+    model, longest = AutoModelForSequenceClassification.from_config(config).eval(), configuration.context_of(config)
     with torch.inference_mode():
         model(torch.full((1, longest), 5))
         with pytest.raises((IndexError, RuntimeError)):
@@ -485,7 +485,7 @@ def test_a_bootstrapped_model_that_was_changed_is_not_drawn_from(tmp_path):
 def test_a_bootstrapped_model_loads_stops_at_eos_and_is_verified(tmp_path):
     made = models.base(a_recipe(tmp_path), tmp_path)
     model, tokenizer = models.load(made.path, CPU), models.tokenizer(made.path)
-    assert models.stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
+    assert configuration.stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
     assert model.config.vocab_size == len(tokenizer)
     assert checkpoints.verify(made) == []
     assert checkpoints.read_meta(made.path)["kind"] == "bootstrap"

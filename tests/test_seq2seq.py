@@ -21,7 +21,7 @@ from rsft_pipeline.decoding.attention import attention_of
 from rsft_pipeline.decoding.memory import state_bytes
 from rsft_pipeline.decoding.plain import draw as draw_plainly
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import ModelError, checkpoints
+from rsft_pipeline.models import ModelError, checkpoints, configuration
 from rsft_pipeline.models.trainable import select_trainable
 from rsft_pipeline.recipe.model import Lora, Model
 from rsft_pipeline.recipe.reading import load
@@ -293,7 +293,7 @@ def test_a_model_that_says_not_what_it_begins_with_is_refused():
     with pytest.raises(ModelError, match="no `decoder_start_token_id`"):
         decode(model, mixed_draws(1, 1), shape(), pad_id=0)
     model.generation_config.decoder_start_token_id = 5
-    assert models.start_id(model) == 5
+    assert configuration.start_id(model) == 5
 
 
 # --- likelihood -------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_each_side_has_the_context_for_itself(tmp_path):
     fit(tiny(), [Sample("unbounded", [5] * 300, [6] * 300)], tmp_path)
     model.save_pretrained(tmp_path / "bart")
     tiny().save_pretrained(tmp_path / "t5")
-    assert [models.context_length(tmp_path / name) for name in ("bart", "t5")] == [64, None]
+    assert [configuration.context_length(tmp_path / name) for name in ("bart", "t5")] == [64, None]
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def loaded(checkpoint, train=False):
 def test_a_bootstrapped_t5_learns_to_copy_and_is_drawn_from(made):
     told, checkpoint = made
     model, tokenizer = loaded(checkpoint)
-    assert models.start_id(model) == tokenizer.pad_token_id == model.generation_config.decoder_start_token_id
+    assert configuration.start_id(model) == tokenizer.pad_token_id == model.generation_config.decoder_start_token_id
     known = [a for a in string.ascii_lowercase if not lineage.in_eval_split(lineage.question([f"{a}="]), 0.2)]
     assert 15 < len(known) < 26
     asked = [Asked(a, tuple(prompts.encode(tokenizer, f"{a}=", False, "seq2seq")), a * 2) for a in known]

@@ -24,6 +24,7 @@ from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.reading import as_of, column
 from rsft_pipeline.devices import Device, release
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import configuration
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.revocations import REASON
 from rsft_pipeline.rounds import Round, RoundError
@@ -306,7 +307,7 @@ def _weights(
     note(Check("weights, hashed again", 1, 0, str(weights.path)))
     recipe, tokenizer = round_.recipe, models.tokenizer(weights.path)
     # A classifier's one token is a label.
-    there = len(recipe.model.labels) if recipe.task == "classification" else models.vocabulary(weights.path)
+    there = len(recipe.model.labels) if recipe.task == "classification" else configuration.vocabulary(weights.path)
     rows = closer.known(there, stored.rows, note)
     of_held_out = closer.known(there, stored.held_out, note, held_out.OF)
     if recipe.task != "classification":

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from rsft_pipeline import devices, models
+from rsft_pipeline import devices
 from rsft_pipeline.decoding import plain
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, check_number
 from rsft_pipeline.decoding.memory import draws_at_once
+from rsft_pipeline.models import configuration
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +133,13 @@ def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     read = [*prompt] if model.config.is_encoder_decoder else [*prompt, *tokens[:-1]]
     given = {"input_ids": torch.tensor([read], device=model.device)}
     if model.config.is_encoder_decoder:
-        written = [models.start_id(model), *tokens[:-1]]
+        written = [configuration.start_id(model), *tokens[:-1]]
         given["decoder_input_ids"] = torch.tensor([written], device=model.device)
     else:
         given["logits_to_keep"] = len(tokens)
-        if first := models.first_position(model.config):  # else it would count a padding token that was drawn as none
+        if first := configuration.first_position(
+            model.config
+        ):  # else it would count a padding token that was drawn as none
             given["position_ids"] = torch.arange(first, first + len(read), device=model.device)[None]
     logits = model(**given).logits[0, -len(tokens) :].float()
     chosen = torch.tensor(tokens, device=model.device)[:, None]

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rsft_pipeline import devices, models
+from rsft_pipeline import devices
 from rsft_pipeline.decoding.draws import Draw, Shape
+from rsft_pipeline.models import configuration
 
 # Rows that keep the processor's matrix units busy; draws at once, where memory would hold more: those that go on
 # together need fewer rows than they are; and their share of the memory that is free, which on a CPU is everyone's.
@@ -21,7 +22,7 @@ def state_bytes(model: Any, tokens: int) -> int:
     Of an encoder-decoder only the decoder's layers keep any: a prompt's are those it attends to.
     """
     config = model.config.get_text_config(decoder=True)
-    each = config.per_layer_config if config.is_heterogeneous else [config] * models.depth_of(config)
+    each = config.per_layer_config if config.is_heterogeneous else [config] * configuration.depth_of(config)
     return 2 * sum(map(_width, each)) * model.dtype.itemsize * tokens
 
 
@@ -37,7 +38,7 @@ def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
     longest = max(len(draw.prompt_ids) for draw in draws)
     of_a_prompt = len(draws) / len({draw.prompt_ids for draw in draws})
     number = model.dtype.itemsize + 4 * 4  # as computed, and in four arrays of choose() in float32
-    logits = models.vocabulary_of(model.config) * number
+    logits = configuration.vocabulary_of(model.config) * number
     each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / of_a_prompt + logits
     free = devices.memory(devices.Device(device, "float32"))["free"]
     return max(1, min(DRAWS[device], int(SHARE[device] * free / each)))

@@ -6,9 +6,9 @@ It serves the models whose attention cannot be shared, and what the other loops 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rsft_pipeline import models
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, choose, uniforms
 from rsft_pipeline.decoding.memory import PREFILL_TOKENS, ROWS
+from rsft_pipeline.models import configuration
 
 
 def draw(
@@ -101,7 +101,10 @@ class _Causal:
         import torch
         from transformers import DynamicCache
 
-        self.cache, self.position = DynamicCache(config=self.model.config), models.first_position(self.model.config)
+        self.cache, self.position = (
+            DynamicCache(config=self.model.config),
+            configuration.first_position(self.model.config),
+        )
         return self.follow(torch.tensor(prompts, device=self.model.device))
 
     def select(self, rows: Any) -> None:

@@ -24,11 +24,11 @@ from transformers.cache_utils import Cache, DynamicLayer  # noqa: TID253
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput  # noqa: TID253
 
-from rsft_pipeline import models
 from rsft_pipeline.decoding import shared_prefix
 from rsft_pipeline.decoding.attention import Unsupported, attention_of, mask, over_prefix, over_suffix
 from rsft_pipeline.decoding.cache import SharedPrefixCache, SharedPrefixLayer
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape
+from rsft_pipeline.models import configuration
 from rsft_pipeline.padding import right_padded
 
 NAME = "rsft_shared_encoder"
@@ -200,7 +200,7 @@ class Loop(shared_prefix.Loop):
     """The loop of shared_prefix.py over an encoder-decoder."""
 
     def _cache(self, longest: int) -> SharedEncoderCache:
-        layers = models.depth_of(self.model.config)
+        layers = configuration.depth_of(self.model.config)
         tokens = max(1, self.shape.max_tokens - 1)
         return SharedEncoderCache(layers, self.places, self.capacity, longest, tokens, self.device)
 
@@ -229,5 +229,5 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) 
     """
     ids = right_padded(prompts, pad_id).to(model.device)
     mask = right_padded([[1] * len(prompt) for prompt in prompts], 0).to(model.device)
-    start = torch.full((len(prompts), 1), models.start_id(model), device=model.device)
+    start = torch.full((len(prompts), 1), configuration.start_id(model), device=model.device)
     return model(input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=True), mask

@@ -1,8 +1,8 @@
 """Models: found where a recipe says that they are, and loaded.
 
-Belongs here: the base model of a first round, a teacher, and what a model's configuration says of its texts; beside it
-what becomes of trained ones (checkpoints.py) and which weights train (trainable.py). Does not: how a small model is
-made (bootstrap.py) or trained (training.py).
+Belongs here: the base model of a first round, a teacher, and loading either; beside it what a model says of its texts
+(configuration.py), what becomes of trained ones (checkpoints.py) and which weights train (trainable.py). Does not: how
+a small model is made (bootstrap.py) or trained (training.py).
 
 Weights are read as safetensors only, and no code that comes with a model is ever run.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import configuration
 from rsft_pipeline.models.checkpoints import CONTENT, Checkpoint, ModelError, content_digest, no_bars, verify
 from rsft_pipeline.recipe.recipe import Recipe
 
@@ -60,11 +61,11 @@ def check(recipe: Recipe) -> int | None:
         from rsft_pipeline import bootstrap
 
         if made := bootstrap.check(recipe):
-            contexts.append(context_of(made))
+            contexts.append(configuration.context_of(made))
     for field, source in _named(recipe).items():
         if folder := local(recipe, f"{field}.source", source):
             _check_folder(folder, field)
-            contexts.append(context_length(folder))
+            contexts.append(configuration.context_length(folder))
     return min((context for context in contexts if context is not None), default=None)
 
 
@@ -115,8 +116,10 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
     if recipe.task == "classification":  # a label has no end
         return found
     stops = own(recipe.sampling.stop, add_special_tokens=False)["input_ids"] if recipe.sampling.stop else []
-    known = _ends(_generation(student), own) | {token for ids in stops for token in ids}
-    can_be_drawn = {token for token in _ends(_generation(found.path), its) if token < len(its)}
+    known = configuration.ends(configuration.generation(student), own) | {token for ids in stops for token in ids}
+    can_be_drawn = {
+        token for token in configuration.ends(configuration.generation(found.path), its) if token < len(its)
+    }
     if others := can_be_drawn - known:
         texts = json.dumps([its.decode([token]) for token in sorted(others)], ensure_ascii=False)
         raise ModelError(
@@ -124,16 +127,6 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
             f"write and then go on from: with `sampling.stop: {texts}` it ends there as well"
         )
     return found
-
-
-def _generation(path: Path):
-    """How a model that is not loaded says that it generates."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:  # it says so in its configuration, or nowhere
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
@@ -198,7 +191,7 @@ def tokenizer(path: Path):
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if loaded.pad_token_id is None or loaded.pad_token_id >= vocabulary(path):
+    if loaded.pad_token_id is None or loaded.pad_token_id >= configuration.vocabulary(path):
         if loaded.eos_token_id is None:
             raise ModelError(f"the tokenizer in {path} has neither a padding nor an end-of-sequence token")
         loaded.pad_token = loaded.eos_token
@@ -233,16 +226,8 @@ def check_kind(model, task: str) -> None:
     name = type(model).__name__
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"a {name} keeps no keys and values, which draws would go on from")
-    if task == "causal" and _reads_both_ways(model.config):
+    if task == "causal" and configuration.reads_both_ways(model.config):
         raise ModelError(f"a {name} reads its text both ways, unless its configuration has `is_decoder: true`")
-
-
-def _reads_both_ways(config) -> bool:
-    """Whether what was made to fill gaps, and can be made a decoder, is none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter: XLM
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
 
 
 def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: Any):
@@ -321,135 +306,13 @@ def _pad_as_the_tokenizer(model, path: Path) -> None:
 
     Others count positions by their own.
     """
-    if model.config.model_type not in _BEHIND_PADDING:
+    if model.config.model_type not in configuration.BEHIND_PADDING:
         model.config.pad_token_id = tokenizer(path).pad_token_id
 
 
 def head(labels: Sequence[str]) -> dict:
     """What a model's configuration says of its labels."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-def stop_ids(model, tokenizer) -> set[int]:
-    """Ids after which a completion has ended: the generation config's and the tokenizer's EOS."""
-    return _ends(model.generation_config, tokenizer)
-
-
-def _ends(generation, tokenizer) -> set[int]:
-    configured = generation.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
-
-
-def start_id(model) -> int:
-    """The id that an encoder-decoder's completions follow, and that is no part of them.
-
-    Raises:
-        ModelError: the model's configuration has none.
-    """
-    for config in (model.config, model.generation_config):
-        if (start := getattr(config, "decoder_start_token_id", None)) is not None:
-            return start
-    raise ModelError("the model's configuration has no `decoder_start_token_id`, from which its decoder would write on")
-
-
-def begin_ids(model) -> list[int]:
-    """What an encoder-decoder's completions begin with, besides their text: BART was trained on texts behind its `<s>`.
-
-    Such a model's configuration forces the token on what it generates. Its draws write it by themselves.
-    """
-    forced = model.generation_config.forced_bos_token_id if model.config.is_encoder_decoder else None
-    return [] if forced is None else [forced]
-
-
-def end_id(model, tokenizer) -> int:
-    """The id that a completion of the model ends with: the generation config's; of several the tokenizer's EOS.
-
-    Raises:
-        ModelError: neither has one.
-    """
-    configured = model.generation_config.eos_token_id
-    if isinstance(configured, list):
-        configured = tokenizer.eos_token_id if tokenizer.eos_token_id in configured else configured[0]
-    if (end := tokenizer.eos_token_id if configured is None else configured) is None:
-        raise ModelError("neither the model's generation config nor its tokenizer has an end-of-sequence token")
-    return end
-
-
-def context_length(path: Path) -> int | None:
-    """Tokens that prompt and completion have room for; None where the model's configuration sets no bound.
-
-    Raises:
-        ModelError: it is no configuration, or one that lacks what a position is counted from.
-    """
-    return context_of(_configuration(path))
-
-
-def vocabulary(path: Path) -> float:
-    """Token ids that a model has, from 0 on. Raises ModelError as `context_length` does."""
-    return vocabulary_of(_configuration(path))
-
-
-def _configuration(path: Path):
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"{path}: its config.json makes no model: {error}") from error
-
-
-# RoBERTa and what was made after it: position ids begin behind that of padding, and those before are no token's.
-_BEHIND_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "esm",
-    "ibert",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-}
-
-
-def first_position(config) -> int:
-    """The position id of a text's first token. Raises ModelError where it would follow from what is not there."""
-    config = config.get_text_config(decoder=True)
-    if config.model_type not in _BEHIND_PADDING:
-        return 0
-    if config.pad_token_id is None:
-        raise ModelError(f"the model's configuration has no `pad_token_id`, from which a {config.model_type} counts on")
-    return config.pad_token_id + 1
-
-
-def context_of(config) -> int | None:
-    """`context_length` by a configuration.
-
-    Where a row past the original context changes the frequencies of all rows beside it (Phi's `longrope`), that is the
-    context: what a draw is must not depend on its batch.
-    """
-    config = config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    context = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
-    if context is not None:
-        context = context - first_position(config) if context > 0 else None  # XLNet has -1 for none
-    return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
-
-
-def vocabulary_of(config) -> float:
-    """Token ids that a model has, from 0 on; infinity where it reads characters."""
-    return getattr(config.get_text_config(decoder=True), "vocab_size", math.inf)
-
-
-def depth_of(config) -> int:
-    """Layers of the decoder, which writes; in a causal model that is all of them."""
-    config = config.get_text_config(decoder=True)
-    return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
 
 
 def auto_class(task: str):

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from rsft_pipeline import models
+from rsft_pipeline.models import configuration
 from rsft_pipeline.models.checkpoints import ModelError
 from rsft_pipeline.recipe.model import Model
 
@@ -91,7 +91,7 @@ def _check_untied(adapted, targets: str | list[str]) -> None:
 def _train_last_layers(model, count: int) -> None:
     import torch
 
-    depth = models.depth_of(model.config)
+    depth = configuration.depth_of(model.config)
     if count > depth:
         raise ModelError(f"`last_layers: {count}`, but the model has {depth} transformer blocks")
     whole = model.get_decoder() if model.config.is_encoder_decoder else model

@@ -6,7 +6,8 @@ Weights are read as safetensors only, and no code that comes with a model is run
 from collections.abc import Mapping, Sequence
 
 from rsft_pipeline.devices import Device
-from rsft_pipeline.models import context_of, whole
+from rsft_pipeline.models import whole
+from rsft_pipeline.models.configuration import context_of
 
 
 class Classifier:

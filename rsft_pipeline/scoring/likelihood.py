@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rsft_pipeline import models, prompts
 from rsft_pipeline.devices import Device
+from rsft_pipeline.models import configuration
 from rsft_pipeline.prompts import templates
 from rsft_pipeline.tasks import causal, seq2seq
 from rsft_pipeline.training import Sample, room
@@ -30,7 +31,7 @@ class Likelihood:
         self.name, self.task = ("seq2seq", seq2seq) if two_sided else ("causal", causal)
         self.tokenizer = models.tokenizer(folder)
         self.model = models.load(folder, device, task=self.name)
-        self.longest = models.context_length(folder)
+        self.longest = configuration.context_length(folder)
 
     def __call__(self, rows: Sequence[tuple[str, list[dict] | None, str, bool]], batch_size: int) -> list[float | None]:
         """The log-probability of each completion, in nats.
@@ -44,7 +45,10 @@ class Likelihood:
                 completion had ended). Messages go through the model's own chat template.
         """
         texts = [completion for _, _, completion, _ in rows]
-        ended, begun = self.task.completion_ids(self.model, self.tokenizer, texts), len(models.begin_ids(self.model))
+        ended, begun = (
+            self.task.completion_ids(self.model, self.tokenizer, texts),
+            len(configuration.begin_ids(self.model)),
+        )
         encoded: dict[int, Sample] = {}
         for i, (prompt, messages, _, has_ended) in enumerate(rows):
             sample = Sample("", self._prompt(prompt, messages), ended[i] if has_ended else ended[i][:-1])

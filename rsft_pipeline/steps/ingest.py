@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rsft_pipeline import lineage, models, prompts, revocations, rounds
 from rsft_pipeline.home import Home
+from rsft_pipeline.models import configuration
 from rsft_pipeline.progress import Show
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.store import Store, insert
@@ -41,7 +42,7 @@ def ingest(
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
-    contexts = [context for one in drawn_from if (context := models.context_length(one.path))]
+    contexts = [context for one in drawn_from if (context := configuration.context_length(one.path))]
     chat = recipe.prompts.messages is not None and tokenizer.chat_template is not None
     revoked = store.query(_REVOKED, {"recipe": recipe.name})
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))

@@ -10,7 +10,7 @@ common (writing.py), how their draws share an encoding (decoding/shared_encoder.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsft_pipeline import models
+from rsft_pipeline.models import configuration
 from rsft_pipeline.padding import right_padded
 from rsft_pipeline.tasks import writing
 from rsft_pipeline.tasks.writing import IGNORED
@@ -51,7 +51,7 @@ def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
     """
     targets = batch["labels"]
     read = targets.roll(1, dims=1).clamp(min=0)
-    read[:, 0] = models.start_id(model)
+    read[:, 0] = configuration.start_id(model)
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rsft_pipeline import models
 from rsft_pipeline.decoding import Draw, Shape, decode
+from rsft_pipeline.models import configuration
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.sampling import Candidate, Request
 from rsft_pipeline.training import Sample, part_tokens, parts
@@ -24,7 +24,7 @@ SOFTMAX = 2**24  # logits whose softmax is computed at once
 
 def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
     """One completion for each request, in their order."""
-    stop_ids = set(models.stop_ids(model, tokenizer)) | _stop_tokens(tokenizer, sampling.stop)
+    stop_ids = set(configuration.stop_ids(model, tokenizer)) | _stop_tokens(tokenizer, sampling.stop)
     shape = Shape(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, frozenset(stop_ids))
     draws = [Draw(request.prompt_ids, request.seed) for request in requests]
     drawn = decode(model, draws, shape, tokenizer.pad_token_id, sampling.batch_size)
@@ -53,7 +53,7 @@ def _stop_tokens(tokenizer, texts: Sequence[str]) -> set[int]:
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Each text as the model would have written it: its tokens between what begins and what ends its completions."""
-    begin, end = models.begin_ids(model), models.end_id(model, tokenizer)
+    begin, end = configuration.begin_ids(model), configuration.end_id(model, tokenizer)
     return [[*begin, *ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
