@@ -25,8 +25,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cli import here
+from cli.check import RecipeArgument, SetOption, overrides_of
 from cli.console import console
-from cli.run import RecipeArgument, SetOption, overrides_of
 from rsft_pipeline import rounds
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import audit, audit_ui, lineage, run, ui
+from cli import audit, audit_ui, check, lineage, run, status, ui
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.environment import settle_environment
 from rsft_pipeline.models import ModelError
@@ -23,9 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
-app.command("status")(run.status)
-app.command("check")(run.check)
-app.command("schema")(run.schema)
+app.command("status")(status.status)
+app.command("check")(check.check)
+app.command("schema")(check.schema)
 app.command("ui")(ui.ui)
 for command in (lineage.trace, lineage.impact, lineage.revoke, lineage.export, audit_ui.ui):
     audit.app.command()(command)

@@ -236,7 +236,7 @@ def rows():
 def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
     script = """
         import os, signal, threading, duckdb
-        from cli import main, run
+        from cli import main, status
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
@@ -244,7 +244,7 @@ def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             duckdb.sql("SELECT sum(hash(range)) FROM range(1_000_000_000_000)").fetchall()
 
-        run._show = slow
+        status.show = slow
         main.main()
     """
     with Store.at(home) as store:

@@ -1,0 +1,162 @@
+"""`rsft status`: the rounds so far, for people and as JSON."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from cli import here
+from cli.console import console
+from resources import pages
+from rsft_pipeline import rounds
+from rsft_pipeline.evaluation import shown
+from rsft_pipeline.home import Home
+from rsft_pipeline.recipe.section import RecipeError
+from rsft_pipeline.report import NAMES
+from rsft_pipeline.steps.evaluate import finite, over_controls
+from rsft_pipeline.store import Store
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+def status(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """The rounds so far, of one recipe or of all."""
+    with here.store() as store:
+        there = [row["recipe"] for row in store.query("SELECT DISTINCT recipe FROM rounds ORDER BY recipe")]
+        names = [here.recipe_name(recipe)] if recipe else there
+        for name in names:
+            if name not in there:
+                raise RecipeError(f"{here.recipe_file(recipe).stem} has no rounds yet: rsft run {recipe}")
+            show(store, name, None)
+        if there:
+            show_pages()
+        if not names:
+            console.print("no rounds yet: rsft run arithmetic")
+        if json_:
+            summaries = [summary(store, name, None) for name in names]
+            print(json.dumps(summaries[0] if recipe else summaries))
+
+
+def show(store: Store, recipe: str, only: list[str] | None) -> None:
+    """Print the rounds of a recipe that are finished, or only these, and where it stands."""
+    rows = _rows(store, recipe, only)
+    if refused := _refused(store, recipe):
+        console.print(f"{recipe}: {refused}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if only is None:
+        for row in _unfinished(store, recipe):
+            words = f"{recipe} {row['round']}: {_standing(row)}"
+            console.print(words, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if not rows:
+        return
+    table = Table(
+        title=f"{recipe}: held-out results, policy → checkpoint", title_justify="left", box=box.SIMPLE, pad_edge=False
+    )
+    for column in ("round", "accepted", "pass@1", "pass@k", "score", "gate"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        before, after = json.loads(row["policy_eval"]), json.loads(row["checkpoint_eval"])
+        table.add_row(
+            row["round"],
+            f"{row['accepted']:,} ({row['accepted'] / row['candidates']:.0%})",
+            *(_change(before[name], after[name]) for name in ("pass_at_1", "pass_at_k", "mean_score")),
+            "promoted" if row["promoted"] else "kept",
+        )
+    console.print(table)
+    for row in rows:
+        console.print(f"{row['round']}: {row['verdict']}", highlight=False, markup=False, soft_wrap=True)
+        for role, found in over_controls(store.query, row).items():
+            difference = shown(found.difference, found.low, found.high)
+            told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+    if reason := rounds.why_stopped(store, recipe):
+        console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
+    state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
+    console.print(state, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
+    """The same as JSON has it."""
+    every = rounds.history(store, recipe)
+    return {
+        "recipe": recipe,
+        "rounds": [
+            {
+                "round": row["round"],
+                "candidates": row["candidates"],
+                "accepted": row["accepted"],
+                "distinct_accepted": row["distinct_accepted"],
+                "acceptance_rate": row["accepted"] / row["candidates"],
+                "eval": _values(row["checkpoint_eval"]),
+                "policy_eval": _values(row["policy_eval"]),
+                "promoted": row["promoted"],
+                "verdict": row["verdict"],
+                "over": finite({role: asdict(found) for role, found in over_controls(store.query, row).items()}),
+                "checkpoint": row["checkpoint"],
+                "mlflow_run_id": row["mlflow_run_id"],
+                "dagster_run_id": row["dagster_run_id"],
+            }
+            for row in _rows(store, recipe, only)
+        ],
+        "unfinished": {row["round"]: row["state"] for row in _unfinished(store, recipe)},
+        "champion": every[-1]["champion"] if every else None,
+        "stopped": rounds.why_stopped(store, recipe),
+    }
+
+
+def show_pages() -> None:
+    """Print where to look at them."""
+    console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
+    for server in pages.SERVERS:
+        console.print(f"  {server:<8} {pages.at(server)}", highlight=False, markup=False)
+
+
+def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, Any]]:
+    rows = rounds.history(store, recipe)
+    return rows if only is None else [row for row in rows if row["round"] in only]
+
+
+def _refused(store: Store, recipe: str) -> str:
+    """How many rows of the sources are no prompts, and why, in words; empty where all are."""
+    sql = "SELECT reason, count(*) AS n FROM quarantine WHERE recipe = ? GROUP BY reason ORDER BY n DESC, reason"
+    reasons = store.query(sql, [recipe])
+    named = ", ".join(f"{row['n']:,} {row['reason']}" for row in reasons)
+    return f"rows refused: {named} (Quarantine, in the audit pages)" if reasons else ""
+
+
+def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
+    sql = "SELECT * FROM rounds WHERE recipe = ? AND state <> 'finished' ORDER BY round"
+    return store.query(sql, [recipe])
+
+
+def _standing(unfinished: dict[str, Any]) -> str:
+    """Where a round that is not finished stands, and why it does not go on."""
+    from automation import failures, runs
+
+    taken_up = f"`rsft run {unfinished['recipe']}` takes it up"
+    if unfinished["state"] == "revoked":
+        return f"revoked; {taken_up}"
+    instance = here.instance()
+    under_way = {run.run_id for run in runs.under_way(instance)}
+    last = runs.last(instance, unfinished["recipe"], unfinished["round"])
+    run_id = last.run_id if last else unfinished["dagster_run_id"]  # none: its assets were materialised by hand
+    if run_id in under_way:
+        return f"under way, in Dagster's run {run_id}"
+    why = "; ".join(failures.of_run(instance, run_id).why)
+    return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
+
+
+def _values(summary: str) -> dict[str, float | None]:
+    estimates = json.loads(summary)
+    return {
+        name: estimates[name]["value"] if estimates[name] else None for name in ("pass_at_1", "pass_at_k", "mean_score")
+    }
+
+
+def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    return f"{before['value']:.3f} → {after['value']:.3f}" if before and after else "-"
