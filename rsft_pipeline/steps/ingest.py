@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -47,6 +48,28 @@ def ingest(
     revoked = store.query(_REVOKED, {"recipe": recipe.name})
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
     _check_read_alike(store, recipe, chat, {prompt.prompt_id for prompt in read.prompts})
+    read = _on_their_sides(store, recipe, read, round_key)
+    rows = _rows(recipe, read, chat)
+    digest = lineage.set_digest(map(lineage.digest, rows))
+    if _is_there(store, recipe, read, digest):
+        return read
+    made = {"source_digest": digest, "active": True, "dagster_run_id": run_id}
+    rows = [row | made for row in rows]
+    refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
+
+    def work(connection) -> bool:
+        if connection.execute(_REVOKED, {"recipe": recipe.name}).to_arrow_table().to_pylist() != revoked:
+            return False
+        _write(connection, recipe.name, round_key, rows, refused)
+        return True
+
+    if not store.commit(work):  # something was revoked meanwhile, perhaps erased: what was read may have it
+        return ingest(store, recipe, home, run_id, show, round_key)
+    return read
+
+
+def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_key: str | None) -> prompts.Ingest:
+    """What was read, each prompt in its split. Raises PromptError where one of the two is empty."""
     sides = _sides(store, recipe, round_key)
     split = {
         p.prompt_id: sides.get(p.question) or sides.get(lineage.same_text(p.text)) or p.split for p in read.prompts
@@ -60,7 +83,12 @@ def ingest(
             f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
             f"prompts{or_else}"
         )
-    usable = [
+    return read
+
+
+def _rows(recipe: Recipe, read: prompts.Ingest, chat: bool) -> list[dict[str, Any]]:
+    """Rows of `prompts`, but for who read them when."""
+    return [
         {
             "recipe": recipe.name,
             "prompt_id": prompt.prompt_id,
@@ -79,36 +107,27 @@ def ingest(
         }
         for prompt in read.prompts
     ]
-    digest = lineage.set_digest(map(lineage.digest, usable))
+
+
+def _is_there(store: Store, recipe: Recipe, read: prompts.Ingest, digest: str) -> bool:
+    """Whether the store has just this."""
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
     kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
-    if known == [{"source_digest": digest}] and Counter(map(_values, kept)) == Counter(
-        map(_values, map(vars, read.refused))
-    ):
-        return read
-    refused = [{"recipe": recipe.name, **vars(row), "dagster_run_id": run_id} for row in read.refused]
+    refused = map(vars, read.refused)
+    return known == [{"source_digest": digest}] and Counter(map(_values, kept)) == Counter(map(_values, refused))
 
-    def work(connection) -> bool:
-        now = connection.execute(_REVOKED, {"recipe": recipe.name}).to_arrow_table().to_pylist()
-        if now != revoked:
-            return False
-        ids = [row["prompt_id"] for row in usable]
-        connection.register("read_now", pa.Table.from_pylist([{n: row[n] for n in _PLACE} for row in usable]))
-        connection.execute(_EARLIER, [recipe.name])
-        connection.execute(_BEGUN_AGAIN, {"recipe": recipe.name, "round": round_key})
-        connection.unregister("read_now")
-        connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe.name])
-        connection.execute(
-            "DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe.name, ids]
-        )
-        made = {"source_digest": digest, "active": True, "dagster_run_id": run_id}
-        insert(connection, "prompts", [row | made for row in usable])
-        store_replace(connection, "quarantine", refused, recipe=recipe.name)
-        return True
 
-    if not store.commit(work):  # something was revoked meanwhile, perhaps erased: what was read may have it
-        return ingest(store, recipe, home, run_id, show, round_key)
-    return read
+def _write(connection, recipe: str, round_key: str | None, rows: list[dict], refused: list[dict]) -> None:
+    """Put rows of `prompts` and `quarantine` in place of those that are there."""
+    connection.register("read_now", pa.Table.from_pylist([{name: row[name] for name in _PLACE} for row in rows]))
+    connection.execute(_EARLIER, [recipe])
+    connection.execute(_BEGUN_AGAIN, {"recipe": recipe, "round": round_key})
+    connection.unregister("read_now")
+    connection.execute("UPDATE prompts SET active = false WHERE recipe = ? AND active", [recipe])
+    ids = [row["prompt_id"] for row in rows]
+    connection.execute("DELETE FROM prompts WHERE recipe = ? AND prompt_id IN (SELECT unnest(?))", [recipe, ids])
+    insert(connection, "prompts", rows)
+    store_replace(connection, "quarantine", refused, recipe=recipe)
 
 
 _REVOKED = f"SELECT kind, what FROM revocations WHERE {revocations.OF} ORDER BY ALL"

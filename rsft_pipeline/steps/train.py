@@ -7,6 +7,7 @@ rows a training set is made of (rows.py), nor the training itself (training.py).
 import json
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -136,29 +137,35 @@ def train(
     checkpoint = checkpoints.save(model, tokenizer, home.checkpoints, meta, card(meta))
     if trained_on == "accepted":  # the same weights may have come of rows with other scores before, or of a control
         checkpoints.describe(checkpoint, meta, card(meta))
+    _write(store, round_, checkpoint, meta, samples, leaves, run_id)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Trained(checkpoint, start.digest, accepted, meta["merkle_root"], len(samples), trainable, total, history)
+
+
+def _write(
+    store: Store,
+    round_: Round,
+    checkpoint: Checkpoint,
+    meta: dict[str, Any],
+    samples: list[Sample],
+    leaves: pa.ChunkedArray,
+    run_id: str,
+) -> None:
+    """Write the rows of a checkpoint that is saved, and name it in its round's record."""
+    made = {"recipe": meta["recipe"], "round": meta["round"], "checkpoint": checkpoint.digest}
+    said = ("parent", "policy", "drawn_from", "trained_on", "accepted_digest", "samples", "steps", "loss")
     row = {
-        "recipe": recipe.name,
-        "round": round_.key,
-        "checkpoint": checkpoint.digest,
-        "parent": start.digest,
-        "policy": round_.policy,
-        "drawn_from": round_.drawn_from,
-        "trained_on": trained_on,
+        **made,
+        **{name: meta[name] for name in said},
         "path": str(checkpoint.path),
-        "accepted_digest": accepted,
-        "samples": len(samples),
-        "steps": len(history.steps),
-        "loss": history.steps[-1].loss,
-        "snapshot": snapshot,
+        "snapshot": meta["store_snapshot"],
         "meta": json.dumps(meta),
         "mlflow_run_id": round_.mlflow_run_id,
         "dagster_run_id": run_id,
     }
     members = columns(
         len(samples),
-        recipe=recipe.name,
-        round=round_.key,
-        checkpoint=checkpoint.digest,
+        **made,
         candidate_id=[sample.candidate_id for sample in samples],
         weight=[sample.weight for sample in samples],
         leaf=leaves,
@@ -166,19 +173,16 @@ def train(
     )
 
     def work(connection):
-        made = {"recipe": recipe.name, "round": round_.key, "checkpoint": checkpoint.digest}
-        if trained_on == "accepted" or not connection.execute(_ACCEPTED_ALIKE, list(made.values())).fetchone():
+        accepted = meta["trained_on"] == "accepted"
+        if accepted or not connection.execute(_ACCEPTED_ALIKE, list(made.values())).fetchone():
             replace(connection, "checkpoints", [row], **made)
             replace(connection, "training_samples", members, **made)
         revocations.lift(connection, checkpoint.digest)
         told = "checkpoint = ?", checkpoint.digest
-        if trained_on != "accepted":
-            control = json.dumps({trained_on: checkpoint.digest})
+        if not accepted:
+            control = json.dumps({meta["trained_on"]: checkpoint.digest})
             told = "controls = json_merge_patch(coalesce(controls, '{}'), ?)", control
-        connection.execute(
-            f"UPDATE rounds SET {told[0]} WHERE recipe = ? AND round = ?", [told[1], recipe.name, round_.key]
-        )
+        of = [meta["recipe"], meta["round"]]
+        connection.execute(f"UPDATE rounds SET {told[0]} WHERE recipe = ? AND round = ?", [told[1], *of])
 
     store.commit(work)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return Trained(checkpoint, start.digest, accepted, meta["merkle_root"], len(samples), trainable, total, history)
