@@ -45,7 +45,7 @@ def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return alive
 
 
-def failures(instance: dg.DagsterInstance, recipe: str, round_key: str) -> list[dg.DagsterRun]:
+def failed(instance: dg.DagsterInstance, recipe: str, round_key: str) -> list[dg.DagsterRun]:
     """Runs of a round that have failed or were cancelled since one last succeeded, the last one first."""
     tags = _tags(recipe, round_key)
     succeeded = dg.RunsFilter(tags=tags, statuses=[dg.DagsterRunStatus.SUCCESS])

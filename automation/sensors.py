@@ -13,7 +13,7 @@ import dagster as dg
 
 from assets.shared import as_file, rounds_of
 from automation.jobs import job_name
-from automation.runs import busy, due, failures, last
+from automation.runs import busy, due, failed, last
 from resources.store import StoreResource
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.prompts.sources import inbox_files
@@ -41,9 +41,9 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
             if isinstance(round_key, dg.SkipReason):
                 return round_key
             begun = rounds.raw(lake, now.name, round_key)
-        failed = failures(context.instance, now.name, round_key)
-        if len(failed) >= ATTEMPTS:
-            return _look(round_key, failed)
+        failures = failed(context.instance, now.name, round_key)
+        if len(failures) >= ATTEMPTS:
+            return _look(round_key, failures)
         return _request(now, round_key, _before(last(context.instance, now.name, round_key), begun))
 
     return next_round
@@ -72,9 +72,9 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
             return nothing
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {now.path(inbox)}, but a round of {now.name} is under way")
-        failed = failures(context.instance, now.name, round_key)
-        if again and len(failed) >= ATTEMPTS:
-            return _look(round_key, failed)
+        failures = failed(context.instance, now.name, round_key)
+        if again and len(failures) >= ATTEMPTS:
+            return _look(round_key, failures)
         cursor = json.dumps({"files": sorted(there), "round": round_key})
         before = _before(last(context.instance, now.name, round_key), begun)
         return _request(now, round_key, lineage.digest(cursor), before)._replace(cursor=cursor)

@@ -23,6 +23,7 @@ from rsft_pipeline.audit import trace as tracing
 from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.revocations import printable
+from rsft_pipeline.store import StoreError
 
 TextOption = Annotated[
     str | None,
@@ -274,9 +275,16 @@ def revoke(
             )
         done = revoking.revoke(store, found, who=by, why=why, erase=erase)
         here.tell(instance, store, done)
-        left = store.forget() if forget else []
-    answer = {**asdict(done), "keeping": [] if forget else done.keeping, "left": left}
-    show(answer, json_, lambda _: _revoked(done, forget, left))
+        left, failed = [], None
+        try:
+            left = store.forget() if forget else []
+        except StoreError as error:  # what was done is told first
+            failed = error
+    forgotten = forget and not failed
+    answer = {**asdict(done), "keeping": [] if forgotten else done.keeping, "left": left}
+    show(answer, json_, lambda _: _revoked(done, forgotten, left))
+    if failed:
+        raise failed
 
 
 def _check_idle(instance) -> None:

@@ -53,10 +53,11 @@ def run(
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)
             if not reason:
-                _tell_changed(store, loaded, round_key)
+                _tell_changed(store, loaded, round_key, overrides)
         if reason:
             if not finished:  # else it is told below what they gave
-                console.print(f"{loaded.name}: no further round: {reason}{_asked_anyway(loaded)}", style="yellow")
+                told = f"{loaded.name}: no further round: {reason}{_asked_anyway(loaded, overrides)}"
+                console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
             break
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
@@ -76,10 +77,10 @@ def run(
         raise typer.Exit(130 if failure["interrupted"] else 1)
 
 
-def _asked_anyway(recipe: Recipe) -> str:
+def _asked_anyway(recipe: Recipe, overrides: dict[str, str]) -> str:
     """What to type for a round that no rule asks for: files may wait in the inbox."""
     inbox = recipe.prompts.inbox
-    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, {})} --rounds 1" if inbox else ""
+    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, overrides)} --rounds 1" if inbox else ""
 
 
 def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> dict[str, Any] | None:
@@ -132,7 +133,7 @@ def _failed(instance, run_id: str, recipe: Recipe, round_key: str, overrides: di
     }
 
 
-def _tell_changed(store: Store, recipe: Recipe, round_key: str) -> None:
+def _tell_changed(store: Store, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> None:
     """Say which settings a round that begins again had otherwise: a `--set` may have been forgotten."""
     try:
         changed = rounds.record(store, recipe, round_key).recipe.differing(recipe)
@@ -141,7 +142,10 @@ def _tell_changed(store: Store, recipe: Recipe, round_key: str) -> None:
     if changed:
         lines = [f"{recipe.name} {round_key} was begun with other settings; it begins again with those of now:"]
         lines += [f"  {path} was {was}, is {now}" for path, (was, now) in changed.items()]
-        lines.append(f"as it was: {_command(recipe, {path: was for path, (was, _) in changed.items()})}")
+        kept = {
+            path: text for path, text in overrides.items() if not any(f"{path}.".startswith(f"{c}.") for c in changed)
+        }
+        lines.append(f"as it was: {_command(recipe, kept | {path: was for path, (was, _) in changed.items()})}")
         console.print("\n".join(lines), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 

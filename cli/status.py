@@ -144,10 +144,14 @@ def _standing(unfinished: dict[str, Any]) -> str:
     instance = here.instance()
     under_way = {run.run_id for run in runs.under_way(instance)}
     last = runs.last(instance, unfinished["recipe"], unfinished["round"])
-    run_id = last.run_id if last else unfinished["dagster_run_id"]  # none: its assets were materialised by hand
-    if run_id in under_way:
-        return f"under way, in Dagster's run {run_id}"
-    why = "; ".join(failures.of_run(instance, run_id).why)
+    tried = [
+        *([last.run_id] if last else []),
+        unfinished["dagster_run_id"],
+    ]  # the latter perhaps by hand, without a job
+    for run_id in tried:
+        if run_id in under_way:
+            return f"under way, in Dagster's run {run_id}"
+    why = "; ".join(failures.of_run(instance, tried[0]).why)
     return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
 
 

@@ -109,9 +109,9 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
         threshold: `threshold`, t as it is in this round.
         quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
         rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot past the
-            gates + log(safety); `violations`, how many of the candidates decided on have p > M·q (A is then 1 where it
-            should be more, and such texts are under-represented); `log_M_needed`, the smallest log M without any, or
-            None.
+            gates + log(safety), `pilot_candidates` of them; `violations`, how many of the candidates decided on have
+            p > M·q (A is then 1 where it should be more, and such texts are under-represented); `log_M_needed`, the
+            smallest log M without any, or None.
         boltzmann with r_max given: `violations`, how many score above it.
         with `calibrate`: the number that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
             judged candidates past the gates it was picked from; `pilot_share`, how much of these it accepts.
@@ -130,7 +130,7 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
             (judged,) = _row(connection, f"SELECT count(*) FROM {source} WHERE {_HAS_SCORE} AND passed")
             resolved["cut"] = math.ceil(Fraction(str(share)) * judged)  # 0.07 · 100 is 7, not 7.000000000000001
         case RejectionRule(M="estimate"):
-            resolved["log_M"] = _pilot_log_M(connection, source, rule)
+            resolved |= _estimated(connection, source, rule)
             resolved |= _violations(connection, source, f"draw >= {rule.pilot}", resolved["log_M"])
         case RejectionRule():
             if not rule.calibrated:
@@ -323,11 +323,12 @@ def _selections(parameters: dict[str, Any]) -> list[tuple[str, int, str]]:
     return [*duplicates, *cap]
 
 
-def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: RejectionRule) -> float:
-    rows, others, largest = _row(
+def _estimated(connection: duckdb.DuckDBPyConnection, source: str, rule: RejectionRule) -> dict[str, Any]:
+    seen = f"draw < {rule.pilot} AND passed AND {_HAS_RATIO}"
+    rows, others, pilot, largest = _row(
         connection,
-        f"SELECT count(*), count(*) FILTER (draw >= {rule.pilot}),"
-        f" max(target - log_q) FILTER (draw < {rule.pilot} AND passed AND {_HAS_RATIO}) FROM {source}",
+        f"SELECT count(*), count(*) FILTER (draw >= {rule.pilot}), count(*) FILTER ({seen}),"
+        f" max(target - log_q) FILTER ({seen}) FROM {source}",
     )
     if rows and not others:
         raise AcceptanceError(
@@ -339,7 +340,7 @@ def _pilot_log_M(connection: duckdb.DuckDBPyConnection, source: str, rule: Rejec
             f"M cannot be estimated: no pilot draw (draw < {rule.pilot}) passed the gates and has both log q and a "
             f"log p above -inf under acceptance.target {rule.target!r}. Look at that scorer, or give acceptance.M"
         )
-    return (largest or 0.0) + math.log(rule.safety)
+    return {"log_M": (largest or 0.0) + math.log(rule.safety), "pilot_candidates": pilot}
 
 
 def _violations(connection: duckdb.DuckDBPyConnection, source: str, decided: str, log_M: float) -> dict[str, Any]:

@@ -83,14 +83,19 @@ def version(reference: str, folder: Path) -> str:
 def _files(reference: str, folder: Path, source: bytes) -> set[Path]:
     """Where a function is; of this source once, since it is asked for many times a round and may take long to run."""
     module, function = _found(reference, folder)
+    files = _sources(module, function)
+    if files is None or not all(file.is_file() for file in files):
+        raise FunctionError(f"{function!r} has no source file, so its version cannot be told: wrap it in a function")
+    return files
+
+
+def _sources(module: ModuleType, function: Callable) -> set[Path] | None:
+    """The file that has a function, and the one that it is written in; None where it is written in none."""
     try:
         written = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
         written = None
-    files = {Path(file).resolve() for file in (getattr(module, "__file__", None), written) if file}
-    if written is None or not all(file.is_file() for file in files):
-        raise FunctionError(f"{function!r} has no source file, so its version cannot be told: wrap it in a function")
-    return files
+    return written and {Path(file).resolve() for file in (getattr(module, "__file__", None), written) if file}
 
 
 def _path(reference: str, folder: Path) -> Path:
@@ -110,6 +115,9 @@ def _found(reference: str, folder: Path) -> tuple[ModuleType, Callable]:
         raise FunctionError(
             f"{module.__file__} has no function {name!r}. Functions there: {', '.join(sorted(there)) or 'none'}"
         )
+    for file in (_sources(module, function) or set()) - {path.resolve()}:
+        if file.is_file():
+            _imported_digest(file)
     return module, function
 
 
@@ -144,12 +152,7 @@ def _imported_digest(file: Path) -> str:
 
 def _installed(module_name: str, reference: str, path: Path) -> ModuleType:
     try:
-        module = importlib.import_module(module_name)
-        if (file := getattr(module, "__file__", None)) and Path(file).is_file():
-            _imported_digest(Path(file).resolve())
-        return module
-    except FunctionError:
-        raise
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise FunctionError(

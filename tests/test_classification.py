@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,9 +180,12 @@ def test_out_of_memory_halves_the_texts_read_at_once(model, monkeypatch, caplog)
             raise torch.OutOfMemoryError("the test's device is full")
         return before(model, batch)
 
-    expected = classification.draw(model, Padding, requests(2), Sampling())
+    of_a_length = [
+        replace(one, asked=replace(one.asked, prompt_ids=(1, 5, 6 + int(one.asked.prompt_id)))) for one in requests(2)
+    ]
+    expected = classification.draw(model, Padding, of_a_length, Sampling())
     monkeypatch.setattr(classification, "_logits", logits)
-    made = classification.draw(model, Padding, requests(2), Sampling())
+    made = classification.draw(model, Padding, of_a_length, Sampling())
     assert seen == [4, 2, 1, 1, 1, 1] and "going on with 1 texts at once" in caplog.text
     assert [one.text for one in made] == [one.text for one in expected]
     monkeypatch.setattr(classification, "_logits", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))

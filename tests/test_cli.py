@@ -136,6 +136,10 @@ def test_a_round_that_begins_again_says_what_it_had_otherwise_before(path):
     assert "  acceptance.threshold was 1.0, is 0.5\n" in again
     (was,) = re.findall("as it was: (.*)", again)
     assert was == r"""rsft run letters_loop --set 'sampling.stop=["\n"]' --set acceptance.threshold=1.0"""
+    rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--set", "seed=3")
+    again = rsft("run", path, "--rounds", "1", "--set", "seed=3", "--set", "acceptance.cap=4").stdout
+    as_it_was = "rsft run letters_loop --set seed=3 --set acceptance.cap=2 --set acceptance.threshold=1.0"
+    assert f"as it was: {as_it_was}\n" in again
     assert "other settings" not in rsft("run", path, "--rounds", "1").stdout  # a round of its own
 
 

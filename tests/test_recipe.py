@@ -197,17 +197,22 @@ def test_a_name_whose_file_is_right_here_is_pointed_to(write_recipe, monkeypatch
 
 
 def test_recipes_differ_by_fields_that_set_takes(write_recipe):
-    rule = {"rule": "top_k", "k": 2}
-    one, other = load(write_recipe()), load(write_recipe("other", seed=7, acceptance=rule, sampling={"stop": ["\n"]}))
+    rule, odd = {"rule": "top_k", "k": 2}, "😀 é \u2028 \x07"
+    one, other = (
+        load(write_recipe()),
+        load(write_recipe("other", seed=7, description=odd, acceptance=rule, sampling={"stop": ["\n"]})),
+    )
     found = one.differing(other)
     assert set(found) == {
         "seed",
+        "description",
         "acceptance",
         "sampling.draws",
         "sampling.max_tokens",
         "sampling.wave_size",
         "sampling.stop",
     }
+    assert found["description"][1] == r'"😀 é \U00002028 \U00000007"'
     assert found["seed"] == ("0", "7") and found["sampling.stop"] == ("[]", r'["\n"]') and one.differing(one) == {}
     again = load(other.file, {path: here for path, (here, _) in found.items()})
     assert (

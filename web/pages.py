@@ -318,8 +318,8 @@ def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
 
 
 def _thing(request: Request, recipe: str, kind: str, what: str) -> ids.Thing:
-    """Something that has a page here, by its whole id."""
-    found = ids.thing(request.app.state.store, what, recipe)
-    if kind not in PAGE_OF or (found.kind, found.what) != (kind, what):
+    """Something that has a page here, by its whole id: in this recipe, and in others that have it too."""
+    found = ids.thing(request.app.state.store, what)
+    if kind not in PAGE_OF or (found.kind, found.what) != (kind, what) or recipe not in found.recipes:
         raise AuditError(f"{recipe} has no {kind} {what}.")
     return found

@@ -389,7 +389,8 @@ def revocations(store: Store, after: str | None = None) -> Page:
     key, name = _place(after, float) if after is not None else (math.inf, "")
     rows = store.query(
         f"""SELECT r.*, epoch_us(r.revoked_at)::DOUBLE AS key, concat(r.recipe, ' ', r.kind, ' ', r.what) AS name,
-                (SELECT count(*) FROM revocations c WHERE c.cause = concat(r.kind, ' ', r.what) AND c.recipe = r.recipe)
+                (SELECT count(*) FROM revocations c WHERE c.cause = concat(r.kind, ' ', r.what) AND c.recipe = r.recipe
+                    AND c.kind <> 'refused')
                     AS caused
             FROM revocations r
             WHERE cause IS NULL AND r.recipe <> '{EVERY}' AND (key < $key OR (key = $key AND name > $name))

@@ -189,7 +189,7 @@ def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate that contains a text, accepted ones before others."""
+    """A candidate that contains a text."""
 
     recipe: str
     round: str
@@ -200,7 +200,8 @@ class Match:
 
 
 def containing(store: Store, words: str, recipe: str | None = None) -> tuple[list[Match], int]:
-    """The first candidates whose completion contains the text, to the letter, and how many do."""
+    """The first candidates whose completion contains the text, to the letter, accepted ones before others; and how many
+    there are."""
     words = text(store, words, recipe).what
     rows = store.query(
         f"""WITH found AS (SELECT recipe, round, candidate_id, prompt_id, text FROM candidates

@@ -40,11 +40,11 @@ def history(query: Query, made: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _sources(query: Query, made: Mapping[str, Any], there: bool) -> list[str]:
     """Where the prompts of a round came from, by the names that the sources had then, or have now."""
-    at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
-    sql = f"""SELECT DISTINCT source FROM prompts {at} WHERE recipe = $recipe AND prompt_id IN (
-        SELECT prompt_id FROM round_prompts {at} WHERE recipe = $recipe AND round = $round AND split = 'train')
+    sql = """SELECT DISTINCT source FROM prompts {at} WHERE recipe = $recipe AND prompt_id IN (
+        SELECT prompt_id FROM candidates WHERE recipe = $recipe AND round = $round AND split = 'train')
         ORDER BY source"""
-    return [row["source"] for row in query(sql, {"recipe": made["recipe"], "round": made["round"]})]
+    at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
+    return [row["source"] for row in query(sql.format(at=at), {"recipe": made["recipe"], "round": made["round"]})]
 
 
 # Of an older snapshot no columns are asked that a store of then may lack.

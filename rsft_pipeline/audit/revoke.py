@@ -98,6 +98,7 @@ def _record(
         said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
         connection.execute(said, [recipes, thing.kind, what])
     if what != thing.what:  # it may have been revoked before, and not erased
+        recipes = [*thing.recipes, revocations.EVERY]
         hashed = f"UPDATE revocations SET what = ?, erased = true WHERE {_OF} AND kind = 'text' AND what = ?"
         connection.execute(hashed, [what, recipes, thing.what])
         plain = f"{thing.kind} {thing.what}"

@@ -132,13 +132,12 @@ def _record(made: Mapping[str, Any], home: Home, note: Notes) -> dict[str, Any]:
     what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
     note(Check(name, len(there), len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
 
-    beside = _meta(home.checkpoints / made["checkpoint"])
-    if all(
-        beside.get(key) == meta.get(key) for key in ("recipe", "round", "trained_on")
-    ):  # else the same was made twice
+    name, beside = f"its record, against {checkpoints.META}", _meta(home.checkpoints / made["checkpoint"])
+    if any(beside.get(key) != meta.get(key) for key in ("recipe", "round", "trained_on", "store_snapshot")):
+        note(Check(name, 0, None, "that is of another training, which came to the same weights"))
+    else:
         other = [key for key, value in meta.items() if key != "merkle_root" and beside.get(key) != value]  # see _roots
         what = f"the record of {made['checkpoint']} in `checkpoints` has another {', '.join(other)} than its folder's"
-        name = f"its record, against {checkpoints.META}"
         note(Check(name, len(meta), len(other)), *([Finding("data", what, len(other))] if other else []))
     return meta
 
@@ -292,7 +291,8 @@ def _others(
         first = "r000" if data == "all_rounds" else made["round"]
         (gone,) = connection.execute(_REVOKED, {**of, "first": first}).fetchone()
         if gone:
-            return f"{gone} candidates were revoked since, and a control learns others, or as many as are left"
+            were = "a candidate was" if gone == 1 else f"{gone:,} candidates were"
+            return f"{were} revoked since, and a control learns others, or as many as are left"
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     return f"all {rows} were revoked since" if 0 < rows == len(revoked) else ""
 
@@ -305,7 +305,7 @@ _RESULT = """
 """
 _REVOKED = f"""WITH {NAMED} SELECT count(*) FROM decisions d
     JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
-    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $round AND NOT ({ALLOWED})"""
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $round AND d.reason <> 'revoked' AND NOT ({ALLOWED})"""
 _BEGUN_SINCE = """
     SELECT e.round FROM rounds e JOIN rounds r ON r.recipe = e.recipe AND r.round = $round
     WHERE e.recipe = $recipe AND e.round < $round AND e.started_at > r.started_at

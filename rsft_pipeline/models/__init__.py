@@ -212,7 +212,10 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     no_bars()
     _check_folder(Path(path))
     model = whole(auto_class(task), path, dtype=torch.float32 if train else device.torch_dtype)
-    check_kind(model, task)
+    try:
+        check_kind(model, task)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     model.stored_dtype = _stored_dtype(Path(path))
     if task == "classification":
         _pad_as_the_tokenizer(model, path)

@@ -8,6 +8,7 @@ Belongs here: saving, describing and verifying them. Not: loading (the package i
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsft_pipeline import lineage
+
+log = logging.getLogger(__name__)
 
 # What a model's content is: weights, configuration, tokenizer, chat template.
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
@@ -77,10 +80,10 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
             if not saved.path.is_dir():
                 raise
             if not _intact(saved):  # else the same was saved before
-                damaged = temporary.with_name(f"{temporary.name}-damaged")
-                saved.path.rename(damaged)
+                aside = saved.path.with_name(f"{saved.digest}-damaged-{uuid.uuid4().hex[:8]}")
+                saved.path.rename(aside)
                 temporary.rename(saved.path)
-                shutil.rmtree(damaged, ignore_errors=True)
+                log.warning("%s was damaged: what was there is in %s", saved.path, aside)
         _sync(saved.path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -151,5 +151,4 @@ def reads_both_ways(config) -> bool:
     """Whether what was made to fill gaps, and can be made a decoder, is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter: XLM
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder

@@ -175,11 +175,17 @@ class Recipe(Section):
     def differing(self, other: "Recipe") -> dict[str, tuple[str, str]]:
         """The fields that another recipe has otherwise: path → value here and there, all as `--set` takes them."""
         found = _differing(self.model_dump(mode="json"), other.model_dump(mode="json"))
-        return {path: (json.dumps(here), json.dumps(there)) for path, here, there in found}
+        return {path: (_as_yaml(here), _as_yaml(there)) for path, here, there in found}
 
     def path(self, name: str) -> Path:
         """A path of the recipe, absolute."""
         return (self.folder / Path(name).expanduser()).resolve()
+
+
+def _as_yaml(value: Any) -> str:
+    """A value in a line of YAML: as JSON, but for what is not printable, which YAML escapes otherwise."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _differing(here: Any, there: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,9 +5,8 @@ chooses. Does not: how the head came to be (models/, bootstrap.py).
 """
 
 import logging
-import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rsft_pipeline import devices
 from rsft_pipeline.decoding.draws import Shape, check_number, choose, uniforms
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS = 64  # texts read at once
-TOLERANCE = {"torch.float32": 1e-3}  # of a logit: rounding is 1e-5 in float32 and a tenth in half precision
 
 
 def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
@@ -47,7 +45,8 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
 def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tuple["Tensor", "Tensor"]:
     """Logits of the different prompts, [different, labels], and which of these each prompt has, int64 [prompts].
 
-    Out of memory, it goes on with half as many rows at once.
+    Each is read with others of its length: no family's masks are trusted with padding, which FNet and others mix in,
+    so what a text is rated does not depend on its batch. Out of memory, it goes on with half as many rows at once.
     """
     import torch
 
@@ -56,9 +55,7 @@ def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tu
     read: list[Tensor] = []
     start = 0
     while start < len(asked):
-        batch = asked[start : start + rows]
-        if len(batch[0]) < len(batch[-1]) and _heeds_padding(model, batch[0], batch[-1], pad_id):
-            batch = [prompt for prompt in batch if len(prompt) == len(batch[0])]
+        batch = [prompt for prompt in asked[start : start + rows] if len(prompt) == len(asked[start])]
         try:
             read.append(_logits(model, _padded(batch, pad_id)))
             start += len(batch)
@@ -71,19 +68,6 @@ def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tu
         devices.release(devices.Device(model.device.type, "float32"))
         log.warning("out of memory: going on with %d texts at once", rows)
     return torch.cat(read), torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
-
-
-_heeding: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # model → whether padding changes a text's
-
-
-def _heeds_padding(model, shorter: Sequence[int], longer: Sequence[int], pad_id: int) -> bool:
-    """Whether a text is rated otherwise beside a longer one: some families, such as FNet, mix in what is masked."""
-    if model not in _heeding:
-        alone, beside = (_logits(model, _padded(batch, pad_id))[0] for batch in ([shorter], [shorter, longer]))
-        _heeding[model] = (alone - beside).abs().max().item() > TOLERANCE.get(str(model.dtype), 0.25)
-        if _heeding[model]:
-            log.warning("%s: texts are read with others of their length, as padding counts", type(model).__name__)
-    return _heeding[model]
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
