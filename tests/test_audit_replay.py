@@ -222,6 +222,12 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     texts = {(row["prompt_id"], text[row["candidate_id"]]) for row in kept}
     ended = "UPDATE rounds SET accepted = ?, distinct_accepted = ? WHERE round = 'r000'"  # as the round's end would
     change(mine, ended, len(kept), len(texts))
+    if rule.get("M") == "estimate":  # as it was recorded, and estimated, before gates had a say in it
+        was = "UPDATE decisions SET parameters = json_merge_patch(parameters, ?) WHERE round = 'r000'"
+        numbers = {"pilot_candidates": None, "violations": 99}
+        change(mine, was, json.dumps(numbers))
+        assert replayed(mine, recipe, judged=0).findings == []
+        change(mine, was, json.dumps({name: answer.would.parameters[name] for name in numbers}))
     again = replayed(mine, recipe, judged=0)
     assert (again.findings, again.replayed) == ([], len(then))
 

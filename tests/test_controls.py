@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 from cli.main import app
 from rsft_pipeline import lineage, rounds
 from rsft_pipeline.audit.diff import diff
+from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.replay import replay
+from rsft_pipeline.audit.revoke import revoke
+from rsft_pipeline.audit.verify import verify
 from rsft_pipeline.audit.whatif import whatif
 from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
@@ -63,6 +66,32 @@ def test_a_round_is_measured_against_as_many_random_candidates_and_against_all(h
         status = CliRunner().invoke(app, ["status", recipe.name, "--json"]).stdout
         assert f"r000: pass@1 over the control `random`: {over['random'].difference:+.3f} [" in status
         assert json.loads(status.splitlines()[-1])["rounds"][0]["over"]["random"]["low"] == over["random"].low
+
+
+def test_a_control_that_was_made_again_or_after_a_revocation_is_no_finding(home, instance, write_recipe):  # noqa: F811
+    recipe = load(write_recipe(controls=["random", "everything"]))
+
+    def verified(trained_on):
+        return verify(store, [c for c in made() if c["trained_on"] == trained_on][-1], Home.here())
+
+    def made():
+        return store.query("SELECT * FROM checkpoints ORDER BY snapshot")
+
+    for _ in range(2):  # the second attempt comes to the same weights, from another snapshot
+        assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        for trained_on in ("accepted", "random", "everything"):
+            assert verified(trained_on).findings == []
+        alike = {check.name: check.note for check in verified("random").checks if check.differing is None}
+        assert alike == {"its record, against meta.json": "that is of another training, which came to the same weights"}
+        rejected = store.value("SELECT min(candidate_id) FROM decisions WHERE reason = 'below threshold'")
+        revoke(store, thing(store, rejected), who="Ada", why="asked to")
+        notes = [check.note for check in verified("everything").checks if check.differing is None]
+        assert any(note.startswith("a candidate was revoked since, and a control learns others") for note in notes)
+    assert run(instance, recipe, "r000").success
+    with Store.at(home) as store:
+        again = verified("everything")
+        assert again.findings == [] and not [one for one in again.checks if "learns others" in one.note]
 
 
 def test_with_all_rounds_a_control_has_as_many_samples_as_the_accepted_set(home, instance, write_recipe):  # noqa: F811

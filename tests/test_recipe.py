@@ -212,7 +212,7 @@ def test_recipes_differ_by_fields_that_set_takes(write_recipe):
         "sampling.wave_size",
         "sampling.stop",
     }
-    assert found["description"][1] == r'"😀 é \U00002028 \U00000007"'
+    assert found["description"][1] == r'"😀 é \U00002028 \u0007"'
     assert found["seed"] == ("0", "7") and found["sampling.stop"] == ("[]", r'["\n"]') and one.differing(one) == {}
     again = load(other.file, {path: here for path, (here, _) in found.items()})
     assert (

@@ -228,6 +228,13 @@ def test_a_copy_of_the_recipe_does_not_ask_what_was_revoked(home, write_recipe, 
         assert {row["recipe"] for row in page} == {"one"} and len(page) == 3
 
 
+def test_an_erased_text_stands_nowhere_whatever_recipe_it_was_erased_in(store):
+    revoke(store, ids.text(store, "answer 3 0"), **WORDS)
+    revoke(store, ids.text(store, "answer 3 0", letters.RECIPE), **WORDS, erase=True)
+    left = store.query("SELECT * FROM revocations WHERE contains(what, 'answer 3') OR contains(cause, 'answer 3')")
+    assert left == []
+
+
 def test_an_erased_text_does_not_come_back_with_what_was_refused(store):
     refused = [
         Refused("more.jsonl", line, f'{{"a": "{name}"}}'.encode(), "too long", "")
