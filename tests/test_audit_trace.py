@@ -31,7 +31,7 @@ from rsft_pipeline.steps import evaluate, gates
 from rsft_pipeline.steps.decide import decide, efficiency_of
 from rsft_pipeline.steps.ingest import ingest
 from rsft_pipeline.steps.rows import ACCEPTED, of_training
-from rsft_pipeline.store import Store
+from rsft_pipeline.store import Store, StoreError
 from web.app import create
 
 NAME = "letters_loop"
@@ -628,6 +628,17 @@ def test_a_revocation_needs_a_name_and_a_reason(mine):
         revoke(mine, ids.thing(mine, "answer"), who=" ", why="because")
     with pytest.raises(AuditError, match="a scorer has no text to erase"):
         revoke(mine, ids.thing(mine, "answer"), who="me", why="because", erase=True)
+
+
+def test_what_was_revoked_is_told_where_the_past_could_not_be_forgotten(mine, monkeypatch):
+    def busy(store):
+        raise StoreError("somebody was reading")
+
+    monkeypatch.setattr(Store, "forget", busy)
+    words = ["audit", "revoke", accepted(mine, "r001")[0], "--by", "me", "--why", "asked to", "--erase", "--forget"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, StoreError) and done.stdout.startswith("revoked: candidate")
+    assert "older snapshots still have them" in done.stdout
 
 
 # --- export ------------------------------------------------------------------------------------
