@@ -28,7 +28,8 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     loaded = checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
     console.print(able, soft_wrap=True, highlight=False, markup=False)
-    hub = [f"{source}, which is no folder here and is taken for a model on the hub" for source in models.on_hub(loaded)]
+    named = dict.fromkeys([*models.on_hub(loaded), *scoring.on_hub(loaded)])
+    hub = [f"{name}, which is no folder here and is taken for a model on the hub" for name in named]
     rows = "the rows of the source behind the first good one, and whether a prompt fits into the model's context"
     for one in (*hub, rows):
         console.print(f"  left to the round: {one}", soft_wrap=True, highlight=False, markup=False)

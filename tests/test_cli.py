@@ -384,6 +384,8 @@ def test_check_and_schema(home, path):
     assert "can run" in (told := rsft("check", "arithmetic").stdout) and "hub" not in told
     misspelt = rsft("check", path, "--set", "model={source: modles/mine}").stdout
     assert "left to the round: modles/mine, which is no folder here and is taken for a model on the hub" in misspelt
+    reward = "scoring={scorers: [{kind: reward, model: modles/judge}]}"
+    assert "left to the round: modles/judge, which is no folder" in rsft("check", path, "--set", reward).stdout
     schema = json.loads(rsft("schema").stdout)
     for file in RECIPES.glob("*.yaml"):
         jsonschema.validate(yaml.safe_load(file.read_text()), schema)

@@ -86,6 +86,13 @@ def check(recipe: Recipe) -> None:
                 ) from None
 
 
+def on_hub(recipe: Recipe) -> list[str]:
+    """The models that scorers ask, where no folder here is called so: see models.on_hub."""
+    fields = [getattr(config, field, None) for config in recipe.scoring.scorers for field in ("model", "source", "nli")]
+    named = [name for name in fields if name not in (None, embedding.HASHING)]
+    return [name for name in named if models.local(recipe, "its model", name) is None]
+
+
 def judges(recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) -> dict[str, Judge]:
     """The recipe's scorers by label, with what they need loaded: make them once, use them for every batch.
 
