@@ -1,6 +1,7 @@
 """Classification: one label as a completion, drawn, rated and trained on; heads; reports by class."""
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -146,7 +147,12 @@ def recipe(tmp_path, encoder):
 
 
 def test_an_encoder_gets_a_head_for_the_labels_that_follows_from_the_seed(tmp_path, encoder, recipe):
+    told, listener = [], logging.Handler()
+    listener.emit = told.append
+    logging.getLogger("transformers.modeling_utils").addHandler(listener)
     made = models.base(recipe(), tmp_path)
+    logging.getLogger("transformers.modeling_utils").removeHandler(listener)
+    assert told == []  # that a head is new alarms nobody
     before, after = load_file(encoder / "model.safetensors"), load_file(made.path / "model.safetensors")
     assert all(torch.equal(after[f"bert.{name}"], weights) for name, weights in before.items())
     assert after["classifier.weight"].shape == (2, 32)

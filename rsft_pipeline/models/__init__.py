@@ -9,6 +9,7 @@ Weights are read as safetensors only, and no code that comes with a model is eve
 
 import inspect
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -245,6 +246,9 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
     Raises:
         ModelError: weights are missing, or of another shape than the configuration says. OSError: no such model.
     """
+    reporting = logging.getLogger("transformers.modeling_utils")  # it tells what is missing, as is told below
+    level = reporting.level
+    reporting.setLevel(logging.ERROR)
     try:
         model, read = made_with.from_pretrained(
             source,
@@ -257,6 +261,8 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
     except ValueError as error:
         why = str(error).strip().partition("\n")[0]
         raise ModelError(f"{source} cannot be loaded as a {made_with.__name__}: {why}") from error
+    finally:
+        reporting.setLevel(level)
     lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
     if new_head:
         encoder = f"{model.base_model_prefix}."
