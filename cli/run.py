@@ -62,7 +62,8 @@ def run(
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
                 raise RecipeError(f"another `rsft run {loaded.name}` is under way in {Home.here().path}")
-            failure = _execute(instance, loaded, round_key, overrides)
+            left = None if rounds_ is None else rounds_ - len(finished)
+            failure = _execute(instance, loaded, round_key, overrides, left)
         if failure:
             break
         finished.append(round_key)
@@ -80,11 +81,14 @@ def run(
 def _asked_anyway(recipe: Recipe, overrides: dict[str, str]) -> str:
     """What to type for a round that no rule asks for: files may wait in the inbox."""
     inbox = recipe.prompts.inbox
-    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, overrides)} --rounds 1" if inbox else ""
+    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, overrides, 1)}" if inbox else ""
 
 
-def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> dict[str, Any] | None:
-    """Run a round. Of one that fails: what it says as JSON has it, once people are told."""
+def _execute(
+    instance, recipe: Recipe, round_key: str, overrides: dict[str, str], left: int | None
+) -> dict[str, Any] | None:
+    """Run a round, of so many that are left to run. Of one that fails: what it says as JSON has it, once people are
+    told."""
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
     from automation.runs import busy
@@ -108,15 +112,15 @@ def _execute(instance, recipe: Recipe, round_key: str, overrides: dict[str, str]
             raise_on_error=False,
         )
     )
-    return None if result.success else _failed(instance, run_id, recipe, round_key, overrides)
+    return None if result.success else _failed(instance, run_id, recipe, round_key, _command(recipe, overrides, left))
 
 
-def _failed(instance, run_id: str, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> dict[str, Any]:
+def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -> dict[str, Any]:
     from automation import failures
 
     failure = failures.of_run(instance, run_id)
     if failure.interrupted:
-        told = f"{recipe.name} {round_key} was interrupted: run it again to go on: {_command(recipe, overrides)}"
+        told = f"{recipe.name} {round_key} was interrupted: run it again to go on: {again}"
         console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
     else:
         for stack in failure.stacks:
@@ -149,10 +153,11 @@ def _tell_changed(store: Store, recipe: Recipe, round_key: str, overrides: dict[
         console.print("\n".join(lines), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _command(recipe: Recipe, overrides: Mapping[str, str]) -> str:
+def _command(recipe: Recipe, overrides: Mapping[str, str], rounds_: int | None = None) -> str:
     """What to type to run the recipe so."""
     given = [word for path, text in overrides.items() for word in ("--set", f"{path}={text}")]
-    return shlex.join(["rsft", "run", recipe.name, *given])
+    number = [] if rounds_ is None else ["--rounds", str(rounds_)]
+    return shlex.join(["rsft", "run", recipe.name, *number, *given])
 
 
 def _linked(recipe: Recipe) -> Recipe:

@@ -207,7 +207,7 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     (path.parent / "slow.py").write_text(SLOW)
     done = rsft("run", path, "--rounds", "1", "--json")
     assert done.returncode == 130
-    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop\n" in done.stdout
+    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop --rounds 1\n" in done.stdout
     failed = json.loads(done.stdout.splitlines()[-1])["failed"]
     assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
 
