@@ -264,7 +264,9 @@ def _rule(parameters: dict[str, Any]) -> str:
 
 
 def named(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(
+        f"{name} {_number(value) if isinstance(value, float) else value}" for name, value in values.items()
+    )
 
 
 def _spread(per_prompt: dict[int, int]) -> str:

@@ -4,6 +4,8 @@ Not: running it (run.py).
 """
 
 import json
+import shlex
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -49,6 +51,13 @@ def overrides_of(given: list[str] | None) -> dict[str, str]:
             raise RecipeError(f"--set {one}: expected a.b=value")
         found[key] = value
     return found
+
+
+def command(recipe: str, overrides: Mapping[str, str], rounds: int | None = None) -> str:
+    """What to type to run a recipe so."""
+    given = [word for path, text in overrides.items() for word in ("--set", f"{path}={text}")]
+    number = [] if rounds is None else ["--rounds", str(rounds)]
+    return shlex.join(["rsft", "run", recipe, *number, *given])
 
 
 def checked(recipe: Recipe) -> Recipe:

@@ -211,7 +211,7 @@ def impact(
 
 def _thing(store, typed: str | None, text: str | None, recipe: str | None) -> ids.Thing:
     if (typed is None) == (text is None):
-        raise AuditError("say what: an id or a name, or --text")
+        raise AuditError("say what: an id or a name, or else --text")
     return ids.thing(store, typed, recipe) if text is None else ids.text(store, text, recipe)
 
 
@@ -302,6 +302,8 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
     for recipe in dict.fromkeys(recipe for recipe, _ in done.marked):
         count = sum(name == recipe for name, _ in done.marked)
         tree.add(f"marked: `rsft run {recipe} --rounds {count}` runs them again")
+    if done.marked and (first := FIRST.get(done.impact.thing.kind)):
+        tree.add(Text(first, style="yellow"))
     if done.erased:
         node = tree.add(
             ", ".join(
@@ -319,6 +321,12 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
     return tree
 
 
+FIRST = {  # before rounds that are run again come to anything
+    "checkpoint": "an unchanged recipe may give the same weights again, which are refused: change it, or revoke what "
+    "they learned",
+    "scorer": "the scorer has to be another version first: a round by this one is refused",
+    "source": "where a recipe has no other source, give it one first",
+}
 NOT_REACHED = (
     "the source itself, which the next round reads again",
     "the weights that learned it, in checkpoints/ and wherever they were copied",

@@ -5,18 +5,16 @@ recorded in the same instance.
 """
 
 import json
-import shlex
 import sys
 import textwrap
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from cli import here, status
-from cli.check import RecipeArgument, SetOption, checked, overrides_of
+from cli.check import RecipeArgument, SetOption, checked, command, overrides_of
 from cli.console import console
 from cli.status import JsonOption
 from rsft_pipeline import rounds
@@ -81,7 +79,7 @@ def run(
 def _asked_anyway(recipe: Recipe, overrides: dict[str, str]) -> str:
     """What to type for a round that no rule asks for: files may wait in the inbox."""
     inbox = recipe.prompts.inbox
-    return f"; one reads what is new in {recipe.path(inbox)}: {_command(recipe, overrides, 1)}" if inbox else ""
+    return f"; one reads what is new in {recipe.path(inbox)}: {command(recipe.name, overrides, 1)}" if inbox else ""
 
 
 def _execute(
@@ -112,7 +110,9 @@ def _execute(
             raise_on_error=False,
         )
     )
-    return None if result.success else _failed(instance, run_id, recipe, round_key, _command(recipe, overrides, left))
+    return (
+        None if result.success else _failed(instance, run_id, recipe, round_key, command(recipe.name, overrides, left))
+    )
 
 
 def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -> dict[str, Any]:
@@ -149,15 +149,8 @@ def _tell_changed(store: Store, recipe: Recipe, round_key: str, overrides: dict[
         kept = {
             path: text for path, text in overrides.items() if not any(f"{path}.".startswith(f"{c}.") for c in changed)
         }
-        lines.append(f"as it was: {_command(recipe, kept | {path: was for path, (was, _) in changed.items()})}")
+        lines.append(f"as it was: {command(recipe.name, kept | {path: was for path, (was, _) in changed.items()})}")
         console.print("\n".join(lines), style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _command(recipe: Recipe, overrides: Mapping[str, str], rounds_: int | None = None) -> str:
-    """What to type to run the recipe so."""
-    given = [word for path, text in overrides.items() for word in ("--set", f"{path}={text}")]
-    number = [] if rounds_ is None else ["--rounds", str(rounds_)]
-    return shlex.join(["rsft", "run", recipe.name, *number, *given])
 
 
 def _linked(recipe: Recipe) -> Recipe:

@@ -1,5 +1,6 @@
 """`rsft status`: the rounds so far, for people and as JSON."""
 
+import itertools
 import json
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from cli import here
+from cli.check import command
 from cli.console import console
 from resources import pages
 from rsft_pipeline import rounds
@@ -74,6 +76,13 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
             difference = shown(found.difference, found.low, found.high)
             told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
+    for before, row in itertools.pairwise(rows):
+        if _judged_by(before) != _judged_by(row):
+            told = (
+                f"{row['round']} was judged otherwise than {before['round']}, by scorers or settings of `evaluation`: "
+                f"rsft audit diff {recipe} {before['round']} {row['round']}"
+            )
+            console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if reason := rounds.why_stopped(store, recipe):
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
@@ -136,11 +145,11 @@ def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
 
 def _standing(unfinished: dict[str, Any]) -> str:
     """Where a round that is not finished stands, and why it does not go on."""
+    from assets.shared import OVERRIDES
     from automation import failures, runs
 
-    taken_up = f"`rsft run {unfinished['recipe']}` takes it up"
     if unfinished["state"] == "revoked":
-        return f"revoked; {taken_up}"
+        return f"revoked; `{command(unfinished['recipe'], {})}` takes it up"
     instance = here.instance()
     under_way = {run.run_id for run in runs.under_way(instance)}
     last = runs.last(instance, unfinished["recipe"], unfinished["round"])
@@ -152,7 +161,15 @@ def _standing(unfinished: dict[str, Any]) -> str:
         if run_id in under_way:
             return f"under way, in Dagster's run {run_id}"
     why = "; ".join(failures.of_run(instance, tried[0]).why)
+    run = instance.get_run_by_id(tried[0])
+    given = json.loads(run.tags.get(OVERRIDES, "{}")) if run else {}
+    taken_up = f"`{command(unfinished['recipe'], given)}` takes it up"
     return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
+
+
+def _judged_by(row: dict[str, Any]) -> tuple:
+    """What the held-out results of a round rest on, beside weights and prompts."""
+    return row["evaluation_scorers"] or row["scorers"], json.loads(row["settings"])["evaluation"]
 
 
 def _values(summary: str) -> dict[str, float | None]:

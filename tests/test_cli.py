@@ -12,6 +12,7 @@ import time
 import tomllib
 
 import jsonschema
+import letters_store as letters
 import pytest
 import yaml
 
@@ -94,6 +95,18 @@ def test_status_names_the_rounds_where_none_is_finished(home):
     }
 
 
+def test_status_marks_rounds_that_were_judged_otherwise(home):
+    with letters.write(home) as store:
+        assert "judged otherwise" not in rsft("status", letters.RECIPE).stdout
+        stricter = '{"evaluation": {"pass_above": 0.9}}'
+        changed = "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'"
+        store.commit(lambda connection: connection.execute(changed, [stricter]))
+    told = rsft("status", letters.RECIPE).stdout
+    assert (
+        "r001 was judged otherwise than r000, by scorers or settings of `evaluation`: rsft audit diff letters" in told
+    )
+
+
 def test_a_name_with_a_dot_is_no_other_recipe(home):
     with Store.at(home) as store:
         store.append("rounds", [{"recipe": "one", "round": "r000", "state": "started", "dagster_run_id": "gone"}])
@@ -123,9 +136,8 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert told["failed"]["why"] == [lines[1].strip()]
     assert told["failed"]["dagster_run_id"] in lines[2]
     assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
-    standing = (
-        f"letters_loop r000: begun, not finished; `rsft run letters_loop` takes it up (it ended by: {lines[1].strip()})"
-    )
+    again = "`rsft run letters_loop --set acceptance.threshold=1.0` takes it up"
+    standing = f"letters_loop r000: begun, not finished; {again} (it ended by: {lines[1].strip()})"
     assert standing in rsft("status").stdout
 
 

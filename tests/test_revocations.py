@@ -8,7 +8,7 @@ import letters_store as letters
 import pytest
 from typer.testing import CliRunner
 
-from cli import audit, main  # noqa: F401 (main puts the commands of lineage.py into audit's)
+from cli import audit, main
 from rsft_pipeline import lineage, report, revocations, rounds
 from rsft_pipeline.audit import browse, ids, verify
 from rsft_pipeline.audit.ids import AuditError
@@ -16,7 +16,7 @@ from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
-from rsft_pipeline.prompts import Ingest, Prompt, Refused
+from rsft_pipeline.prompts import Ingest, Prompt, PromptError, Refused
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps.ingest import ingest
@@ -207,6 +207,14 @@ def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
     assert left == [{"source": "f.txt"}]
 
 
+def test_who_revokes_what_may_come_back_is_told_what_to_do_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSFT_HOME", str(tmp_path))
+    letters.write(tmp_path).close()
+    words = ["audit", "revoke", letters.CHECKPOINTS["r000"], "--by", "Ada", "--why", "asked to"]
+    said = CliRunner().invoke(main.app, words, catch_exceptions=False).stdout
+    assert "marked: `rsft run letters --rounds 2`" in said and "may give the same weights again" in said
+
+
 @pytest.mark.parametrize("erase", [False, True])
 def test_a_copy_of_the_recipe_does_not_ask_what_was_revoked(home, write_recipe, erase):
     def read(name: str) -> set[str]:
@@ -226,6 +234,9 @@ def test_a_copy_of_the_recipe_does_not_ask_what_was_revoked(home, write_recipe, 
         assert read("another") == {first + second for first in "abc" for second in "abcde"} - {"ab", "cd"}
         page = browse.revocations(store).rows
         assert {row["recipe"] for row in page} == {"one"} and len(page) == 3
+        revoke(store, ids.thing(store, "asked.jsonl", "one"), **WORDS)
+        with pytest.raises(PromptError, match="one: all 15 prompts were revoked: give others"):
+            read("one")
 
 
 def test_an_erased_text_stands_nowhere_whatever_recipe_it_was_erased_in(store):

@@ -77,6 +77,8 @@ def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_ke
     read = replace(read, prompts=[replace(p, split=split[p.prompt_id]) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
         left_out = sum(row.reason == revocations.REASON for row in read.refused)
+        if left_out and not read.prompts:
+            raise prompts.PromptError(f"{recipe.name}: all {left_out} prompts were revoked: give others")
         besides = f" ({left_out} more were revoked)" if left_out else ""
         or_else = "" if left_out or sides else ", or change prompts.eval_fraction"
         raise prompts.PromptError(
