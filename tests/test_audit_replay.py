@@ -470,7 +470,7 @@ def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine)
 
     revoke(mine, ids.thing(mine, candidate), who="me", why="because")
     answer = verified(mine, "r001")
-    assert answer.ok and answer.checks[-1].note == "1 were revoked since"
+    assert answer.ok and answer.checks[-1].note == "1 was revoked since"
     change(mine, "UPDATE rounds SET checkpoint = 'another' WHERE round = 'r001'")
     answer = verify(mine, made, Home.here())
     assert answer.ok and answer.checks[-1].differing is None and "begun again" in answer.checks[-1].note

@@ -693,6 +693,14 @@ def test_an_export_takes_a_recipe_and_a_round_for_the_checkpoint_that_it_made(th
     assert told["checkpoint"] == rounds.history(there, NAME)[1]["checkpoint"]
 
 
+def test_what_is_exported_is_a_checkpoint_whatever_else_begins_so(mine, tmp_path):
+    made = rounds.history(mine, NAME)[1]["checkpoint"]
+    mine.append("candidates", [{"recipe": NAME, "round": "r000", "candidate_id": f"{made[:8]}{'f' * 24}"}])
+    assert export(mine, made[:8], tmp_path / "out").checkpoint == made
+    with pytest.raises(AuditError, match="is a candidate, not a checkpoint"):
+        export(mine, accepted(mine, "r001")[0], tmp_path / "other")
+
+
 def test_where_two_rounds_gave_the_same_weights_each_has_its_own_samples(mine, tmp_path):
     first, second = (row["checkpoint"] for row in rounds.history(mine, NAME))
     for table in ("checkpoints", "training_samples", "rounds"):

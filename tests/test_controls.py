@@ -87,7 +87,9 @@ def test_a_control_that_was_made_again_or_after_a_revocation_is_no_finding(home,
         rejected = store.value("SELECT min(candidate_id) FROM decisions WHERE reason = 'below threshold'")
         revoke(store, thing(store, rejected), who="Ada", why="asked to")
         notes = [check.note for check in verified("everything").checks if check.differing is None]
-        assert any(note.startswith("a candidate was revoked since, and a control learns others") for note in notes)
+        assert any(
+            note.startswith("of its candidates 1 was revoked since, and a control learns others") for note in notes
+        )
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
         again = verified("everything")

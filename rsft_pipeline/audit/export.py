@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rsft_pipeline.audit import croissant, openlineage
-from rsft_pipeline.audit.ids import AuditError, Thing, thing
+from rsft_pipeline.audit.ids import AuditError, thing
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.revocations import of_checkpoint
 from rsft_pipeline.steps.rows import of_scorers
@@ -84,7 +84,7 @@ def export(
     Raises:
         AuditError: no round made such weights, or the folder holds something.
     """
-    named = _checkpoint(thing(store, checkpoint, recipe))
+    digest = _checkpoint(store, checkpoint, recipe)
     to = Path(to).expanduser().resolve()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise AuditError(f"{to} is not an empty folder: give a new one")
@@ -92,7 +92,7 @@ def export(
 
     def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
-        made = _made(query, named, recipe, round_key)
+        made = _made(query, digest, recipe, round_key)
         to.mkdir(parents=True, exist_ok=True)
         sql, parameters, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
@@ -115,21 +115,26 @@ def export(
     return Exported(made["recipe"], made["round"], made["checkpoint"], made["samples"], files, notes)
 
 
-def _checkpoint(named: Thing) -> Thing:
+def _checkpoint(store: Store, typed: str, recipe: str | None) -> str:
+    """The digest of the one checkpoint that is meant, whatever else begins so."""
+    sql = "SELECT DISTINCT checkpoint FROM checkpoints WHERE starts_with(checkpoint, ?)"
+    if len(found := store.query(sql, [typed])) == 1:
+        return found[0]["checkpoint"]
+    named = thing(store, typed, recipe)
     if named.kind != "checkpoint":
         raise AuditError(f"{named.what} is a {named.kind}, not a checkpoint")
-    return named
+    return named.what
 
 
-def _made(query: Query, named: Thing, recipe: str | None, round_key: str | None) -> dict[str, Any]:
+def _made(query: Query, digest: str, recipe: str | None, round_key: str | None) -> dict[str, Any]:
     rows = query(
         """SELECT * EXCLUDE (meta), json_extract_string(meta, '$.scorers[*]') AS scorers, meta FROM checkpoints
            WHERE checkpoint = $checkpoint AND ($recipe IS NULL OR recipe = $recipe)
              AND ($round IS NULL OR round = $round) ORDER BY snapshot LIMIT 1""",
-        {"checkpoint": named.what, "recipe": recipe, "round": round_key},
+        {"checkpoint": digest, "recipe": recipe, "round": round_key},
     )
     if not rows:
-        raise AuditError(f"no round made the weights {named.what}: they have no training set here")
+        raise AuditError(f"no round made the weights {digest}: they have no training set here")
     return rows[0]
 
 

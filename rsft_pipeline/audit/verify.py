@@ -291,10 +291,13 @@ def _others(
         first = "r000" if data == "all_rounds" else made["round"]
         (gone,) = connection.execute(_REVOKED, {**of, "first": first}).fetchone()
         if gone:
-            were = "a candidate was" if gone == 1 else f"{gone:,} candidates were"
-            return f"{were} revoked since, and a control learns others, or as many as are left"
+            return f"of its candidates {_since(gone)}, and a control learns others, or as many as are left"
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     return f"all {rows} were revoked since" if 0 < rows == len(revoked) else ""
+
+
+def _since(number: int) -> str:
+    return f"{number:,} {'was' if number == 1 else 'were'} revoked since"
 
 
 # The checkpoints that count for a round: its own and its controls.
@@ -382,7 +385,7 @@ def _then(
             else Finding("data", what, rows)
         )
     name = _THEN if there else "rows of now, leaf by leaf, and the leaves by the root"
-    said = f"{len(revoked)} were revoked since" if revoked else ""
+    said = _since(len(revoked)) if revoked else ""
     note(Check(name, rows - len(revoked), len(different) or len(found), said), *found)
     return recorded if revoked else root
 
@@ -414,7 +417,7 @@ def _now(
         for how in sorted({how for _, how in different})
         for ids in [[candidate for candidate, why in different if why == how]]
     ]
-    said = f"{len(revoked)} were revoked since" if revoked else ""
+    said = _since(len(revoked)) if revoked else ""
     note(Check(_NOW, count - len(revoked), len(different), said), *found)
 
 
