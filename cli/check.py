@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cli import here
-from cli.console import console
+from cli.console import say
 from rsft_pipeline import models, prompts, scoring
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe import reading
@@ -29,12 +29,12 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Say whether a recipe can run: its fields, and what they name. Runs nothing."""
     loaded = checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
-    console.print(able, soft_wrap=True, highlight=False, markup=False)
+    say(able)
     named = dict.fromkeys([*models.on_hub(loaded), *scoring.on_hub(loaded)])
     hub = [f"{name}, which is no folder here and is taken for a model on the hub" for name in named]
     rows = "the rows of the source behind the first good one, and whether a prompt fits into the model's context"
     for one in (*hub, rows):
-        console.print(f"  left to the round: {one}", soft_wrap=True, highlight=False, markup=False)
+        say(f"  left to the round: {one}")
 
 
 def schema() -> None:

@@ -7,3 +7,8 @@ from rich.console import Console
 WHOLE = 1_000_000  # columns: more than any line has, and rich pads none to it
 
 console = Console(width=None if sys.stdout and sys.stdout.isatty() else WHOLE)  # None: it was closed
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it is: nothing in it is taken for markup, and it is as long as it is."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ import typer
 
 from cli import here, status
 from cli.check import RecipeArgument, SetOption, checked, command, overrides_of
-from cli.console import console
+from cli.console import console, say
 from cli.status import JsonOption
 from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
@@ -55,7 +55,7 @@ def run(
         if reason:
             if not finished:  # else it is told below what they gave
                 told = f"{loaded.name}: no further round: {reason}{_asked_anyway(loaded, overrides)}"
-                console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+                say(told, style="yellow")
             break
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
@@ -121,7 +121,7 @@ def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -
     failure = failures.of_run(instance, run_id)
     if failure.interrupted:
         told = f"{recipe.name} {round_key} was interrupted: run it again to go on: {again}"
-        console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(told, style="yellow")
     else:
         for stack in failure.stacks:
             print(stack, file=sys.stderr)
@@ -150,7 +150,7 @@ def _tell_changed(store: Store, recipe: Recipe, round_key: str, overrides: dict[
             path: text for path, text in overrides.items() if not any(f"{path}.".startswith(f"{c}.") for c in changed)
         }
         lines.append(f"as it was: {command(recipe.name, kept | {path: was for path, (was, _) in changed.items()})}")
-        console.print("\n".join(lines), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say("\n".join(lines), style="yellow")
 
 
 def _linked(recipe: Recipe) -> Recipe:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cli import here
 from cli.check import command
-from cli.console import console
+from cli.console import console, say
 from resources import pages
 from rsft_pipeline import rounds
 from rsft_pipeline.evaluation import shown
@@ -49,11 +49,11 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
     """Print the rounds of a recipe that are finished, or only these, and where it stands."""
     rows = _rows(store, recipe, only)
     if refused := _refused(store, recipe):
-        console.print(f"{recipe}: {refused}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        say(f"{recipe}: {refused}", style="yellow")
     if only is None:
         for row in _unfinished(store, recipe):
             words = f"{recipe} {row['round']}: {_standing(row)}"
-            console.print(words, style="yellow", highlight=False, soft_wrap=True, markup=False)
+            say(words, style="yellow")
     if not rows:
         return
     table = Table(
@@ -71,22 +71,22 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
         )
     console.print(table)
     for row in rows:
-        console.print(f"{row['round']}: {row['verdict']}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{row['round']}: {row['verdict']}")
         for role, found in over_controls(store.query, row).items():
             difference = shown(found.difference, found.low, found.high)
             told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            say(told)
     for before, row in itertools.pairwise(rows):
         if _judged_by(before) != _judged_by(row):
             told = (
                 f"{row['round']} was judged otherwise than {before['round']}, by scorers or settings of `evaluation`: "
                 f"rsft audit diff {recipe} {before['round']} {row['round']}"
             )
-            console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            say(told, style="yellow")
     if reason := rounds.why_stopped(store, recipe):
         console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
     state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
-    console.print(state, highlight=False, markup=False, soft_wrap=True)
+    say(state)
 
 
 def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:

@@ -83,15 +83,12 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
 
 def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
     """Whether the lengths of draws are those of their tokens, and their origin is what the round drew from."""
-    for name, wrong, what in (
-        (
-            "lengths",
-            lambda row: row["tokens"] != len(row["token_ids"] or ()),
-            "lengths that are not those of the tokens",
-        ),
-        ("origins", lambda row: row["origin"] not in (None, source), f"origins other than «{source}»"),
+    lengths = [row["candidate_id"] for row in rows if row["tokens"] != len(row["token_ids"] or ())]
+    origins = [row["candidate_id"] for row in rows if row["origin"] not in (None, source)]
+    for name, found, what in (
+        ("lengths", lengths, "lengths that are not those of the tokens"),
+        ("origins", origins, f"origins other than «{source}»"),
     ):
-        found = [row["candidate_id"] for row in rows if wrong(row)]
         note(Check(f"{name}{of}", len(rows), len(found)), *([named("data", what, found)] if found else []))
 
 

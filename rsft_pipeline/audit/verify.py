@@ -25,7 +25,7 @@ from rsft_pipeline.models import checkpoints
 from rsft_pipeline.recipe.acceptance import Rule
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.training import Training
-from rsft_pipeline.revocations import ALLOWED, ANY, NAMED
+from rsft_pipeline.revocations import ALLOWED, ANY, NAMED, REASON
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Store
 
@@ -308,7 +308,7 @@ _RESULT = """
 """
 _REVOKED = f"""WITH {NAMED} SELECT count(*) FROM decisions d
     JOIN candidates c ON c.candidate_id = d.candidate_id AND c.recipe = $recipe
-    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $round AND d.reason <> 'revoked' AND NOT ({ALLOWED})"""
+    WHERE d.recipe = $recipe AND d.round BETWEEN $first AND $round AND d.reason <> '{REASON}' AND NOT ({ALLOWED})"""
 _BEGUN_SINCE = """
     SELECT e.round FROM rounds e JOIN rounds r ON r.recipe = e.recipe AND r.round = $round
     WHERE e.recipe = $recipe AND e.round < $round AND e.started_at > r.started_at

@@ -45,10 +45,8 @@ class Likelihood:
                 completion had ended). Messages go through the model's own chat template.
         """
         texts = [completion for _, _, completion, _ in rows]
-        ended, begun = (
-            self.task.completion_ids(self.model, self.tokenizer, texts),
-            len(configuration.begin_ids(self.model)),
-        )
+        ended = self.task.completion_ids(self.model, self.tokenizer, texts)
+        begun = len(configuration.begin_ids(self.model))
         encoded: dict[int, Sample] = {}
         for i, (prompt, messages, _, has_ended) in enumerate(rows):
             sample = Sample("", self._prompt(prompt, messages), ended[i] if has_ended else ended[i][:-1])
