@@ -26,7 +26,7 @@ from rich.tree import Tree
 
 from cli import here
 from cli.check import RecipeArgument, SetOption, overrides_of
-from cli.console import console
+from cli.console import JsonOption, console
 from rsft_pipeline import rounds
 from rsft_pipeline.audit import diff as differing
 from rsft_pipeline.audit import replay as replaying
@@ -48,7 +48,6 @@ app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object, and nothing else.")]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cli import here
-from cli.audit import CheckpointArgument, JsonOption, RecipeOption, RoundOfArgument, named, opened, show
+from cli.audit import CheckpointArgument, RecipeOption, RoundOfArgument, named, opened, show
+from cli.console import JsonOption
 from rsft_pipeline.audit import export as exporting
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit import impact as following

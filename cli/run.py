@@ -15,8 +15,7 @@ import typer
 
 from cli import here, status
 from cli.check import RecipeArgument, SetOption, checked, command, overrides_of
-from cli.console import console, say
-from cli.status import JsonOption
+from cli.console import JsonOption, console, say
 from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import watch

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cli import here
 from cli.check import command
-from cli.console import console, say
+from cli.console import JsonOption, console, say
 from resources import pages
 from rsft_pipeline import rounds
 from rsft_pipeline.evaluation import shown
@@ -20,8 +20,6 @@ from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.report import NAMES
 from rsft_pipeline.steps.evaluate import finite, over_controls
 from rsft_pipeline.store import Store
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
 def status(
@@ -35,14 +33,16 @@ def status(
         for name in names:
             if name not in there:
                 raise RecipeError(f"{here.recipe_file(recipe).stem} has no rounds yet: rsft run {recipe}")
-            show(store, name, None)
-        if there:
-            show_pages()
-        if not names:
-            console.print("no rounds yet: rsft run arithmetic")
         if json_:
             summaries = [summary(store, name, None) for name in names]
             print(json.dumps(summaries[0] if recipe else summaries))
+            return
+        for name in names:
+            show(store, name, None)
+        if there:
+            show_pages()
+        else:
+            console.print("no rounds yet: rsft run arithmetic")
 
 
 def show(store: Store, recipe: str, only: list[str] | None) -> None:

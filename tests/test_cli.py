@@ -47,7 +47,7 @@ def path(home, write_recipe):
 def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
     done = rsft("run", path, "--rounds", "2", "--set", "sampling.draws=4", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(done.stdout)
     assert told["recipe"] == "letters_loop"
     assert [one["round"] for one in told["rounds"]] == ["r000", "r001"]
     first, second = told["rounds"]
@@ -61,8 +61,8 @@ def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
     assert told["champion"] in {first["checkpoint"], second["checkpoint"]}
 
     status = rsft("status", path, "--json")
-    assert json.loads(status.stdout.splitlines()[-1]) == told
-    assert "r001" in status.stdout
+    assert json.loads(status.stdout) == told and status.stderr == ""
+    assert "r001" in rsft("status", path).stdout
 
     # It is Dagster that ran them: runs, tags and partitions are in the instance, and the UI will load the recipe.
     import dagster as dg
@@ -82,11 +82,11 @@ def test_status_names_the_rounds_where_none_is_finished(home):
     with Store.at(home) as store:
         store.append("rounds", begun)
         store.append("quarantine", [{"recipe": "one", "reason": reason} for reason in ("empty", "too long", "empty")])
-    status = rsft("status", "one", "--json")
+    status = rsft("status", "one")
     assert "one: rows refused: 2 empty, 1 too long (Quarantine, in the audit pages)" in status.stdout
     assert "one r000: revoked; `rsft run one` takes it up\n" in status.stdout
     assert "one r001: begun, not finished; `rsft run one` takes it up\n" in status.stdout
-    assert json.loads(status.stdout.splitlines()[-1]) == {
+    assert json.loads(rsft("status", "one", "--json").stdout) == {
         "recipe": "one",
         "rounds": [],
         "unfinished": {"r000": "revoked", "r001": "started"},
@@ -117,20 +117,20 @@ def test_a_name_with_a_dot_is_no_other_recipe(home):
 
 def test_stop_rules_end_a_run_and_say_why(path):
     done = rsft("run", path, "--set", "stop.rounds=1", "--json")
-    assert len(json.loads(done.stdout.splitlines()[-1])["rounds"]) == 1
-    assert "rounds used up: 1 finished, 1 allowed" in done.stdout
+    assert len(json.loads(done.stdout)["rounds"]) == 1
+    assert "rounds used up: 1 finished, 1 allowed" in done.stderr
     again = rsft("run", path, "--set", "stop.rounds=1", "--json")
-    assert json.loads(again.stdout.splitlines()[-1])["rounds"] == []
+    assert json.loads(again.stdout)["rounds"] == []
 
 
 def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     done = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--json")
     assert done.returncode == 1
-    *lines, last = done.stdout.splitlines()
-    assert lines[0] == "letters_loop r000 failed"
+    lines = done.stderr.splitlines()
+    lines = lines[lines.index("letters_loop r000 failed") :]
     assert lines[1].startswith("  check something_accepted: nothing was accepted (below threshold: ")
     assert "Combined scores are from 0 to 1, the rule is threshold (" in lines[1] and "threshold 1" in lines[1]
-    told = json.loads(last)
+    told = json.loads(done.stdout)
     assert told["rounds"] == [] and told["unfinished"] == {"r000": "started"}
     assert told["failed"]["round"] == "r000" and not told["failed"]["interrupted"]
     assert told["failed"]["why"] == [lines[1].strip()]
@@ -161,11 +161,11 @@ def test_a_rule_that_can_decide_on_nothing_says_so_without_a_stack_and_the_round
     assert done.returncode == 1 and "acceptance.threshold cannot be calibrated on the pilot" in done.stdout
     assert "Stack Trace" not in done.stderr and "ValueError" not in done.stdout + done.stderr
     again = rsft("run", path, "--set", "stop.rounds=1", "--json")  # what was begun is finished
-    assert [one["round"] for one in json.loads(again.stdout.splitlines()[-1])["rounds"]] == ["r000"]
+    assert [one["round"] for one in json.loads(again.stdout)["rounds"]] == ["r000"]
     begun = rsft("run", path, "--rounds", "1", "--set", rule)
     assert begun.returncode == 1 and "r001 failed" in begun.stdout
     last = rsft("run", path, "--set", "stop.rounds=1", "--json")  # though the one round was used up
-    assert [one["round"] for one in json.loads(last.stdout.splitlines()[-1])["rounds"]] == ["r001"]
+    assert [one["round"] for one in json.loads(last.stdout)["rounds"]] == ["r001"]
 
 
 def test_an_error_that_is_not_of_the_project_comes_with_its_stack(home, path):
@@ -211,7 +211,7 @@ def rows():
 """)
     assert "rounds: 3" in path.read_text()
     done = rsft("run", path, "--json")
-    assert [one["round"] for one in json.loads(done.stdout.splitlines()[-1])["rounds"]] == ["r000"], done.stderr
+    assert [one["round"] for one in json.loads(done.stdout)["rounds"]] == ["r000"], done.stderr
 
 
 def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, write_recipe):
@@ -219,8 +219,8 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     (path.parent / "slow.py").write_text(SLOW)
     done = rsft("run", path, "--rounds", "1", "--json")
     assert done.returncode == 130
-    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop --rounds 1\n" in done.stdout
-    failed = json.loads(done.stdout.splitlines()[-1])["failed"]
+    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop --rounds 1\n" in done.stderr
+    failed = json.loads(done.stdout)["failed"]
     assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
 
 
