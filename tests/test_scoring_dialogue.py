@@ -59,14 +59,16 @@ def sample(reply: str, *turns: str, prompt: str = "") -> Sample:
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token for each character, [CLS] … [SEP] around them as BERT has it, at most 16."""
-    made = Tokenizer(models.WordLevel({"§": CLS, "¤": SEP} | {chr(i): i for i in range(2, 128)}, unk_token="§"))
+    made = Tokenizer(
+        models.WordLevel({"[CLS]": CLS, "[SEP]": SEP} | {chr(i): i for i in range(2, 128)}, unk_token="[CLS]")
+    )
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.post_processor = processors.BertProcessing(("¤", SEP), ("§", CLS))
+    made.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        cls_token="§",
-        sep_token="¤",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
         pad_token=chr(PAD),
         model_max_length=16,
         model_input_names=names,
@@ -112,7 +114,9 @@ def test_hashed_relevance_is_the_cosine_of_shared_runs_of_characters(judge):
     assert found[:4] == pytest.approx([1.0, 1 / 6, 0.0, 1.0], abs=1e-6)
     assert found[4:] == [None, None]
     # without a column of turns: the messages, else the prompt
-    chat = Sample("§", "abc", None, {}, None, [{"role": "system", "content": "q"}, {"role": "user", "content": "abc"}])
+    chat = Sample(
+        "[CLS]", "abc", None, {}, None, [{"role": "system", "content": "q"}, {"role": "user", "content": "abc"}]
+    )
     plain = sample("abc", prompt="abc")
     assert judge([chat, plain], kind="relevance", model="hashing") == pytest.approx([1.0, 1.0], abs=1e-6)
 
@@ -234,11 +238,13 @@ def test_a_contradiction_counts_where_it_is_worse_than_the_repetition(judge, tok
         sample("yes", "yes", "?"),  # repeated
         sample("no", "x" * 12, "?"),  # too long for the model
         sample("no"),
+        sample("[SEP]", "yes", "?"),  # as text, not as the token
     ]
     found = judge(samples, kind="consistency", turns="turns", nli="nli", batch_size=2)
     worst = [max(contradiction("yes", "no"), contradiction("maybe", "no")), contradiction("was", "is")]
     assert found[:2] == pytest.approx([1 - p for p in worst], abs=1e-5)
-    assert found[2:] == [0.0, None, 1.0]
+    assert found[2:5] == [0.0, None, 1.0]
+    assert found[5] == pytest.approx(1 - contradiction("yes", "[SEP]"), abs=1e-5)
     assert abs(worst[0] - worst[1]) > 0.005
 
     config = json.loads((tmp_path / "nli" / "config.json").read_text())

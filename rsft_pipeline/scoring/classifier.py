@@ -36,9 +36,12 @@ class Classifier:
         self.longest = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
 
     def __call__(self, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[list[float] | None]:
-        """The logits of each pair of texts; None where they are longer than the model's context."""
-        encoded = self.tokenizer([first for first, _ in pairs], [second for _, second in pairs], verbose=False)
-        return self._logits(encoded, batch_size)
+        """The logits of each pair of texts; None where they are longer than the model's context.
+
+        What reads like a special token in them is text: a completion must not end what the model is told of it.
+        """
+        first, second = [first for first, _ in pairs], [second for _, second in pairs]
+        return self._logits(self.tokenizer(first, second, split_special_tokens=True, verbose=False), batch_size)
 
     def conversations(self, texts: Sequence[str], batch_size: int) -> list[list[float] | None]:
         """The same of texts from the chat template, which hold their special tokens already."""
