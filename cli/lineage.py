@@ -305,6 +305,9 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
         tree.add(f"marked: `rsft run {recipe} --rounds {count}` runs them again")
     if done.marked and (first := FIRST.get(done.impact.thing.kind)):
         tree.add(Text(first, style="yellow"))
+    found = done.impact
+    if found.thing.kind == "text" and not (found.prompts or found.candidates or found.held_out):
+        tree.add(Text("nothing here has it yet: only what comes later will be kept out", style="yellow"))
     if done.erased:
         node = tree.add(
             ", ".join(
