@@ -41,7 +41,7 @@ bench: setup $(PEERS)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training large-vocabulary --turns 3 --ways ours trainer trl \
 		--peers $(PEERS)/bin/python --out docs/benchmarks/large-vocabulary
 	$(BIN)/python -m benchmarks.round
-	$(BIN)/python -m benchmarks.round --prompts 20000 --turns 2 --out docs/benchmarks/more-prompts
+	$(BIN)/python -m benchmarks.round --prompts 20000 --turns 3 --out docs/benchmarks/more-prompts
 	$(BIN)/python -m benchmarks.round --prompts 20000 --turns 2 --set model.bootstrap.steps=200 \
 		model.bootstrap.config.hidden_size=512 model.bootstrap.config.intermediate_size=1536 \
 		model.bootstrap.config.num_hidden_layers=4 --out docs/benchmarks/larger-round

@@ -51,10 +51,10 @@ def run(
             round_key = rounds.following(store, loaded.name)
             if not reason:
                 _tell_changed(store, loaded, round_key, overrides)
+            elif not finished:  # else the results, below, say why
+                asked_anyway = _asked_anyway(store, loaded, overrides)
+                say(f"{loaded.name}: no further round: {reason}{asked_anyway}", style="yellow")
         if reason:
-            if not finished:  # else it is told below what they gave
-                told = f"{loaded.name}: no further round: {reason}{_asked_anyway(loaded, overrides)}"
-                say(told, style="yellow")
             break
         with Home.here().lock(f"round of {loaded.name}", wait=False) as alone:
             if not alone:
@@ -75,10 +75,12 @@ def run(
         raise typer.Exit(130 if failure["interrupted"] else 1)
 
 
-def _asked_anyway(recipe: Recipe, overrides: dict[str, str]) -> str:
-    """What to type for a round that no rule asks for: files may wait in the inbox."""
+def _asked_anyway(store: Store, recipe: Recipe, overrides: dict[str, str]) -> str:
+    """What to type for one more round, because files may wait in the inbox; empty where `--rounds` runs none either."""
     inbox = recipe.prompts.inbox
-    return f"; one reads what is new in {recipe.path(inbox)}: {command(recipe.name, overrides, 1)}" if inbox else ""
+    if not inbox or rounds.why_stop(store, _unlimited(recipe)):
+        return ""
+    return f"; one reads what is new in {recipe.path(inbox)}: {command(recipe.name, overrides, 1)}"
 
 
 def _execute(

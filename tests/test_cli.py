@@ -123,6 +123,16 @@ def test_stop_rules_end_a_run_and_say_why(path):
     assert json.loads(again.stdout)["rounds"] == []
 
 
+def test_one_more_round_for_the_inbox_is_named_where_asking_for_it_runs_one(home, write_recipe):
+    letters.write(home).close()
+    prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "inbox": "more"}
+    path = write_recipe(letters.RECIPE, prompts=prompts, stop={"rounds": 1})
+    named = f"1 allowed; one reads what is new in {path.parent / 'more'}: rsft run {letters.RECIPE} --rounds 1\n"
+    assert named in rsft("run", path).stdout
+    reached = rsft("run", path, "--set", "stop.target=0").stdout
+    assert "no further round: target reached" in reached and "what is new" not in reached
+
+
 def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     done = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--json")
     assert done.returncode == 1
