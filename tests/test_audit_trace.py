@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +38,7 @@ from rsft_pipeline.store import Store, StoreError
 from web.app import create
 
 NAME = "letters_loop"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 @pytest.fixture
@@ -657,6 +661,10 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     assert [row["candidate_id"] for row in rows] == accepted(there, "r001")
     leaves = there.arrow(f"SELECT leaf FROM {read}(?) ORDER BY candidate_id", [done.files[0]])["leaf"]
     assert merkle.root(leaves) == json.loads(made["meta"])["merkle_root"]
+    if form == "parquet":  # and by those who have nothing but the file and the page
+        (shown,) = re.findall(r"```python\n(import hashlib.*?)```", (DOCS / "audit.md").read_text("utf-8"), re.DOTALL)
+        computed = subprocess.run([sys.executable, "-c", shown, done.files[0]], capture_output=True, text=True)
+        assert computed.stdout.strip() == json.loads(made["meta"])["merkle_root"], computed.stderr
     assert {json.loads(row["scores"])["answer"]["value"] for row in rows} == {1.0}
 
     described = mlc.Dataset(jsonld=tmp_path / "out" / "croissant.json")

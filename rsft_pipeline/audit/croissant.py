@@ -29,6 +29,7 @@ def write(
     logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a licence and a citation, which are not ours to give
     context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")  # the first with arrays
     kinds = {
+        "chat": mlc.DataType.BOOL,
         "line": mlc.DataType.INT64,
         "draw": mlc.DataType.INT32,
         "seed": mlc.DataType.INT64,

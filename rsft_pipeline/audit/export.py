@@ -24,6 +24,7 @@ EXTRA = "pip install 'rsft-pipeline[audit]'"
 # Column → what it is, in the order of the file.
 COLUMNS = {
     "prompt": "The prompt, as the tokenizer got it.",
+    "chat": "Whether the recipe has messages: then a chat template's special tokens are in the prompt.",
     "completion": "What the policy answered.",
     "token_ids": "The completion's tokens, as they were sampled and trained on.",
     "weight": "The sample's weight in the training loss.",
@@ -176,7 +177,7 @@ _ROWS = """
     ), drawn AS (
         SELECT c.* FROM candidates c SEMI JOIN chosen t ON t.candidate_id = c.candidate_id WHERE c.recipe = $recipe
     ), asked AS (
-        SELECT n.prompt_id, t.source, t.line, t.content, CASE WHEN n.text IS NOT NULL THEN t.text END AS prompt,
+        SELECT n.prompt_id, t.chat, t.source, t.line, t.content, CASE WHEN n.text IS NOT NULL THEN t.text END AS prompt,
             CASE WHEN n.text IS NOT NULL THEN t.reference END AS reference
         FROM prompts n JOIN (SELECT * FROM prompts {at}) t ON t.prompt_id = n.prompt_id
         WHERE n.recipe = $recipe AND t.recipe = $recipe
@@ -188,7 +189,7 @@ _ROWS = """
             AND s.content = p.content
         GROUP BY s.candidate_id
     ), ready AS (
-        SELECT p.prompt, c.text AS completion, c.token_ids, t.weight, p.reference, p.source, p.line, d.score, j.scores,
+        SELECT p.prompt, p.chat, c.text AS completion, c.token_ids, t.weight, p.reference, p.source, p.line, d.score, j.scores,
             d.reason, d.u, d.log_a, d.parameters, c.round, c.draw, c.origin, c.policy, c.settings, c.seed, c.log_q,
             c.log_p, c.finish_reason, c.recipe, $checkpoint AS checkpoint, c.prompt_id, c.candidate_id, t.leaf
         FROM chosen t JOIN drawn c ON c.candidate_id = t.candidate_id
