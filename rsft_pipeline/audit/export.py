@@ -190,8 +190,8 @@ _ROWS = """
         GROUP BY s.candidate_id
     ), ready AS (
         SELECT p.prompt, p.chat, c.text AS completion, c.token_ids, t.weight, p.reference, p.source, p.line, d.score,
-            j.scores, d.reason, d.u, d.log_a, d.parameters, c.round, c.draw, c.origin, c.policy, c.settings, c.seed, c.log_q,
-            c.log_p, c.finish_reason, c.recipe, $checkpoint AS checkpoint, c.prompt_id, c.candidate_id, t.leaf
+            j.scores, d.reason, d.u, d.log_a, d.parameters, c.round, c.draw, c.origin, c.policy, c.settings, c.seed,
+            c.log_q, c.log_p, c.finish_reason, c.recipe, $checkpoint AS checkpoint, c.prompt_id, c.candidate_id, t.leaf
         FROM chosen t JOIN drawn c ON c.candidate_id = t.candidate_id
         LEFT JOIN asked p ON p.prompt_id = c.prompt_id
         LEFT JOIN (SELECT * FROM decisions {at} WHERE recipe = $recipe) d ON d.candidate_id = c.candidate_id
