@@ -1,6 +1,6 @@
-"""The section `acceptance`: the rules that a recipe can name, and their numbers.
+"""The section `acceptance`: the rules that a recipe can name, and their parameters.
 
-Not: deciding by them (rsft_pipeline/acceptance.py), nor picking the numbers that are left to a round
+Not: deciding by them (rsft_pipeline/acceptance.py), nor picking the parameters that are left to a round
 (rsft_pipeline/calibration.py).
 """
 
@@ -14,27 +14,27 @@ from rsft_pipeline.recipe.section import Section
 class Rule(Section):
     """What all acceptance rules share."""
 
-    distinct: bool = Field(True, description="Accept a normalised text once per prompt.")
+    distinct: bool = Field(True, description="Accept the same normalised text only once per prompt.")
     cap: int | None = Field(
-        None, ge=1, description="Most accepted candidates per prompt, so that easy prompts do not dominate."
+        None, ge=1, description="Accept at most this many candidates per prompt, so that easy prompts do not dominate."
     )
 
     @property
     def per_candidate(self) -> bool:
-        """Whether a candidate's decision, before `distinct` and `cap`, follows from it and the pilot alone.
+        """Whether a candidate's decision, before `distinct` and `cap`, depends only on the candidate and the pilot.
 
-        Draws that come later then change no such decision, and can only add to a prompt's accepted ones.
+        Later draws then never change such a decision; they can only add to a prompt's accepted candidates.
         """
         return False
 
     @property
     def pilot_draws(self) -> int:
-        """How many first draws of each prompt are looked at before anything can be decided."""
+        """How many first draws of each prompt must be there before anything can be decided."""
         return 0
 
 
 class CalibratedRule(Rule):
-    """What the rules share whose number can be picked by the share of candidates that it accepts."""
+    """What the rules share whose parameter can be picked so that a given share of the candidates is accepted."""
 
     picked: ClassVar[str]  # the field that may be `calibrate`
 
@@ -42,10 +42,10 @@ class CalibratedRule(Rule):
         None,
         gt=0,
         le=1,
-        description="With `calibrate`: how many to accept of the candidates that were judged and passed the gates.",
+        description="With `calibrate`: the share to accept of the candidates judged and past the gates.",
     )
     pilot: int = Field(
-        1, ge=1, description="With `calibrate` (or `M: estimate`): the first draws of each prompt, which are looked at."
+        1, ge=1, description="With `calibrate` (or `M: estimate`): how many first draws of each prompt it is based on."
     )
 
     @property
@@ -58,7 +58,7 @@ class CalibratedRule(Rule):
 
     @property
     def calibrated(self) -> bool:
-        """Whether its number is to be picked."""
+        """Whether the parameter is to be picked."""
         return getattr(self, self.picked) == "calibrate"
 
     @model_validator(mode="after")
@@ -69,10 +69,10 @@ class CalibratedRule(Rule):
 
 
 class StochasticRule(CalibratedRule):
-    """What the rules share that accept with a probability A."""
+    """What the rules that accept with a probability A share."""
 
     weight: Literal["one", "A"] = Field(
-        "one", description="What an accepted sample counts in the training loss: all the same, or by its A."
+        "one", description="Weight of an accepted sample in the training loss: 1 for all, or its A."
     )
 
 
@@ -82,8 +82,8 @@ class ThresholdRule(CalibratedRule):
     picked = "threshold"
 
     rule: Literal["threshold"]
-    threshold: float | Literal["calibrate"] = Field(description="t, on the combined score.")
-    raise_by: float = Field(0.0, ge=0, description="Added to t once for each round before this one.")
+    threshold: float | Literal["calibrate"] = Field(description="t; the combined score must be above it.")
+    raise_by: float = Field(0.0, ge=0, description="Added to t for each round before this one.")
 
     @model_validator(mode="after")
     def _what_is_raised_is_given(self):
@@ -93,17 +93,17 @@ class ThresholdRule(CalibratedRule):
 
 
 class TopKRule(Rule):
-    """Accept the k best of each prompt."""
+    """Accept the k best candidates of each prompt."""
 
     rule: Literal["top_k"]
-    k: int = Field(ge=1, description="How many per prompt.")
+    k: int = Field(ge=1, description="Candidates to accept per prompt.")
 
 
 class QuantileRule(Rule):
     """Accept the best share of the whole round."""
 
     rule: Literal["quantile"]
-    share: float = Field(gt=0, le=1, description="Share of the candidates that were judged and passed the gates.")
+    share: float = Field(gt=0, le=1, description="Share to accept of the candidates judged and past the gates.")
 
 
 class RejectionRule(StochasticRule):
@@ -114,16 +114,16 @@ class RejectionRule(StochasticRule):
     rule: Literal["rejection"]
     target: str = Field(
         "policy",
-        description="log p: `policy` (the policy's own probability at temperature 1, untruncated), "
+        description="What gives log p: `policy` (the policy itself, at temperature 1, untruncated), "
         "or the name of a scorer that returns a log-probability.",
     )
     M: Annotated[float, Field(gt=0)] | Literal["estimate", "calibrate"] = Field(
         "estimate",
-        description="The bound of p ≤ M·q; `estimate`: the pilot's largest p/q, and the pilot is not accepted.",
+        description="The M of p ≤ M·q; `estimate`: the pilot's largest p/q; the pilot is then never accepted.",
     )
     safety: float = Field(1.0, ge=1, description="With `estimate`: M is the pilot's largest p/q times this.")
     threshold: float | None = Field(
-        None, ge=0, lt=1, description="Accept when A is above this, without chance; default: when u < A."
+        None, ge=0, lt=1, description="Accept when A is above this, with no randomness; default: when u < A."
     )
 
     @model_validator(mode="after")
@@ -140,10 +140,10 @@ class BoltzmannRule(StochasticRule):
 
     rule: Literal["boltzmann"]
     beta: Annotated[float, Field(gt=0)] | Literal["calibrate"] = Field(
-        description="β: towards 0 only the best, towards infinity everything."
+        description="β: towards 0 only the best are accepted, towards infinity everything."
     )
     r_max: float | None = Field(
-        None, description="Largest possible score; default: each prompt's largest seen (then approximate)."
+        None, description="Largest possible score; default: the largest seen for each prompt (then approximate)."
     )
 
     @property
@@ -158,7 +158,7 @@ class LossRule(StochasticRule):
 
     rule: Literal["loss"]
     k: Annotated[float, Field(gt=0)] | Literal["calibrate"] = Field(
-        description="The loss, in nats per token, from which everything is accepted."
+        description="The loss, in nats per token, at and above which everything is accepted."
     )
 
 

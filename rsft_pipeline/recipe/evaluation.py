@@ -1,6 +1,6 @@
-"""The sections `evaluation`, `promotion` and `stop`: what a checkpoint has to show, and when that is enough.
+"""The sections `evaluation`, `promotion` and `stop`: how a checkpoint is compared, when it wins, and when to stop.
 
-Not: comparing and judging by it (rsft_pipeline/evaluation.py).
+Not: the comparison and the decisions themselves (rsft_pipeline/evaluation.py).
 """
 
 from typing import Literal
@@ -13,17 +13,17 @@ from rsft_pipeline.recipe.section import Section, is_recorded
 class Evaluation(Section):
     """How policy and checkpoint are compared on held-out prompts."""
 
-    prompts: int | None = Field(None, ge=1, description="Held-out prompts used, chosen by hash; default: all.")
+    prompts: int | None = Field(None, ge=1, description="Held-out prompts to use, chosen by hash; default: all.")
     draws: int = Field(8, ge=1, description="Candidates per held-out prompt.")
     k: int = Field(4, ge=1, description="The k of pass@k.")
     temperature: float = Field(1.0, gt=0, description="Temperature of these draws.")
     greedy: bool = Field(
-        False, description="One candidate per prompt instead, of the most probable tokens: `draws: 1, k: 1` with it."
+        False, description="Decode greedily, the most probable token each time; needs `draws: 1` and `k: 1`."
     )
     pass_above: float = Field(
-        0.5, description="A candidate passes when its combined score is above this and no gate failed."
+        0.5, description="A candidate passes when its combined score is above this and it passed every gate."
     )
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the intervals.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence level of the intervals.")
 
     @model_validator(mode="after")
     def _enough_draws(self):
@@ -42,10 +42,10 @@ class Promotion(Section):
     )
     require: Literal["better", "not_worse"] = Field(
         "better",
-        description="`better`: the whole interval of the difference is above `margin`. `not_worse`: above −`margin`.",
+        description="`better`: the whole interval of the difference is above `margin`; `not_worse`: above −`margin`.",
     )
     margin: float = Field(
-        0.0, ge=0, description="Smallest gain asked for; with `not_worse` the largest loss allowed, above 0."
+        0.0, ge=0, description="Gain required; with `not_worse` the largest loss allowed, which must be above 0."
     )
 
     @model_validator(mode="after")
@@ -55,13 +55,13 @@ class Promotion(Section):
         return self
 
 
-MOST_ROUNDS = 1000  # their keys, r000 to r999, sort as rounds do
+MOST_ROUNDS = 1000  # so that the keys, r000 to r999, sort in the order of the rounds
 
 
 class Stop(Section):
     """When the loop ends."""
 
-    rounds: int = Field(3, ge=1, le=MOST_ROUNDS, description="Most rounds.")
-    patience: int | None = Field(None, ge=1, description="Rounds in a row without a promotion.")
-    target: float | None = Field(None, description="Value of the promotion metric that is enough.")
-    tokens: int | None = Field(None, ge=1, description="Budget of tokens drawn to train on, over all rounds.")
+    rounds: int = Field(3, ge=1, le=MOST_ROUNDS, description="Stop after this many rounds.")
+    patience: int | None = Field(None, ge=1, description="Stop after this many rounds in a row without a promotion.")
+    target: float | None = Field(None, description="Stop once the champion's promotion metric is at least this.")
+    tokens: int | None = Field(None, ge=1, description="Stop once the rounds have drawn this many tokens for training.")

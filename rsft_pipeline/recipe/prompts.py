@@ -25,7 +25,7 @@ class Prompts(Section):
         "or `module:function` that yields rows. Paths are relative to the recipe's folder."
     )
     format: Literal["auto", "jsonl", "csv", "parquet", "text", "dataset", "hub", "function"] = Field(
-        "auto", description="How to read the source; `auto` goes by its name. `text`: one row per line, column `text`."
+        "auto", description="How to read the source; `auto`: by its name. `text`: one row per line, column `text`."
     )
     hub_config: str | None = Field(None, description="Configuration name of a hub data set.")
     hub_split: str = Field("train", description="Split of a `datasets` folder or hub data set.")
@@ -38,15 +38,15 @@ class Prompts(Section):
     reference: str | None = Field(None, description="Column that holds the reference answer, if there is one.")
     limit: int | None = Field(None, ge=1, description="Use at most this many usable rows.")
     max_tokens: int | None = Field(
-        None, ge=1, description="Longest prompt; default: the model's context less sampling.max_tokens."
+        None, ge=1, description="Longest prompt, in tokens; default: the model's context less `sampling.max_tokens`."
     )
     too_long: Literal["refuse", "cut"] = Field(
-        "refuse", description="A prompt longer than that goes to quarantine, or is cut at its end."
+        "refuse", description="A prompt that is too long is quarantined (`refuse`) or truncated at its end (`cut`)."
     )
     eval_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of prompts, chosen by hash, that is only ever evaluated on."
+        0.1, gt=0, lt=1, description="Share of prompts, chosen by hash, held out for evaluation and never trained on."
     )
-    inbox: str | None = Field(None, description="Folder; files dropped there are read too, and start a round.")
+    inbox: str | None = Field(None, description="Folder whose files are read too; a new file starts a round.")
 
     @model_validator(mode="after")
     def _one_template(self):

@@ -1,7 +1,7 @@
-"""Reading: from a name to a checked recipe, or to an error that a person can mend.
+"""Reading: from a name to a checked recipe, or to an error that tells a person what to fix.
 
 Belongs here: finding the YAML file, what it `extends`, overrides, explaining what is wrong, and the JSON Schema. Not:
-what a recipe may say (the sections beside this file).
+what a recipe may say (the section modules beside this file).
 """
 
 import copy
@@ -22,20 +22,20 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe's file. What a recipe needs, one that `extends` another may have from that."""
-    made = copy.deepcopy(Recipe.model_json_schema())  # pydantic keeps what it returns
+    """JSON Schema of a recipe's file. With `extends` no field is required: the other recipe may have it."""
+    made = copy.deepcopy(Recipe.model_json_schema())  # pydantic caches what it returns
     made["properties"]["extends"] = {"type": "string", "description": "Name of the recipe beside it to start from."}
     made["if"], made["then"] = {"not": {"required": ["extends"]}}, {"required": made.pop("required")}
     return made
 
 
 def find(name: str | Path, folders: Iterable[Path] = (RECIPES,)) -> Path:
-    """The YAML file of a recipe given by name or path. Raises RecipeError with the nearest names."""
+    """The YAML file of a recipe given by name or path. Raises RecipeError, with the nearest name if there is one."""
     try:
         path = Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody who has no home here
+    except RuntimeError as error:  # ~user, of a user without a home directory here
         raise RecipeError(f"{name}: {error}") from None
-    if path.suffix == ".yml":  # elsewhere only .yaml is looked for, and a name has to be one recipe's alone
+    if path.suffix == ".yml":  # everything else looks only for .yaml, and a name must stand for one recipe
         raise RecipeError(f"{path}: a recipe's file ends in .yaml; rename it")
     if path.suffix == ".yaml":
         if not path.is_file():
@@ -54,10 +54,10 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
 
     Args:
         path: the YAML file; its stem is the recipe's name.
-        overrides: `a.b` → value as YAML text, applied on top of the file.
+        overrides: `a.b` → value as YAML text, applied over the file.
 
     Raises:
-        RecipeError: with file, field path, what was expected and the nearest valid name.
+        RecipeError: with the file, the field's path, what was expected and the nearest valid name.
     """
     path = Path(path).resolve()
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,59}", path.stem):
@@ -77,13 +77,13 @@ def load(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, but a field that is there twice is an error: by itself the last one would win, without a word."""
+    """YAML in which a repeated field is an error; PyYAML would silently take the last one."""
 
     def construct_mapping(self, node, deep=False):
         names: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # no name of a field, and an error further on
+                continue  # not a field's name: refused below
             if key.value in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
             names.add(key.value)
@@ -95,7 +95,7 @@ def _read(path: Path) -> dict:
         tree = _apart(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: an invalid date
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of fields at the top level")
@@ -103,14 +103,14 @@ def _read(path: Path) -> dict:
 
 
 def _apart(tree: Any) -> Any:
-    """The same, with each part its own: what an anchor names is one to YAML, and `--set` would change all of them."""
+    """A deep copy without sharing: YAML aliases are one object, and `--set` on one would change them all."""
     if isinstance(tree, dict):
         return {key: _apart(value) for key, value in tree.items()}
     return [_apart(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _extended(tree: dict, path: Path) -> dict:
-    """The fields of the recipe that this one `extends`, each replaced whole by this one's where it has it."""
+    """The fields of the recipe that this one `extends`, replaced as a whole by those that this one gives."""
     other = path.parent / f"{tree['extends']}.yaml"
     if not other.is_file():
         near = nearest(str(tree["extends"]), [file.stem for file in path.parent.glob("*.yaml")])
@@ -141,11 +141,11 @@ def _index(node: list, part: str, key: str, path: Path) -> int:
     return int(part)
 
 
-_MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # of a union, in pydantic's paths
+_MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # a union's member in pydantic's paths
 
 
 def explain(error: ValidationError, path: Path) -> str:
-    """A line that names the file, and one for each field: what is wrong with it, and what was expected."""
+    """One line that names the file, and one for each field: what is wrong with it and what was expected."""
     lines = [f"{path}: this recipe cannot run:"]
     for problem in error.errors(include_url=False):
         where = (
@@ -171,26 +171,26 @@ def explain(error: ValidationError, path: Path) -> str:
                 if tag := problem["ctx"].get("discriminator"):
                     where += "." + tag.strip("'")
                 message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
-            case kind if kind.endswith("_type") or not isinstance(problem["input"], dict):  # else it is a whole section
+            case kind if kind.endswith("_type") or not isinstance(problem["input"], dict):  # a dict is a whole section
                 message = f"{message} (got {problem['input']!r})"
         lines.append(f"  {where}: {message}")
     return "\n".join(lines)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`Did you mean …?` where a known word is near; else nothing."""
+    """` Did you mean …?` if a known word is similar, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that an error's location points into."""
+    """Names of the fields of the section that an error's location points into."""
     _, sections = [("", [Recipe]), *_walked(location)][-1]
     return sorted({name for section in sections for name in section.model_fields})
 
 
 def _tags_at(location: tuple[int | str, ...], tag: str) -> list[str]:
-    """What a field may say that tells such sections apart."""
+    """The values allowed in a discriminator field, such as `kind` or `rule`."""
     _, sections = list(_walked(location))[-1]
     return [typing.get_args(section.model_fields[tag].annotation)[0] for section in sections]
 
@@ -198,7 +198,7 @@ def _tags_at(location: tuple[int | str, ...], tag: str) -> list[str]:
 def _walked(location: tuple[int | str, ...]) -> Iterator[tuple[str, list[type[Section]]]]:
     """The parts of an error's location, each with the sections that it may point into.
 
-    Of sections told apart by a tag, such as rules, pydantic names the one that is meant: a part without a name here.
+    For a tagged union, such as the rules, pydantic inserts the tag into the location: it is yielded as "".
     """
     sections: list[type[Section]] = [Recipe]
     for part in location:

@@ -1,6 +1,6 @@
-"""Recipe: the sections together, what they have to agree on, and the fields that are of none of them.
+"""Recipe: all sections together, what they must agree on, and the fields that belong to no section.
 
-Not: finding, reading and explaining a file (reading.py).
+Not: finding and reading a file, and explaining its errors (reading.py).
 """
 
 import json
@@ -20,37 +20,37 @@ from rsft_pipeline.recipe.scoring import Scoring
 from rsft_pipeline.recipe.section import RECORDED, RecipeError, Section, is_recorded
 from rsft_pipeline.recipe.training import Training
 
-LOG_PROBABILITIES = ("knowledge", "likelihood", "reward", "function")  # scorers that may say a log p, normalised or not
+LOG_PROBABILITIES = ("knowledge", "likelihood", "reward", "function")  # scorers that may give log p, normalised or not
 
 
 class Recipe(Section):
-    """One pipeline: prompts, a model, how to draw, judge, accept, train, compare, and when to stop."""
+    """One pipeline: prompts, a model, how to draw, judge, accept, train and compare, and when to stop."""
 
-    description: str = Field(description="One line for people.")
+    description: str = Field(description="What the recipe is for, in one line.")
     task: Literal["causal", "seq2seq", "classification"] = Field(
         "causal", description="The kind of model; each is one module in rsft_pipeline/tasks."
     )
-    model: Model = Field(description="Which weights, and which of them train.")
+    model: Model = Field(description="Which weights to start from, and which of them to train.")
     prompts: Prompts = Field(description="Where prompts come from.")
     sampling: Sampling = Field(Sampling(), description="How candidates are drawn.")
-    scoring: Scoring = Field(description="How they are judged.")
-    acceptance: AnyRule = Field(description="Which are accepted.")
+    scoring: Scoring = Field(description="How candidates are judged.")
+    acceptance: AnyRule = Field(description="Which candidates are accepted.")
     training: Training = Field(Training(), description="How the checkpoint is trained.")
-    evaluation: Evaluation = Field(Evaluation(), description="How it is compared.")
-    promotion: Promotion = Field(Promotion(), description="When it becomes the champion.")
+    evaluation: Evaluation = Field(Evaluation(), description="How the checkpoint is compared.")
+    promotion: Promotion = Field(Promotion(), description="When the checkpoint becomes the champion.")
     stop: Stop = Field(Stop(), description="When the loop ends.")
     policy: Literal["champion", "previous", "base"] = Field("champion", description="What a round samples from.")
     controls: list[Literal["random", "everything"]] = Field(
         [],
-        description="Checkpoints to measure the round's own against, trained as it is but on `random`: as many "
-        "candidates chosen without looking at their scores, or `everything`: all candidates.",
+        description="Checkpoints to compare the round's own with. They are trained in the same way, but on `random`: "
+        "as many candidates, chosen without looking at their scores; or `everything`: all candidates.",
     )
     group_by: str | None = Field(
-        None, description="Column of the prompts by which accepted shares are tabled, such as an intent or a label."
+        None, description="Column of the prompts to report acceptance by, such as an intent or a label."
     )
-    acceptance_rate: tuple[float, float] = Field((0.01, 0.99), description="Bounds outside which a check warns.")
+    acceptance_rate: tuple[float, float] = Field((0.01, 0.99), description="A check warns outside these bounds.")
     largest_share: float = Field(
-        0.1, gt=0, le=1, description="Share of the accepted set above which a prompt is over-represented."
+        0.1, gt=0, le=1, description="A check warns when one prompt has more than this share of the accepted set."
     )
     schedule: str | None = Field(None, description="Cron line (UTC) that starts a round.")
     owners: list[str] = Field([], description="E-mail addresses or `team:name`, shown in Dagster.")
@@ -83,7 +83,7 @@ class Recipe(Section):
         return self
 
     def check_target(self, target: str) -> None:
-        """Raise ValueError for the name of a scorer that `rule: rejection` cannot take for log p."""
+        """Raise ValueError if `target` names a scorer whose scores `rule: rejection` cannot use as log p."""
         kinds = {scorer.label: scorer.kind for scorer in self.scoring.scorers}
         if target in kinds and kinds[target] not in LOG_PROBABILITIES:
             raise ValueError(
@@ -97,7 +97,7 @@ class Recipe(Section):
             )
 
     def _check_teacher(self) -> None:
-        """What goes by the policy's probability of a draw, which of a teacher's draws nobody knows."""
+        """Refuse what needs the policy's own probability of a draw: it is not known for a teacher's draws."""
         asks = []
         if isinstance(self.acceptance, LossRule):
             asks.append("`rule: loss`")
@@ -148,22 +148,22 @@ class Recipe(Section):
 
     @property
     def file(self) -> Path:
-        """The YAML file that it was loaded from."""
+        """The YAML file that the recipe was loaded from."""
         return self._path
 
     @property
     def folder(self) -> Path:
-        """What relative paths and `module:function` are looked up in."""
+        """The folder in which relative paths and `module:function` are looked up."""
         return self._path.parent
 
     @property
     def digest(self) -> str:
-        """Content hash of every field: two runs with the same digest were told the same."""
+        """Content hash of all fields: runs with the same digest had the same instructions."""
         return digest(self.model_dump(mode="json"))
 
     @classmethod
     def of_file(cls, path: Path, fields: dict[str, Any], context: dict[str, Any] | None = None) -> "Recipe":
-        """The recipe that a file's fields make. Raises pydantic's ValidationError."""
+        """The recipe that a file's fields describe. Raises pydantic's ValidationError."""
         made = cls.model_validate(fields, context=context)
         made._path = path
         return made
@@ -173,17 +173,17 @@ class Recipe(Section):
         return Recipe.of_file(self._path, fields, RECORDED)
 
     def differing(self, other: "Recipe") -> dict[str, tuple[str, str]]:
-        """The fields that another recipe has otherwise: path → value here and there, all as `--set` takes them."""
+        """The fields that differ in another recipe: path → value here and there, all in the form that `--set` takes."""
         found = _differing(self.model_dump(mode="json"), other.model_dump(mode="json"))
         return {path: (_as_yaml(here), _as_yaml(there)) for path, here, there in found}
 
     def path(self, name: str) -> Path:
-        """A path of the recipe, absolute."""
+        """A path named in the recipe, made absolute."""
         return (self.folder / Path(name).expanduser()).resolve()
 
 
 def _as_yaml(value: Any) -> str:
-    """A value in a line of YAML: as JSON, but for what is not printable, which YAML escapes otherwise."""
+    """A value as one line of YAML: JSON, except for unprintable characters, which YAML escapes differently."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
@@ -193,7 +193,7 @@ def _differing(here: Any, there: Any, path: str = "") -> Iterator[tuple[str, Any
         parts = [(name, value, there[name]) for name, value in here.items()]
     elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
         parts = [(str(i), *both) for i, both in enumerate(zip(here, there, strict=True))]
-    else:  # also a section of another kind, such as another rule: it is given whole
+    else:  # also a section of another kind, such as another rule: it is yielded whole
         if here != there:
             yield path, here, there
         return

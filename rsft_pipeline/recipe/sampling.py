@@ -11,20 +11,20 @@ from rsft_pipeline.recipe.section import Section
 
 
 class Teacher(Section):
-    """Another model that candidates are drawn from; it must read and write with the policy's tokenizer."""
+    """Another model that candidates are drawn from; it must use the policy's tokenizer."""
 
     source: str = Field(description="A local folder, or a model id on the Hugging Face hub.")
     revision: str | None = Field(None, description="Commit or tag on the hub; pin it to make rounds repeatable.")
 
 
 class Until(Section):
-    """Drawing again until enough is accepted, pass by pass, instead of a fixed number for every prompt."""
+    """Drawing in passes until enough candidates are accepted, instead of a fixed number for every prompt."""
 
     per_prompt: int | None = Field(
-        None, ge=1, description="A prompt with this many accepted candidates is drawn for no more."
+        None, ge=1, description="Stop drawing for a prompt once it has this many accepted candidates."
     )
-    accepted: int | None = Field(None, ge=1, description="Once the round has this many accepted, it draws no more.")
-    draws: int = Field(ge=1, description="Most candidates per prompt, accepted or not.")
+    accepted: int | None = Field(None, ge=1, description="Stop drawing once the round has this many accepted.")
+    draws: int = Field(ge=1, description="At most this many candidates per prompt, accepted or not.")
 
     @model_validator(mode="after")
     def _ends(self):
@@ -38,12 +38,12 @@ class Sampling(Section):
 
     source: Literal["policy", "teacher", "reference"] = Field(
         "policy",
-        description="What candidates are: draws of the policy, draws of a teacher, or the reference answers as the "
-        "policy rates them. The lineage says which; they are never mixed in a round.",
+        description="What candidates are: draws of the policy, draws of a teacher, or the reference answers with the "
+        "policy's probabilities. The lineage records which; a round never mixes them.",
     )
     teacher: Teacher | None = Field(None, description="With `source: teacher`: the model that is drawn from.")
-    draws: int = Field(8, ge=1, description="Candidates per prompt; with `until`, in each pass over the prompts.")
-    until: Until | None = Field(None, description="Draw in passes, until enough is accepted.")
+    draws: int = Field(8, ge=1, description="Candidates per prompt; with `until`, per prompt and pass.")
+    until: Until | None = Field(None, description="Draw in passes until enough candidates are accepted.")
     prompts: int | None = Field(None, ge=1, description="Prompts per round, chosen by hash and round; default: all.")
     temperature: float = Field(1.0, gt=0, description="Divides the logits.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
@@ -53,13 +53,13 @@ class Sampling(Section):
     batch_size: int | None = Field(
         None,
         ge=1,
-        description="Draws under way at once, halved when memory runs out; default: what free memory holds. Of a "
+        description="Draws decoded at once, halved when memory runs out; default: what free memory holds. For a "
         "classifier, texts read at once; default: 64.",
     )
     wave_size: int = Field(
         2048,
         ge=1,
-        description="Candidates persisted together, in whole prompts and at least one; the most that a kill can cost.",
+        description="Candidates persisted together, in whole prompts (at least one); a kill loses one wave at most.",
     )
 
     @model_validator(mode="after")
@@ -77,5 +77,5 @@ class Sampling(Section):
 
     @property
     def most_draws(self) -> int:
-        """Candidates that a prompt can have."""
+        """The most candidates that a prompt can have."""
         return self.until.draws if self.until else self.draws

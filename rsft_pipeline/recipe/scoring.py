@@ -1,6 +1,6 @@
 """The section `scoring`: the scorers that a recipe can name, and how their scores are combined.
 
-Not: what any of them says of a candidate (rsft_pipeline/scoring/).
+Not: judging candidates (rsft_pipeline/scoring/).
 """
 
 import json
@@ -16,7 +16,7 @@ class Scorer(Section):
     """What all scorers share."""
 
     name: str | None = Field(None, pattern=r"^[a-z][a-z0-9_]*$", description="Name in the lineage; default: the kind.")
-    weight: float = Field(1.0, ge=0, description="Weight in the combined score; 0 makes the scorer a gate only.")
+    weight: float = Field(1.0, ge=0, description="Weight in the combined score; with 0 the scorer is only a gate.")
     minimum: float | None = Field(None, description="Gate: a candidate scored below this (or not judged) is rejected.")
 
     @property
@@ -30,7 +30,7 @@ class AnswerScorer(Scorer):
     kind: Literal["answer"]
     match: Literal["exact", "numeric", "math"] = Field(
         "numeric",
-        description="`exact` text, `numeric` as in GSM8K (#### n or the last number), or `math` (math-verify).",
+        description="`exact` text; `numeric`, as in GSM8K (#### n or the last number); or `math` (math-verify).",
     )
 
 
@@ -39,7 +39,7 @@ class BlocklistScorer(Scorer):
 
     kind: Literal["blocklist"]
     words: list[str] = Field([], description="Words and phrases, matched whole and case-folded.")
-    file: str | None = Field(None, description="File of them, one a line, relative to the recipe's folder.")
+    file: str | None = Field(None, description="File of them, one per line, relative to the recipe's folder.")
 
     @model_validator(mode="after")
     def _not_empty(self):
@@ -52,7 +52,7 @@ class RegexScorer(Scorer):
     """1.0 when the pattern is found in the completion, else 0.0."""
 
     kind: Literal["regex"]
-    pattern: str = Field(description="Python regular expression; what the package `regex` adds is understood too.")
+    pattern: str = Field(description="Python regular expression, with the extensions of the package `regex`.")
 
     @model_validator(mode="after")
     def _compiles(self):
@@ -64,7 +64,7 @@ class RegexScorer(Scorer):
 
 
 class LengthScorer(Scorer):
-    """1.0 inside the bounds, falling linearly to 0.0 at no text and at twice `at_most`."""
+    """1.0 inside the bounds, falling linearly to 0.0 at length 0 and at twice `at_most`."""
 
     kind: Literal["length"]
     at_least: int = Field(0, ge=0, description="Fewest units.")
@@ -85,7 +85,7 @@ class SentimentScorer(Scorer):
 
 
 class RewardScorer(Scorer):
-    """Output of a sequence-classification model on prompt and completion."""
+    """Output of a sequence-classification model for prompt and completion."""
 
     kind: Literal["reward"]
     model: str = Field(description="Local folder or hub id of the reward model.")
@@ -111,11 +111,11 @@ class FunctionScorer(Scorer):
 
 
 class SquadScorer(Scorer):
-    """Exact match or token F1 with the reference answers, as SQuAD v1.1 is evaluated; the best over several."""
+    """Exact match or token F1 with the reference answers, as in SQuAD v1.1; of several answers, the best counts."""
 
     kind: Literal["squad"]
     metric: Literal["exact", "f1"] = Field(
-        "f1", description="`exact`: 1.0 when the same after normalisation, else 0.0. `f1`: of the tokens in common."
+        "f1", description="`exact`: 1.0 when equal after normalisation, else 0.0. `f1`: F1 of the tokens in common."
     )
     answers: str | None = Field(
         None, description="Column of the reference answers: a text, or a list of them; default: `prompts.reference`."
@@ -146,15 +146,15 @@ class EmbeddingScorer(Scorer):
 
     model: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2",
-        description="Local folder or hub id of a sentence-transformers model; or `hashing`: runs of characters, "
-        "which needs no model and sees no meaning.",
+        description="Local folder or hub id of a sentence-transformers model; or `hashing`: character n-grams, "
+        "which needs no model but ignores meaning.",
     )
     revision: str | None = Field(None, description="Commit or tag on the hub.")
     batch_size: int = Field(64, ge=1, description="Texts embedded at once.")
 
 
 class RelevanceScorer(EmbeddingScorer):
-    """Cosine of the reply's embedding with that of what was said before, from -1 to 1."""
+    """Cosine similarity of the reply's embedding to that of what was said before, from -1 to 1."""
 
     kind: Literal["relevance"]
     turns: str | None = Field(
@@ -165,24 +165,24 @@ class RelevanceScorer(EmbeddingScorer):
 
 
 class ConsistencyScorer(Scorer):
-    """1 − the worst repetition, or contradiction, of the speaker's own earlier turns, from 0 to 1."""
+    """1 − the worst repetition or contradiction of the speaker's own earlier turns, from 0 to 1."""
 
     kind: Literal["consistency"]
     turns: str | None = Field(
         None,
-        description="Column that lists the turns of two speakers in turn; the reply follows the last. Default: the "
-        "`assistant` turns of `prompts.messages` are the speaker's own.",
+        description="Column that lists the turns of two speakers, alternating; the reply follows the last. Default: "
+        "the `assistant` turns of `prompts.messages` are the speaker's own.",
     )
-    words: int = Field(3, ge=1, description="A repetition is counted in runs of this many words.")
+    words: int = Field(3, ge=1, description="Repetition is measured in runs of this many words.")
     nli: str | None = Field(
         None, description="Local folder or hub id of a natural-language-inference model; default: repetition only."
     )
-    revision: str | None = Field(None, description="Commit or tag on the hub, of `nli`.")
+    revision: str | None = Field(None, description="Commit or tag of `nli` on the hub.")
     batch_size: int = Field(32, ge=1, description="Pairs of turn and reply that `nli` judges at once.")
 
 
 class NoveltyScorer(EmbeddingScorer):
-    """1 − the largest cosine with what the recipe's earlier rounds accepted; 1.0 in its first."""
+    """1 − the largest cosine similarity to a text that earlier rounds accepted; 1.0 in the first round."""
 
     kind: Literal["novelty"]
 
@@ -210,10 +210,10 @@ AnyScorer = Annotated[
 class Scoring(Section):
     """How a candidate is judged."""
 
-    scorers: list[AnyScorer] = Field(min_length=1, description="Each is recorded under its name and version.")
+    scorers: list[AnyScorer] = Field(min_length=1, description="The scorers, each recorded under its name and version.")
     combine: Literal["weighted", "all"] = Field(
         "weighted",
-        description="`weighted`: the weighted mean of the scores. `all`: 1.0 when each reaches its minimum, else 0.0.",
+        description="`weighted`: the weighted mean of the scores. `all`: 1.0 when all reach their minimum, else 0.0.",
     )
 
     @model_validator(mode="after")

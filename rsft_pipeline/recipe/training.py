@@ -1,6 +1,6 @@
 """The section `training`: how a checkpoint is fine-tuned on the accepted set.
 
-Not: doing so (rsft_pipeline/training.py).
+Not: the training itself (rsft_pipeline/training.py).
 """
 
 from typing import Literal
@@ -18,11 +18,11 @@ class Training(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     batch_size: int = Field(32, ge=1, description="Samples per optimiser step.")
     accumulation: int = Field(
-        1, ge=1, description="Parts a step is computed in, to save memory; the result is the same."
+        1, ge=1, description="Parts that a step is computed in, to save memory; the result is the same."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay after the warm-up.")
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that raise the rate from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
-    clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    save_every: int = Field(200, ge=1, description="Steps between saved states; the most that a kill can cost.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps during which the rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    clip: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    save_every: int = Field(200, ge=1, description="Steps between saved states; a kill loses no more than that.")
