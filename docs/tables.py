@@ -1,9 +1,9 @@
-"""The field tables of docs/recipes.md, made from the descriptions in rsft_pipeline/recipe/.
+"""The field tables of docs/recipes.md and docs/scorers.md, made from the descriptions in rsft_pipeline/recipe/.
 
     python -m docs.tables            # writes them
-    python -m docs.tables --check    # exits with 1 where the page is behind the code
+    python -m docs.tables --check    # exits with 1 where a page is behind the code
 
-A table stands between `<!-- fields: Section -->` and `<!-- end -->`; everything else of the page is
+A table stands between `<!-- fields: Section -->` and `<!-- end -->`; everything else of a page is
 left as it is. Fields that a class shares with its base are in the base's table only.
 """
 
@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from rsft_pipeline.recipe import acceptance, evaluation, model, prompts, recipe, sampling, scoring, training
 from rsft_pipeline.recipe.section import Section
 
-PAGE = Path(__file__).with_name("recipes.md")
+PAGES = [Path(__file__).with_name(name) for name in ("recipes.md", "scorers.md")]
 MARKED = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 FILES = (model, prompts, sampling, scoring, acceptance, training, evaluation, recipe)
@@ -77,12 +77,13 @@ def default(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    made = MARKED.sub(lambda found: found[1] + table(SECTIONS[found[2]]) + found[3], page)
-    if "--check" not in sys.argv:
-        PAGE.write_text(made, encoding="utf-8")
-    elif made != page:
-        sys.exit(f"{PAGE} is behind rsft_pipeline/recipe/: python -m docs.tables")
+    for page in PAGES:
+        there = page.read_text(encoding="utf-8")
+        made = MARKED.sub(lambda found: found[1] + table(SECTIONS[found[2]]) + found[3], there)
+        if "--check" not in sys.argv:
+            page.write_text(made, encoding="utf-8")
+        elif made != there:
+            sys.exit(f"{page} is behind rsft_pipeline/recipe/: python -m docs.tables")
 
 
 if __name__ == "__main__":
