@@ -24,18 +24,30 @@ class Reward:
     def __init__(self, model: str, revision: str | None, label_index: int, chat: bool, device: Device):
         self.classifier, self.label_index = Classifier(model, revision, device), label_index
         self.chat = chat and bool(self.classifier.tokenizer.chat_template)
+        added = self.classifier.tokenizer.added_tokens_decoder.values()
+        self.special = [token.content for token in added if token.special]
         outputs = self.classifier.model.config.num_labels
         if label_index >= outputs:
             raise ValueError(f"label_index is {label_index}, but {model} has {outputs} outputs")
 
     def __call__(self, rows: Sequence[tuple[str, list[dict] | None, str]], batch_size: int) -> list[float | None]:
-        """One reward for each (prompt, its messages, completion); None where they exceed the model's context."""
+        """One reward for each (prompt, its messages, completion).
+
+        None if they exceed the model's context, or if the completion of a conversation spells a special token of the
+        model: it could end its turn by one, and write the next.
+        """
         if self.chat:
             texts = [self._conversation(messages, completion) for _, messages, completion in rows]
             outputs = self.classifier.conversations(texts, batch_size)
         else:
             outputs = self.classifier([(prompt, completion) for prompt, _, completion in rows], batch_size)
-        return [None if row is None else row[self.label_index] for row in outputs]
+        return [
+            None if row is None or (self.chat and self._acts(completion)) else row[self.label_index]
+            for row, (_, _, completion) in zip(outputs, rows, strict=True)
+        ]
+
+    def _acts(self, completion: str) -> bool:
+        return any(token in completion for token in self.special)
 
     def _conversation(self, messages: list[dict], completion: str) -> str:
         reply = {"role": "assistant", "content": completion}
