@@ -306,8 +306,8 @@ def test_a_chat_prompt_and_its_completion_are_one_conversation_by_the_reward_mod
         judges = scoring.judges(make(config, messages=[{"role": "user", "content": "{q}"}]), CPU)
         return scoring.score(judges, rows)["reward"]
 
-    pairs = [f"by the policy{row.completion}" for row in rows[:2]]
-    assert rewards(reward_model) == [*(pytest.approx(alone(pair), abs=1e-5) for pair in pairs), None]  # the last: too long
+    pairs = [f"by the policy{row.completion}" for row in rows[:2]]  # the last is too long
+    assert rewards(reward_model) == [*(pytest.approx(alone(each), abs=1e-5) for each in pairs), None]
     for file in reward_model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
