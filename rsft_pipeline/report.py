@@ -307,7 +307,10 @@ def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutS
     means = contest.by_role(lambda weights: _means(store, round_, weights))
 
     def shown(mean: Estimate | None) -> str:
-        return "" if mean is None else f"{mean.value:.4f} ({mean.low:.4f} to {mean.high:.4f})"
+        if mean is None:
+            return ""
+        bounds = f"{mean.low:.4f} to {mean.high:.4f}" if math.isfinite(mean.low) else "open"  # all prompts alike
+        return f"{mean.value:.4f} ({bounds})"
 
     rows = [{"weights": role, **{name: shown(mean) for name, mean in of.items()}} for role, of in means.items()]
     return HeldOutScores(means, table(rows))

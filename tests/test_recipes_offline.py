@@ -1,5 +1,6 @@
 """The recipes' offline variants, made as small as they can be, end to end in Dagster."""
 
+import html
 import json
 import math
 
@@ -74,8 +75,7 @@ def test_an_offline_recipe_runs_a_round_and_accepts_something(home, instance, na
 def test_a_raised_threshold_is_t_and_raise_by_for_each_round_before(home, instance):
     recipe = load(find("chatbot_offline"))
     overrides = small("chatbot_offline", **{"acceptance.raise_by": "0.1"})
-    for round_key in ("r000", "r001"):
-        run(instance, recipe, round_key, overrides)
+    runs = [run(instance, recipe, round_key, overrides) for round_key in ("r000", "r001")]
     with Store.at(home) as store:
         decided = store.query("SELECT round, score, accepted, reason, parameters FROM decisions")
         for round_key, threshold in (("r000", 0.3), ("r001", 0.4)):
@@ -87,6 +87,9 @@ def test_a_raised_threshold_is_t_and_raise_by_for_each_round_before(home, instan
         novelty = "SELECT round, min(value) AS least FROM scores WHERE scorer = 'novelty' GROUP BY ALL ORDER BY round"
         first, second = store.query(novelty)
         assert first["least"] <= 1.0 and second["least"] < 0.9
+    (told,) = runs[0].asset_materializations_for_node("chatbot_offline__evaluation")
+    scorers = html.unescape(told.metadata["scorers"].value)
+    assert "| 1.0000 (open) |" in scorers and "inf" not in scorers  # in the first round every reply is new
 
 
 def test_the_loop_says_what_ended_it(home, instance):
