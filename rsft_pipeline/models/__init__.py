@@ -246,9 +246,10 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
     Raises:
         ModelError: weights are missing, or of another shape than the configuration says. OSError: no such model.
     """
-    reporting = logging.getLogger("transformers.modeling_utils")  # it tells what is missing, as is told below
-    level = reporting.level
-    reporting.setLevel(logging.ERROR)
+    # It tells what is missing, as is told below. A level in place of this would make it say what a tensor-parallel
+    # model, which this is not, leaves whole.
+    reporting = logging.getLogger("transformers.modeling_utils")
+    reporting.disabled = True
     try:
         model, read = made_with.from_pretrained(
             source,
@@ -262,7 +263,7 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
         why = str(error).strip().partition("\n")[0]
         raise ModelError(f"{source} cannot be loaded as a {made_with.__name__}: {why}") from error
     finally:
-        reporting.setLevel(level)
+        reporting.disabled = False
     lacking = {*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])}
     if new_head:
         encoder = f"{model.base_model_prefix}."
