@@ -43,7 +43,7 @@ from rsft_pipeline.recipe.section import RecipeError
 from rsft_pipeline.store import Store
 
 log = logging.getLogger(__name__)
-app = typer.Typer(help="Ask what was done: trace, impact, revoke, verify, replay, compare.", no_args_is_help=True)
+app = typer.Typer(help="Ask what was done, check it, take it out of use, export it.", no_args_is_help=True)
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all.")
@@ -126,7 +126,7 @@ CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
 ]
 RoundOfArgument = Annotated[
-    str | None, typer.Argument(metavar="[ROUND]", help="With a recipe's name: the round that made it.")
+    str | None, typer.Argument(metavar="ROUND", help="With a recipe's name: the round that made it.")
 ]
 
 
@@ -145,7 +145,7 @@ def replay(
     ] = replaying.TOLERANCE,
     json_: JsonOption = False,
 ) -> None:
-    """Decide a round again from what is stored, and name what comes out different. Exits with 1 if anything does."""
+    """Repeat a round's decisions from what is stored, and name every difference. Exits with 1 if there is one."""
     device = here.device()
     # Two models at once may not fit: it is held as a round holds it.
     lease = here.accelerator().lease(log) if sample else nullcontext(device)
@@ -167,7 +167,7 @@ def replay(
 
 @app.command()
 def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_: JsonOption = False) -> None:
-    """Say whether a checkpoint's weights and training set are what they were. Exits with 1 if anything is not."""
+    """Check that a checkpoint's weights and training set are what they were. Exits with 1 if anything differs."""
     with opened() as store:
         made = verifying.find(store, checkpoint, round_)
         answer = verifying.verify(store, made, Home.here(), tracked_root(made))
@@ -179,7 +179,7 @@ def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_
 
 @app.command()
 def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
-    """Decide a round by another rule (--set acceptance.x=value), beside how it was decided. Writes nothing."""
+    """Decide a round by another rule (--set acceptance.x=value), and compare. Writes nothing."""
     with opened() as store:
         answer = asking.whatif(store, recipe_of(store, recipe, round_), round_, overrides_of(set_))
     show(answer, json_, _side_by_side)

@@ -26,7 +26,7 @@ SetOption = Annotated[
 
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Say whether a recipe can run: its fields, and what they name. Runs nothing."""
+    """Check whether a recipe can run: its fields, and the files and models that they name. Runs nothing."""
     loaded = checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
     say(able)

@@ -45,7 +45,7 @@ ThingArgument = Annotated[
 
 def trace(
     candidate: Annotated[
-        str | None, typer.Argument(metavar="[CANDIDATE]", help="Its id, or the beginning of it.")
+        str | None, typer.Argument(metavar="CANDIDATE", help="Its id, or the beginning of it.")
     ] = None,
     text: TextOption = None,
     accepted: Annotated[
@@ -204,7 +204,7 @@ def _version(answer: dict[str, Any], digest: str) -> str:
 def impact(
     thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False
 ) -> None:
-    """Say what came of something, and which rounds to run again to be rid of it."""
+    """Show what something influenced, and which rounds to run again to be rid of it."""
     with opened(recipe) as store:
         found = following.impact(store, _thing(store, thing, text, recipe))
     show(found, json_, _reach)
@@ -260,7 +260,7 @@ def revoke(
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Take something out of use: nothing of it is trained on any more, and `rsft run` makes again what learned it."""
+    """Take something out of use: it is trained on no more, and `rsft run` repeats the rounds that learned from it."""
     if forget and not erase:
         raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
     here.tracking().check()  # what is revoked is told to MLflow, too

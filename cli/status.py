@@ -23,7 +23,7 @@ from rsft_pipeline.store import Store
 
 
 def status(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Only this recipe.")] = None,
     json_: JsonOption = False,
 ) -> None:
     """The rounds so far, of one recipe or of all."""
