@@ -186,6 +186,7 @@ def test_quantile_accepts_exactly_the_rounded_up_share_of_the_judged(connection)
         "h": "gate",
     }
     assert reasons(connection, rows, rule="quantile", share=0.4) == expected
+    assert reasons(connection, rows, rule="quantile", share=0.5) == expected  # of all 8, or of 7, it would be 4
     assert reasons(connection, rows, rule="quantile", share=0.4, distinct=False, cap=1) == expected | {"c": "cap"}
 
 
@@ -206,9 +207,12 @@ def test_rejection_accepts_when_u_is_below_p_over_M_q(connection):
         candidate("f", target=-1.0, log_q=None),
         candidate("g", target=-1.0, log_q=-9.0, passed=False),  # a violation, were it decided on
         candidate("h", target=-math.inf, log_q=-1.0),  # p = 0
+        candidate("i", target=math.inf, log_q=-1.0),
+        candidate("j", target=math.nan, log_q=-1.0),
+        candidate("k", target=-1.0, log_q=-math.inf),
     ]
     decisions, parameters = decide(connection, rows, rule="rejection", M=2)
-    assert {c: decisions[c]["reason"] for c in "abcdefgh"} == {
+    assert {c: decisions[c]["reason"] for c in "abcdefghijk"} == {
         "a": "accepted",
         "b": "accepted",
         "c": "accepted",
@@ -217,6 +221,9 @@ def test_rejection_accepts_when_u_is_below_p_over_M_q(connection):
         "f": "cannot judge",
         "g": "gate",
         "h": "u >= A",
+        "i": "cannot judge",
+        "j": "cannot judge",
+        "k": "cannot judge",
     }
     assert parameters["log_M"] == math.log(2)
     assert parameters["violations"] == 1
@@ -276,6 +283,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         candidate("f", score=-5.0, prompt_id="another"),  # the largest of its prompt
         candidate("g", score=-5.0 - 2 * half, prompt_id="another"),  # A = 1/4, u = 0.29
         candidate("h", score=1.0, text="b"),
+        candidate("i", score=2.0, passed=False, prompt_id="a third"),  # of which nothing is past the gates
     ]
     expected = {
         "a": "accepted",
@@ -286,6 +294,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         "f": "accepted",
         "g": "u >= A",
         "h": "duplicate",
+        "i": "gate",
     }
     assert reasons(connection, rows, rule="boltzmann", beta=1) == expected
     # With A = 1 everywhere u decides: a < b.
@@ -298,6 +307,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         "f": "cap",
         "g": "accepted",
         "h": "duplicate",
+        "i": "gate",
     }
 
 
@@ -412,6 +422,8 @@ def test_a_threshold_rises_from_round_to_round_in_decimal(connection):
         decisions, parameters = decide(connection, rows, round_number=number, **rule)
         assert parameters["threshold"] == t
         assert "".join(sorted(c for c, d in decisions.items() if d["accepted"])) == accepted
+    _, parameters = decide(connection, rows, round_number=1, rule="threshold", threshold=0.7, raise_by=0.1)
+    assert parameters["threshold"] == 0.8 > 0.7 + 0.1  # the double of 0.7 is less than 0.7
 
 
 CALIBRATED = {
