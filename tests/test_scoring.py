@@ -238,6 +238,11 @@ def test_the_simple_scorers_through_a_recipe(make, tmp_path):
     }
 
 
+def test_a_pattern_is_found_anywhere_in_a_text():
+    assert simple.pattern("so it is\n42.", r"is\s\d+") == 1.0
+    assert simple.pattern("so it is\n42.", r"^\d+") == 0.0
+
+
 def test_a_text_that_a_pattern_takes_too_long_for_is_not_judged(monkeypatch):
     monkeypatch.setattr(simple, "SECONDS", 0.05)
     assert simple.pattern("a," * 2000, "(.*)*,(.*)*,(.*)*,!") is None
