@@ -175,7 +175,7 @@ def test_math_answers_are_compared_as_expressions_and_one_that_never_ends_harms_
 
 
 def test_listed_words_are_found_whole_and_in_every_spelling():
-    listed = blocklist.Blocklist(["Ass", "tied  up", "🖕", "c++", "STRASSE", "バカ", "  "])
+    listed = blocklist.Blocklist(["Ass", " tied  up ", "🖕", "c++", "STRASSE", "バカ", "  "])
     assert listed.hits("The class assessed a mass of assets") == []
     assert listed.hits("ASS, ass. ａｓｓ") == ["ass", "ass", "ass"]
     assert listed.hits("they tied\n\u00a0up") == ["tied up"]
@@ -208,6 +208,15 @@ def test_a_blocklist_without_entries_is_an_error(make, tmp_path):
     made = make({"kind": "blocklist", "file": "words.txt"})
     with pytest.raises(scoring.ScoringError, match="scorer 'blocklist': the blocklist has no entry"):
         scoring.score(scoring.judges(made, CPU), [sample("x")])
+
+
+def test_a_list_of_words_may_have_a_byte_order_mark_and_has_to_be_utf8(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("schön\n", "utf-8-sig")
+    assert blocklist.Blocklist(blocklist.read(file)).hits("Schön!") == ["schön"]
+    file.write_text("schön\n", "latin-1")
+    with pytest.raises(ValueError, match=r"words.txt is not UTF-8: .* position 3"):
+        blocklist.read(file)
 
 
 @pytest.mark.parametrize(
