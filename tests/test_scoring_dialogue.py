@@ -111,6 +111,7 @@ def test_hashed_relevance_is_the_cosine_of_shared_runs_of_characters(judge):
     )
     assert found[:4] == pytest.approx([1.0, 1 / 6, 0.0, 1.0], abs=1e-6)
     assert found[4:] == [None, None]
+    assert judge([sample(" \n", "abc")] * 2, kind="relevance", model="hashing", turns="turns") == [None, None]
     # without a column of turns: the messages, else the prompt
     chat = Sample("§", "abc", None, {}, None, [{"role": "system", "content": "q"}, {"role": "user", "content": "abc"}])
     plain = sample("abc", prompt="abc")
@@ -205,8 +206,9 @@ def test_consistency_looks_at_the_speakers_own_turns_only(judge, make):
         sample("I like green tea", "I like green tea", "oh"),
         sample("I like green tea", "I like green tea"),  # nothing said yet
         sample(" ", "I like green tea", "oh"),
+        sample("?!", " ", "oh"),  # neither has a word, but a blank turn says nothing
     ]
-    assert judge(samples, kind="consistency", turns="turns") == [0.5, 0.0, 1.0, None]
+    assert judge(samples, kind="consistency", turns="turns") == [0.5, 0.0, 1.0, None, 1.0]
     alone = make(kind="consistency")
     for ask in (lambda: scoring.judges(alone, CPU), lambda: scoring.version(alone.scoring.scorers[0], alone)):
         with pytest.raises(scoring.ScoringError, match="scorer 'it': whose turn was whose is not known: set `turns:`"):
@@ -230,7 +232,7 @@ def test_a_contradiction_counts_where_it_is_worse_than_the_repetition(judge, tok
 
     samples = [
         sample("no", "yes", "?", "maybe", "?"),
-        sample("is", "was", "?"),
+        sample("is", " ", "?", "was", "?"),
         sample("yes", "yes", "?"),  # repeated
         sample("no", "x" * 12, "?"),  # too long for the model
         sample("no"),
@@ -261,6 +263,8 @@ def test_novelty_is_the_distance_from_the_nearest_text_accepted_before(judge, mo
     assert [f for f in found if f is not None] == pytest.approx(expected, abs=1e-6)
     assert found[3] is None
     assert judge(replies, [], kind="novelty", model="hashing") == [1.0, 1.0, 1.0, None, 1.0]
+    assert judge([sample(" ")] * 2, before, kind="novelty", model="hashing") == [None, None]
+    assert dialogue.Novelty(lambda texts: np.ones((len(texts), 1)), [" "])(["abc"]) == [1.0]  # a blank is nothing
 
 
 def test_the_nearest_is_the_same_dense_and_sparse():
