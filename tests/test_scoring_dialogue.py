@@ -187,6 +187,7 @@ def test_without_sentence_transformers_the_remedy_is_named(make, monkeypatch):
         ("I like green tea.", "I like green tea, you know.", 3, 1.0),
         ("I like green apples", "You said I LIKE GREEN tea!", 3, 1 / 2),
         ("I don’t know", "I don't know, really", 3, 1.0),
+        ("I don’t", "Dont!", 1, 1 / 2),  # an apostrophe parts no word
         ("Yes.", "Yes, I do.", 3, 0.0),  # shorter than a run: only as a whole
         ("Yes.", "yes!", 3, 1.0),
         ("no no no no", "no no no", 3, 1.0),  # different runs: there is one
