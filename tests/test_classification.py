@@ -223,6 +223,24 @@ def test_an_encoder_is_warmed_up_on_labelled_text(tmp_path, recipe):
     assert [one.text for one in drawn] == ["early" if text[0] < "f" else "late" for text in asked]
 
 
+def test_a_warm_up_is_made_once_and_again_when_its_settings_change(tmp_path, recipe):
+    def made(steps):
+        seen = []
+        warmed = recipe(**{"model.warm_up": f"{{corpus: 'letters:warm', steps: {steps}}}"})
+        assert models.check(warmed) == 12
+        return models.base(warmed, tmp_path, lambda *step: seen.append(step)), seen
+
+    first, seen = made(3)
+    facts = checkpoints.read_meta(first.path)
+    assert seen[-1][:3] == (3, 3, facts["loss"]) and sum(tokens for *_, tokens in seen) == facts["tokens"]
+    assert (facts["seed"], facts["steps"]) == (0, 3)
+    assert made(3) == (first, [])
+    again, seen = made(2)
+    assert again.digest != first.digest and len(seen) == 2
+    with pytest.raises(models.ModelError, match=r"the warm-up's `corpus`: there is no file"):
+        models.check(recipe(**{"model.warm_up": "{corpus: nothing.jsonl}"}))
+
+
 def test_a_prompt_that_is_too_long_is_cut_to_what_fits(tmp_path, recipe):
     tokenizer = models.tokenizer(models.base(recipe(), tmp_path).path)
     (tmp_path / "rows.csv").write_text("text,label\n" + "abcdefghij" * 3 + ",early\nab,late\n")
