@@ -106,10 +106,15 @@ def test_normalised_text_in_sql_is_lineage_normalise(connection):
     odd = [f"{c}a{c}{c}b{c}" for c in [*spaces, "\0", "\u200b", "\ufeff", "\u180e"]]
     odd += ["", "   ", "e\u0301 \u00e9", "\u1112\u1161\u11ab", "a\0b \0", "\u212b\u2126", "q\u0307\u0323", "😀\ufe0f"]
     pieces = [" ", " ", "\n", "\t", "\x1c", "\0", "\u00a0", "a", "b", "é", "e\u0301", "\u0301"]
-    odd += ["".join(np.random.default_rng(i).choice(pieces, i % 9)) for i in range(5_000)]
+    chosen = (np.random.default_rng(i).integers(len(pieces), size=i % 9) for i in range(5_000))
+    odd += ["".join(pieces[one] for one in each) for each in chosen]  # an array of texts would lose each "\0"
+    assert any("\0" in text and not text.isascii() for text in odd)
     connection.register("texts", pa.table({"text": odd}))
     found = [t for (t,) in connection.execute(f"SELECT {acceptance.normalised('text')} FROM texts").fetchall()]
-    assert [t.replace("\U000f0000", "\0") for t in found] == [lineage.normalise(t) for t in odd]
+    expected = [lineage.normalise(t) for t in odd]
+    assert [t.replace("\U000f0000", "\0") for t in found] == expected
+    same = [h for (h,) in connection.execute(f"SELECT {acceptance.same_text('text')} FROM texts").fetchall()]
+    assert len(set(same)) == len(set(expected)) == len(set(zip(same, expected, strict=True)))
 
 
 # --- every rule, by hand --------------------------------------------------------------------
