@@ -67,6 +67,9 @@ def make(tmp_path):
         ("It is .5", Fraction(1, 2)),
         ("1/2", Fraction(1, 2)),
         ("1/0", None),
+        ("1/2.5", Fraction(5, 2)),  # no fraction: the last number
+        ("1/1,000", 1000),
+        ("version 1.2.3", 3),
         ("-5", -5),
         ("a loss of \u22125", -5),
         ("-$5", -5),
@@ -74,10 +77,18 @@ def make(tmp_path):
         (r"\$5", 5),
         ("10-5", 5),
         ("10 - 5", 5),
+        ("(2)-5", 5),
+        ("x[0]-5", 5),
+        ("{2}-5", 5),
+        ("1.-5", 5),
+        ("-\u20ac5", -5),
+        ("-\u00a35", -5),
+        (r"-\$5", -5),
         ("50%", 50),
         ("1,2,3", 3),
         ("1,2345", 2345),
         (r"10{,}000 or 10\,000", 10_000),
+        ("10{,}000", 10_000),
         (r"\$1,\!234,\!567.50", Fraction(246913500, 200)),
         ("1\u00a0000\u202f000", 10**6),
         ("1\u2009234.5 km", Fraction(12345, 10)),
@@ -88,6 +99,8 @@ def make(tmp_path):
         ("1e-05", Fraction(1, 100_000)),  # as Python writes what was 0.00001 in a file
         ("6.02e23 of them", 602 * 10**21),
         ("1e+16", 10**16),
+        ("1E3", 1000),
+        ("1e100", 10**100),
         ("5e", 5),
         ("1e9999", 9999),  # no exponent, or it would be a number that fills the memory
         ("9" * 5000, None),  # more digits than Python reads
