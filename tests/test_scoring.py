@@ -144,9 +144,24 @@ def test_exact_answers_compare_but_for_case_and_white_space():
         ("$x$ dollars, $y=2$.", "y=2"),
         (r"that is \$5 or $3\$", r"\$5 or $3\$"),
         ("$$ a = 1 $$", "a = 1"),
+        ("$$a$$ or $$b$$", "b"),
+        (r"at \$5,$x$", "x"),
+        ("5$ and then 3$", "5$ and then 3$"),  # a dollar opens nothing before a space, and closes nothing after one,
+        ("pay $5 or $x", "pay $5 or $x"),
+        ("$5+$5", "$5+$5"),  # nor before a digit, nor on another line
+        ("costs $5\nor 6$", "or 6$"),
+        ("$$x$", "$$x$"),
+        ("\\[\nx = 2\n\\]", "x = 2"),
+        (r"\[ open \[x + 1\]", "x + 1"),
         (r"\( open \(x + 1\)", "x + 1"),
         ("1 + 1\n\nThe answer is 2.\n", "2"),
         ("x <= 3", "x <= 3"),
+        ("#### 1\n#### 2", "2"),
+        (r"\boxed { 5 }", "5"),
+        (r"\boxed{[0, 1\}}", r"[0, 1\}"),
+        ("Answer: 2", "2"),
+        ("this is: it is  2.", "2"),
+        ("axis 1:2", "axis 1:2"),
         (" \n", ""),
     ],
 )
@@ -197,7 +212,12 @@ def test_listed_words_are_found_whole_and_in_every_spelling():
     assert listed.hits("no c++11 but C++!") == ["c++", "c++"]
     assert listed.hits("Straße") == ["strasse"]
     assert listed.hits("あのバカです") == ["バカ"]  # no spaces between words in this script
+    unspaced = ["ควาย", "ခွေး", "ឆ្កួត", "笨蛋", "\ufa0e"]
+    assert blocklist.Blocklist(unspaced).hits("ไอควายนะ သူခွေးပဲ គាត់ឆ្កួតណាស់ 你这笨蛋啊 你\ufa0e啊") == unspaced
     assert listed.hits("") == []
+    assert listed.hits("my_ass ass2 2ass") == []  # parts of longer words
+    assert listed.hits("\U0001d400\U0001d412\U0001d412") == ["ass"]  # bold ones have no case of their own
+    assert blocklist.Blocklist(["ταΐζω"]).hits("ταΐζω".upper()) == ["ταΐζω"]  # folding undoes its form
 
 
 def test_a_vowel_sign_is_part_of_its_word_and_an_accent_hides_none():
