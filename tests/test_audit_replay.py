@@ -698,6 +698,14 @@ def test_a_candidate_without_a_score_of_now_is_not_decided_on(mine, recipe):
         decide(mine, rounds.record(mine, recipe, "r000"), "again")
 
 
+def test_candidates_that_are_there_twice_are_not_decided_on(mine, recipe):
+    before = mine.query("SELECT * FROM decisions ORDER BY candidate_id")
+    change(mine, "INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", some(mine)["candidate_id"])
+    with pytest.raises(RoundError, match="1 candidates are in the store twice; nothing was decided"):
+        decide(mine, rounds.record(mine, recipe, "r000"), "again")
+    assert mine.query("SELECT * FROM decisions ORDER BY candidate_id") == before
+
+
 def test_settings_that_are_refused_by_now_are_no_reason_not_to_verify(mine):
     refused = json.dumps({"sampling": {"draws": 0}, "renamed_since": True})
     change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?)", refused)
