@@ -273,6 +273,7 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
         ({"acceptance.rule": "boltzmann"}, r"acceptance.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance": "2"}, "only the rule can be asked about"),
+        ({"acceptance.threshold": "["}, r"--set acceptance.threshold: '\[' is not YAML"),
         ({"acceptance": "{rule: rejection, target: answer}"}, "whose scores are no log-probabilities"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "pilot is 9, which is every draw"),
     ],

@@ -547,6 +547,7 @@ def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(
     assert not any("n" in one for one in templates.readings("{place} {n}: {place}", "York 3: Cork"))
     ways = [list(one.values()) for one in templates.readings("{place} {n}", "New York 3")]
     assert ways == [["New", "York 3"], ["New York", "3"]]
+    assert list(templates.readings("{a} + {b}?", "1 + 2?")) == [{"a": "1", "b": "2"}]
     assert [list(one.values()) for one in templates.readings("{a}{b}", "xy")] == [["", "xy"], ["x", "y"], ["xy", ""]]
 
 

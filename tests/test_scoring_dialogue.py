@@ -112,6 +112,10 @@ def test_hashed_relevance_is_the_cosine_of_shared_runs_of_characters(judge):
     assert found[:4] == pytest.approx([1.0, 1 / 6, 0.0, 1.0], abs=1e-6)
     assert found[4:] == [None, None]
     assert judge([sample(" \n", "abc")] * 2, kind="relevance", model="hashing", turns="turns") == [None, None]
+    # several turns are one text, a line each
+    several = judge([sample("abc", "abc", "xyz")], kind="relevance", model="hashing", turns="turns")
+    assert several == judge([sample("abc", prompt="abc\nxyz")], kind="relevance", model="hashing")
+    assert 0.1 < several[0] < 0.9
     # without a column of turns: the messages, else the prompt
     chat = Sample("§", "abc", None, {}, None, [{"role": "system", "content": "q"}, {"role": "user", "content": "abc"}])
     plain = sample("abc", prompt="abc")
@@ -195,6 +199,8 @@ def test_without_sentence_transformers_the_remedy_is_named(make, monkeypatch):
         ("गूगल अच्छा है", "गीगल अच्छी है", 1, 1 / 3),  # words of vowel signs too
         ("I ❤\ufe0f tea_time!", "I tea time", 3, 1.0),
         ("one two", "two three", 1, 1 / 2),
+        ("room 12", "room 13", 1, 1 / 2),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 2, 1.0),
     ],
 )
 def test_the_share_of_a_reply_that_repeats_a_turn(reply, turn, n, share):
