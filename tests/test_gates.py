@@ -7,6 +7,8 @@ import letters_store as letters
 import pytest
 
 from rsft_pipeline import rounds
+from rsft_pipeline.audit import ids
+from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.steps import gates
 
@@ -64,6 +66,8 @@ def test_a_rate_outside_its_bounds_is_told(store):
     for low, high in ((0.0, 0.24), (0.26, 1.0)):
         found = gates.acceptance_rate(store, round_(store, acceptance_rate=[low, high]))
         assert (found.passed, found.reason) == (False, f"25.0% accepted; expected {low:.1%} to {high:.1%}")
+    store.commit(lambda c: c.execute("DELETE FROM decisions WHERE round = 'r001'"))
+    assert gates.acceptance_rate(store, round_(store)).facts == {"acceptance_rate": 0}
 
 
 def test_the_samples_to_train_on_are_counted(store):
@@ -103,9 +107,21 @@ def test_what_answers_a_held_out_prompt_is_named_in_whichever_round_it_was_learn
 
     attempt = {"recipe": letters.RECIPE, "round": "r000", "checkpoint": "begun again", "weight": 1.0}
     store.append("training_samples", [{**attempt, "candidate_id": letters.candidate_id("r000", 2, 1)}])
+    other = "SELECT * REPLACE ('another' AS recipe, 'eval' AS split) FROM prompts WHERE prompt_id = ?"
+    store.commit(lambda c: c.execute(f"INSERT INTO prompts {other}", [letters.prompt_id(7)]))  # is held out there
     assert gates.no_eval_prompt(store, round_(store)) == gates.Finding(True, "no held-out prompt", {"overlap": 0})
     both = {letters.candidate_id(key, 2, 0) for key in ("r000", "r001")}
     assert asked("split = 'eval'", letters.prompt_id(2)) == both
     assert asked("question = 'q'", letters.prompt_id(5)) == both
     assert asked("question = 'q'", letters.prompt_id(0, "eval")) == both | {letters.candidate_id("r000", 5, 0)}
     assert asked("active = false", letters.prompt_id(0, "eval")) == both  # that is asked no more
+
+
+def test_a_checkpoint_that_learned_what_was_revoked_is_told_with_who_and_why(store):
+    made = round_(store)
+    assert gates.nothing_revoked(store, made) == gates.Finding(True, "nothing that it has learned was revoked")
+    one = letters.candidate_id("r001", 3, 0)
+    revoke(store, ids.thing(store, one), who="Ada", why="asked to")
+    found = gates.nothing_revoked(store, made)
+    what = f"checkpoint {letters.CHECKPOINTS['r001']} was revoked with candidate {one} by Ada: asked to"
+    assert found == gates.Finding(False, what)
