@@ -106,10 +106,15 @@ def test_normalised_text_in_sql_is_lineage_normalise(connection):
     odd = [f"{c}a{c}{c}b{c}" for c in [*spaces, "\0", "\u200b", "\ufeff", "\u180e"]]
     odd += ["", "   ", "e\u0301 \u00e9", "\u1112\u1161\u11ab", "a\0b \0", "\u212b\u2126", "q\u0307\u0323", "😀\ufe0f"]
     pieces = [" ", " ", "\n", "\t", "\x1c", "\0", "\u00a0", "a", "b", "é", "e\u0301", "\u0301"]
-    odd += ["".join(np.random.default_rng(i).choice(pieces, i % 9)) for i in range(5_000)]
+    chosen = (np.random.default_rng(i).integers(len(pieces), size=i % 9) for i in range(5_000))
+    odd += ["".join(pieces[one] for one in each) for each in chosen]  # an array of texts would lose each "\0"
+    assert any("\0" in text and not text.isascii() for text in odd)
     connection.register("texts", pa.table({"text": odd}))
     found = [t for (t,) in connection.execute(f"SELECT {acceptance.normalised('text')} FROM texts").fetchall()]
-    assert [t.replace("\U000f0000", "\0") for t in found] == [lineage.normalise(t) for t in odd]
+    expected = [lineage.normalise(t) for t in odd]
+    assert [t.replace("\U000f0000", "\0") for t in found] == expected
+    same = [h for (h,) in connection.execute(f"SELECT {acceptance.same_text('text')} FROM texts").fetchall()]
+    assert len(set(same)) == len(set(expected)) == len(set(zip(same, expected, strict=True)))
 
 
 # --- every rule, by hand --------------------------------------------------------------------
@@ -117,25 +122,27 @@ def test_normalised_text_in_sql_is_lineage_normalise(connection):
 
 def test_threshold_accepts_what_scores_above_it(connection):
     rows = [
-        candidate("a", score=0.9),
+        candidate("a", score=0.6),
         candidate("b", score=0.5),  # not above
-        candidate("c", score=0.6, text=" same\n text"),
-        candidate("d", score=0.7, text="same text"),  # the better one of the two
+        candidate("c", score=0.8, text=" same\n text"),  # the better one of the two, though its u is larger
+        candidate("d", score=0.7, text="same text"),
         candidate("e", score=None),
         candidate("f", score=0.9, passed=False),
         candidate("g", score=0.9, text="same text", prompt_id="another"),
         candidate("h", score=float("nan"), passed=False),
     ]
-    assert reasons(connection, rows, rule="threshold", threshold=0.5) == {
+    expected = {
         "a": "accepted",
         "b": "below threshold",
-        "c": "duplicate",
-        "d": "accepted",
+        "c": "accepted",
+        "d": "duplicate",
         "e": "cannot judge",
         "f": "gate",
         "g": "accepted",
         "h": "cannot judge",
     }
+    assert reasons(connection, rows, rule="threshold", threshold=0.5) == expected
+    assert reasons(connection, rows, rule="threshold", threshold=0.5, cap=1) == expected | {"a": "cap"}
 
 
 def test_top_k_keeps_the_k_best_different_texts_of_each_prompt(connection):
@@ -186,6 +193,7 @@ def test_quantile_accepts_exactly_the_rounded_up_share_of_the_judged(connection)
         "h": "gate",
     }
     assert reasons(connection, rows, rule="quantile", share=0.4) == expected
+    assert reasons(connection, rows, rule="quantile", share=0.5) == expected  # of all 8, or of 7, it would be 4
     assert reasons(connection, rows, rule="quantile", share=0.4, distinct=False, cap=1) == expected | {"c": "cap"}
 
 
@@ -206,9 +214,12 @@ def test_rejection_accepts_when_u_is_below_p_over_M_q(connection):
         candidate("f", target=-1.0, log_q=None),
         candidate("g", target=-1.0, log_q=-9.0, passed=False),  # a violation, were it decided on
         candidate("h", target=-math.inf, log_q=-1.0),  # p = 0
+        candidate("i", target=math.inf, log_q=-1.0),
+        candidate("j", target=math.nan, log_q=-1.0),
+        candidate("k", target=-1.0, log_q=-math.inf),
     ]
     decisions, parameters = decide(connection, rows, rule="rejection", M=2)
-    assert {c: decisions[c]["reason"] for c in "abcdefgh"} == {
+    assert {c: decisions[c]["reason"] for c in "abcdefghijk"} == {
         "a": "accepted",
         "b": "accepted",
         "c": "accepted",
@@ -217,10 +228,14 @@ def test_rejection_accepts_when_u_is_below_p_over_M_q(connection):
         "f": "cannot judge",
         "g": "gate",
         "h": "u >= A",
+        "i": "cannot judge",
+        "j": "cannot judge",
+        "k": "cannot judge",
     }
     assert parameters["log_M"] == math.log(2)
     assert parameters["violations"] == 1
     assert parameters["log_M_needed"] == pytest.approx(math.log(2.5), abs=1e-15)
+    assert decide(connection, rows[7:8], rule="rejection", M=2)[1]["log_M_needed"] is None  # any would do
     log_a = {c: decisions[c]["log_a"] for c in "abcdefgh"}
     assert log_a["a"] == pytest.approx(math.log(0.25), abs=1e-15)
     assert (log_a["b"], log_a["e"], log_a["g"], log_a["h"]) == (0, None, None, -math.inf)
@@ -251,6 +266,9 @@ def test_M_is_the_pilots_largest_ratio_times_safety_and_the_pilot_is_set_aside(c
         "g": "gate",
         "h": "cannot judge",
     }
+    # Without d no other needs as large an M as the pilot would.
+    _, without = decide(connection, [*rows[:3], *rows[4:]], rule="rejection", pilot=1, safety=1.5)
+    assert (without["violations"], without["log_M_needed"]) == (0, pytest.approx(math.log(1.5), abs=1e-15))
     # What a gate turned down the rule sees nothing of, and so does M.
     gated = candidate("z", draw=0, target=9.0, log_q=0.0, passed=False)
     assert decide(connection, [*rows, gated], rule="rejection", pilot=1, safety=1.5)[1]["log_M"] == parameters["log_M"]
@@ -276,6 +294,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         candidate("f", score=-5.0, prompt_id="another"),  # the largest of its prompt
         candidate("g", score=-5.0 - 2 * half, prompt_id="another"),  # A = 1/4, u = 0.29
         candidate("h", score=1.0, text="b"),
+        candidate("i", score=2.0, passed=False, prompt_id="a third"),  # of which nothing is past the gates
     ]
     expected = {
         "a": "accepted",
@@ -286,6 +305,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         "f": "accepted",
         "g": "u >= A",
         "h": "duplicate",
+        "i": "gate",
     }
     assert reasons(connection, rows, rule="boltzmann", beta=1) == expected
     # With A = 1 everywhere u decides: a < b.
@@ -298,6 +318,7 @@ def test_boltzmann_accepts_when_u_is_below_exp_of_the_scaled_shortfall(connectio
         "f": "cap",
         "g": "accepted",
         "h": "duplicate",
+        "i": "gate",
     }
 
 
@@ -340,9 +361,9 @@ def test_loss_accepts_when_u_is_below_nats_per_token_over_k(connection):
 def test_a_threshold_on_A_accepts_without_chance_and_weighs_by_A(connection):
     # A = P(y|x) / M(y|x) where M is 1: L = −Σ A·log M over what is accepted.
     rows = [
-        candidate("a", target=math.log(0.1), log_q=math.log(0.2)),  # A = 0.5
-        candidate("b", target=math.log(0.06), log_q=math.log(0.2), text="x"),  # 0.3
-        candidate("c", target=math.log(0.08), log_q=math.log(0.2), text="x"),  # 0.4: of one text the larger A
+        candidate("a", target=math.log(0.06), log_q=math.log(0.2)),  # A = 0.3
+        candidate("b", target=math.log(0.1), log_q=math.log(0.2), text="x"),  # 0.5: of one text the larger A
+        candidate("c", target=math.log(0.08), log_q=math.log(0.2), text="x"),  # 0.4, though its u is smaller
         candidate("d", target=math.log(0.05), log_q=math.log(0.2)),  # 0.25, not above; its u of 0.32 does not matter
         candidate("e", target=math.log(0.5), log_q=math.log(0.2)),  # 1, and a violation
         candidate("f", target=None, log_q=-1.0),
@@ -353,8 +374,8 @@ def test_a_threshold_on_A_accepts_without_chance_and_weighs_by_A(connection):
     decisions, parameters = decide(connection, rows, **rule)
     expected = {
         "a": "accepted",
-        "b": "duplicate",
-        "c": "accepted",
+        "b": "accepted",
+        "c": "duplicate",
         "d": "below threshold",
         "e": "accepted",
         "f": "cannot judge",
@@ -364,8 +385,8 @@ def test_a_threshold_on_A_accepts_without_chance_and_weighs_by_A(connection):
     assert {c: decisions[c]["reason"] for c in "abcdefgh"} == expected
     assert parameters["violations"] == 1
     weights = {c: d["weight"] for c, d in decisions.items() if d["accepted"]}
-    assert weights == pytest.approx({"a": 0.5, "c": 0.4, "e": 1.0}, rel=1e-14)
-    assert reasons(connection, rows, **rule, cap=2) == expected | {"c": "cap"}
+    assert weights == pytest.approx({"a": 0.3, "b": 0.5, "e": 1.0}, rel=1e-14)
+    assert reasons(connection, rows, **rule, cap=2) == expected | {"a": "cap"}
 
 
 @pytest.mark.parametrize(("weight", "power"), [("one", 1), ("A", 2)])
@@ -412,6 +433,8 @@ def test_a_threshold_rises_from_round_to_round_in_decimal(connection):
         decisions, parameters = decide(connection, rows, round_number=number, **rule)
         assert parameters["threshold"] == t
         assert "".join(sorted(c for c, d in decisions.items() if d["accepted"])) == accepted
+    _, parameters = decide(connection, rows, round_number=1, rule="threshold", threshold=0.7, raise_by=0.1)
+    assert parameters["threshold"] == 0.8 > 0.7 + 0.1  # the double of 0.7 is less than 0.7
 
 
 CALIBRATED = {

@@ -273,6 +273,7 @@ def test_whatif_sets_aside_what_is_revoked_by_now(mine, recipe):
         ({"acceptance.rule": "boltzmann"}, r"acceptance.beta: this field is required"),
         ({"sampling.draws": "2"}, "only the rule can be asked about"),
         ({"acceptance": "2"}, "only the rule can be asked about"),
+        ({"acceptance.threshold": "["}, r"--set acceptance.threshold: '\[' is not YAML"),
         ({"acceptance": "{rule: rejection, target: answer}"}, "whose scores are no log-probabilities"),
         ({"acceptance.rule": "rejection", "acceptance.pilot": "9"}, "pilot is 9, which is every draw"),
     ],
@@ -696,6 +697,14 @@ def test_a_candidate_without_a_score_of_now_is_not_decided_on(mine, recipe):
     change(mine, "DELETE FROM scores WHERE candidate_id = ?", some(mine)["candidate_id"])
     with pytest.raises(RoundError, match=r"1 candidates have no score .* materialise `scores` again"):
         decide(mine, rounds.record(mine, recipe, "r000"), "again")
+
+
+def test_candidates_that_are_there_twice_are_not_decided_on(mine, recipe):
+    before = mine.query("SELECT * FROM decisions ORDER BY candidate_id")
+    change(mine, "INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", some(mine)["candidate_id"])
+    with pytest.raises(RoundError, match="1 candidates are in the store twice; nothing was decided"):
+        decide(mine, rounds.record(mine, recipe, "r000"), "again")
+    assert mine.query("SELECT * FROM decisions ORDER BY candidate_id") == before
 
 
 def test_settings_that_are_refused_by_now_are_no_reason_not_to_verify(mine):

@@ -63,6 +63,9 @@ def test_beta_by_hand():
     assert calibration.temperature(np.array([-1.0, -2.0]), 3 / 8) == pytest.approx(1 / math.log(2), rel=1e-15)
     # One of three has A = 1; (1 + x + x) / 3 = 1/2 where x = 1/4
     assert calibration.temperature(np.array([-1.0, 0.0, -1.0]), 1 / 2) == pytest.approx(1 / math.log(4), rel=1e-15)
+    # Two of four have A = 1; (2 + x + x²) / 4 = 11/16 where x = 1/2
+    found = calibration.temperature(np.array([-2.0, 0.0, -1.0, 0.0]), 11 / 16)
+    assert found == pytest.approx(1 / math.log(2), rel=1e-15)
 
 
 def test_beta_hits_its_share_to_float_precision():

@@ -374,6 +374,16 @@ def test_top_p_beyond_the_first_look_sorts_the_whole_vocabulary():
     assert torch.isfinite(log_q).all()
 
 
+@pytest.mark.parametrize("cut", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5}], ids=str)
+def test_logits_of_half_precision_are_reckoned_with_in_float32(cut):
+    generator = torch.Generator().manual_seed(3)
+    half = (torch.randn(200, 100, generator=generator) * 3).bfloat16()
+    u = torch.rand(200, generator=generator, dtype=torch.float64)
+    found, expected = (choose(logits, torch.arange(200), u, shape(**cut)) for logits in (half, half.float()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_uniforms_are_each_seeds_own_stream():
     first = uniforms([5, 6], 8)
     assert first.shape == (2, 8)

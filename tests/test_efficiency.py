@@ -98,6 +98,9 @@ def test_a_stochastic_rule_by_hand(connection):
     mean_log_a = (2 * 0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / 2.25
     assert found.kl == pytest.approx(mean_log_a - math.log(2.25 / 8), rel=1e-14)
     assert found.tokens_per_accepted == 93 / 3
+    logged = found.metrics()
+    assert (logged["acceptance_rate_low"], logged["acceptance_rate_high"]) == efficiency.wilson(3, 8)
+    assert (logged["one_over_M"], logged["effective_size_of_A"]) == (found.one_over_m, found.effective_size)
 
 
 def test_weights_tilt_the_accepted_once_more(connection):
@@ -223,6 +226,7 @@ def test_each_stochastic_rule_is_told_the_number_that_gives_the_share(connection
     assert (found["loss"].name, found["loss"].value) == ("k", pytest.approx(5, rel=1e-15))  # 10 / k / 4 = 1/2
     assert (found["rejection"].name, found["rejection"].value) == ("log_M", pytest.approx(math.log(5), rel=1e-15))
     beta = found["boltzmann"].value
+    assert found["boltzmann"].name == "beta"
     assert sum(math.exp(-loss / beta) for loss in (1, 2, 3, 4)) / 4 == pytest.approx(0.5, rel=1e-15)
     on_a = measured(connection, rows, rule="rejection", M=4, threshold=0.9).suggestions[2]
     assert (on_a.name, on_a.value, on_a.share) == ("threshold", pytest.approx(0.5, rel=1e-15), 0.5)
@@ -290,9 +294,11 @@ def test_coverage_by_hand(connection):
 
 def test_a_pilot_that_is_set_aside_is_drawn_on_top(connection):
     rows = [candidate(str(i), grouped="g", draw=i, target=-1.0, log_q=-1.0) for i in range(4)]
+    rows.append(candidate("a", prompt_id="another", grouped="only the pilot", draw=0, target=-1.0, log_q=-1.0))
     rule, _ = decide(connection, rows, rule="rejection", pilot=2)
-    (group,) = efficiency.coverage(connection, "decided", rule)
+    pilot, group = efficiency.coverage(connection, "decided", rule)
     assert (group.accepted, group.draws_needed) == (2, 3)
+    assert (pilot.group, pilot.accepted, pilot.draws_needed) == ("only the pilot", 0, None)
 
 
 # --- a round ---------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def test_a_summary_by_hand():
 def test_prompts_without_a_value_are_left_out_and_counted():
     summary = summarise([result("a", passes=1, draws=1, score=None), result("b", passes=4)], k=2, confidence=0.95)
     assert (summary.pass_at_1.n, summary.pass_at_k.n, summary.mean_score.n) == (2, 1, 1)
+    exactly = summarise([result("a", passes=1, draws=2), result("b", passes=0, draws=1)], k=2, confidence=0.95)
+    assert (exactly.pass_at_k.n, exactly.pass_at_k.value) == (1, 1.0)  # two draws are enough for k = 2
     nothing = summarise([result("a", passes=1, draws=1, score=None)], k=2, confidence=0.95)
     assert (nothing.pass_at_k, nothing.mean_score) == (None, None)
 
@@ -121,6 +123,18 @@ def test_each_metric_is_compared_by_its_own_values():
     # 0.3, 0.4, 0.5, 0.6: standard deviation √(0.05/3), t(3) = 3.18245
     assert by["mean_score"].difference == pytest.approx(0.45, abs=1e-15)
     assert by["mean_score"].low == pytest.approx(0.45 - 3.182446305 * math.sqrt(0.05 / 3) / 2, abs=1e-8)
+
+
+def test_a_comparison_is_the_same_to_the_bit_in_whatever_order_the_prompts_come():
+    rng = np.random.default_rng(0)
+    policy, checkpoint = (
+        [result(i, score=rng.lognormal(0, 9), draws=7, eligible=int(rng.integers(8))) for i in range(300)]
+        for _ in range(2)
+    )
+    first = compare(policy, checkpoint, "mean_score", k=1, confidence=0.95)
+    for _ in range(5):
+        sides = [[side[i] for i in rng.permutation(300)] for side in (policy, checkpoint)]
+        assert compare(*sides, "mean_score", k=1, confidence=0.95) == first
 
 
 def test_nothing_in_common_is_an_error():
@@ -214,8 +228,8 @@ def test_an_interval_of_what_is_rare_and_large_misses_as_often_as_is_said():
 def test_a_mean_score_of_fewer_eligible_draws_promotes_nobody():
     before = [result(i, score=i / 40, eligible=4) for i in range(20)]
 
-    def verdict(eligible, metric="mean_score", passes=0):
-        after = [result(i, passes, score=i / 40 + 0.3 + i / 100, eligible=eligible) for i in range(20)]
+    def verdict(eligible, metric="mean_score", passes=0, gain=0.3):
+        after = [result(i, passes, score=i / 40 + gain + i / 100, eligible=eligible) for i in range(20)]
         return promoted(compare(before, after, metric, k=4, confidence=0.95), Promotion(metric=metric))
 
     said = "mean_score +0.395 [+0.367, +0.423] > 0 over 20 prompts"
@@ -223,6 +237,7 @@ def test_a_mean_score_of_fewer_eligible_draws_promotes_nobody():
     assert verdict(4) == (True, f"better: {said}; eligible draws +0.000 [-0.168, +0.168]")
     # 20 prompts that are all at −0.75: the interval reaches up to −0.75 + 0.168 · 1.75
     assert verdict(1) == (False, f"fewer draws are eligible: {said}; eligible draws -0.750 [-0.792, -0.455]")
+    assert verdict(1, gain=-0.1)[1].startswith("not better: mean_score -0.005")  # that alone is reason enough
     assert verdict(None) == (True, f"better: {said}")  # an evaluation from before they were counted
     assert verdict(1, "pass_at_1", passes=1)[0]  # there the draws that are not eligible did not pass
 
@@ -242,6 +257,7 @@ def test_draws_that_were_not_judged_or_failed_a_gate_are_not_eligible(tmp_path, 
 def test_eligible_draws_are_summarised_where_they_were_counted():
     summary = summarise([result("a", eligible=4), result("b", eligible=1), result("c")], k=2, confidence=0.95)
     assert (summary.eligible.value, summary.eligible.n) == (0.625, 2)
+    assert (summary.eligible.low, summary.eligible.high) == (0, 1)  # 0.625 ± 12.7062 · 0.375, cut
     assert summarise([result("a")], k=2, confidence=0.95).eligible is None
 
 

@@ -452,10 +452,26 @@ def test_bpe_learns_the_corpus_and_can_still_write_any_text():
     assert tokenizer.decode(tokenizer(ODD)["input_ids"], skip_special_tokens=True) == ODD
 
 
+def test_merges_are_learnt_from_what_is_not_held_out_and_an_alphabet_from_all(tmp_path):
+    def made(kind):
+        wanted = a_recipe(tmp_path, tokenizer=kind, vocabulary=290, steps=0)
+        asked = {f"{letter}=" for letter in string.ascii_lowercase[:24]}
+        out = held_out_of(asked)
+        rows = {min(asked - out): "cherry cherry cherry", min(out): "banana banana banana é"}
+        with open(tmp_path / "corpus.jsonl", "a", encoding="utf-8") as corpus:
+            corpus.writelines(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows.items())
+        return models.tokenizer(models.base(wanted, tmp_path).path)
+
+    bpe, characters = made("bpe"), made("characters")
+    assert [len(bpe(word, add_special_tokens=False)["input_ids"]) for word in ("cherry", "banana")] == [1, 6]
+    assert characters.decode(characters("é")["input_ids"], skip_special_tokens=True) == "é"
+
+
 @pytest.mark.parametrize("kind", ["characters", "bpe"])
 def test_two_builds_give_the_same_digest_and_another_seed_another(tmp_path, kind):
     wanted = a_recipe(tmp_path, tokenizer=kind, vocabulary=300)
     first = models.base(wanted, tmp_path / "one")
+    torch.manual_seed(7)  # as another process would have it
     assert models.base(wanted, tmp_path / "two").digest == first.digest
     reseeded = load(tmp_path / "letters.yaml", {"seed": "1"})
     assert models.base(reseeded, tmp_path / "one").digest != first.digest
@@ -531,6 +547,7 @@ def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(
     assert not any("n" in one for one in templates.readings("{place} {n}: {place}", "York 3: Cork"))
     ways = [list(one.values()) for one in templates.readings("{place} {n}", "New York 3")]
     assert ways == [["New", "York 3"], ["New York", "3"]]
+    assert list(templates.readings("{a} + {b}?", "1 + 2?")) == [{"a": "1", "b": "2"}]
     assert [list(one.values()) for one in templates.readings("{a}{b}", "xy")] == [["", "xy"], ["x", "y"], ["xy", ""]]
 
 

@@ -21,7 +21,7 @@ SAMPLES = [
 NODES = 22 + 7 + 2 + 4 + 0 + 4  # [1] is read once for four of them, [1, 5] for four, PROMPT and 9 once, the twin never
 LONGEST = 22
 
-PACKED = ["llama", "gpt2", "qwen2", "mistral", "gpt_neox", "roberta"]
+PACKED = ["llama", "gpt2", "qwen2", "mistral", "gpt_neox", "roberta", "granite"]  # granite has a scale of its own
 # Soft caps, no attention, no positions, layers that hand nothing on, a window.
 PADDED = ["gemma2", "mamba", "bloom", "nemotron", "short-sighted mistral"]
 
@@ -29,7 +29,7 @@ PADDED = ["gemma2", "mamba", "bloom", "nemotron", "short-sighted mistral"]
 def tiny(kind: str):
     torch.manual_seed(0)
     settings: dict = {**SIZES, "tie_word_embeddings": False}
-    if kind in ("llama", "qwen2", "mistral", "gemma2", "nemotron", "short-sighted mistral"):
+    if kind in ("llama", "qwen2", "mistral", "granite", "gemma2", "nemotron", "short-sighted mistral"):
         settings |= {"intermediate_size": 32, "num_key_value_heads": 2}
     if kind == "short-sighted mistral":
         kind, settings["sliding_window"] = "mistral", 8

@@ -197,14 +197,16 @@ def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
         "b.txt": "Jürgen Müller, Köln".encode("latin-1"),
         "c.txt": "Jürgen Müller, Köln".encode(),
         "d.jsonl": rb'{"q": "see https:\/\/jane.example\/secret"}',
-        "e.jsonl": rb'{"q": ["J\u00fcrgen M\u00FCller, K\u00f6ln"]}',
+        "e.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller, K\u00f6ln"]}',
         "f.txt": b"somebody else",
+        "g.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller"]}',
+        "h.jsonl": rb'{"J\u00fcrgen M\u00FCller, K\u00f6ln": null}',
     }
     store.append("quarantine", [{**of, "source": source, "raw": raw} for source, raw in refused.items()])
     for text in ('she said "my name is Jane Roe" twice', "Jürgen Müller, Köln", "https://jane.example/secret"):
         revoke(store, ids.text(store, text), **WORDS, erase=True)
-    left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%'")
-    assert left == [{"source": "f.txt"}]
+    left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%' ORDER BY 1")
+    assert left == [{"source": "f.txt"}, {"source": "g.jsonl"}]
 
 
 def test_who_revokes_what_may_come_back_is_told_what_to_do_first(tmp_path, monkeypatch):

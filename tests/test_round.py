@@ -71,6 +71,10 @@ def test_two_rounds_improve_the_model_and_leave_the_whole_lineage(home, instance
         before = json.loads(first["policy_eval"])["pass_at_1"]["value"]
         assert json.loads(first["checkpoint_eval"])["pass_at_1"]["value"] > 1.2 * before
         assert second["policy"] == first["checkpoint"] == first["champion"]
+        stale = replace(rounds.record(store, recipe, "r001"), policy=first["policy"])
+        found = gates.source_is_latest(store, stale, Home.here())
+        assert (found.passed, found.facts) == (False, {"latest": first["checkpoint"]})
+        assert found.reason.endswith(f"but the champion is now {first['checkpoint']}: run the round again")
         # A single scorer's mean over the held-out prompts is the mean score, with its interval.
         seen = report._means(store, rounds.record(store, recipe, "r001"), first["checkpoint"])
         assert {name: asdict(mean) for name, mean in seen.items()} == dict.fromkeys(

@@ -1,7 +1,10 @@
 """Sampling: what a candidate's id depends on, and how waves are cut."""
 
-from rsft_pipeline import sampling
-from rsft_pipeline.recipe.sampling import Until
+import hashlib
+
+from rsft_pipeline import lineage, sampling
+from rsft_pipeline.recipe.evaluation import Evaluation
+from rsft_pipeline.recipe.sampling import Teacher, Until
 
 PROMPTS = [sampling.Asked(f"p{i}", tuple(range(1 + i % 3)), None) for i in range(10)]
 
@@ -30,8 +33,39 @@ def test_ids_follow_from_recipe_round_policy_prompt_draw_and_settings_alone(reci
         plan(recipe, top_k=3),
         plan(recipe, max_tokens=9),
         plan(recipe, stop=["a"]),
+        plan(recipe.model_copy(update={"seed": 1})),
     ):
         assert not set(first) & set(ids(other))
+
+
+def test_ids_are_hashes_of_the_same_json_for_ever():
+    def hashed(text):
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    assert lineage.digest({"é": [1, None], "a": "\ud800"}) == hashed('{"a":"\ud800","é":[1,null]}')[:32]
+    assert lineage.set_digest(["b", "a"]) == hashed('["a","b"]')[:32]
+    assert lineage.candidate_id("r", "r000", "w", "p", 3, "s") == hashed('["r","r000","w","p",3,"s"]')[:32]
+    assert lineage.seed_of("c", 7) == int(hashed('["seed","c",7]')[:15], 16)
+    assert lineage.prompt_id(" a\n") == hashed('["prompt"," a\\n"]')[:32]
+    assert lineage.same_text(" a\n") == hashed('["prompt","a"]')[:32]
+    assert lineage.question(["b  c", "a"]) == hashed('["split","a","b c"]')[:32]
+
+
+def test_the_reference_answers_are_part_of_an_id_where_they_are_the_candidates(recipe):
+    how = recipe.sampling.model_copy(update={"source": "reference"})
+    assert len({sampling.settings(how, 0, answers) for answers in (None, "", "one", "another")}) == 3
+    assert len({sampling.settings(recipe.sampling, 0, answers) for answers in (None, "one", "another")}) == 1
+
+
+def test_held_out_candidates_are_draws_of_the_weights_evaluated(recipe):
+    round_ = {"source": "teacher", "teacher": Teacher(source="t"), "until": Until(accepted=1, draws=9), "top_p": 0.9}
+    evaluation = Evaluation(temperature=0.5, draws=3, k=2)
+    changed = {"sampling": recipe.sampling.model_copy(update=round_), "evaluation": evaluation}
+    how = sampling.evaluation_sampling(recipe.model_copy(update=changed))
+    assert (how.source, how.teacher, how.until, how.most_draws) == ("policy", None, None, 3)
+    assert (how.temperature, how.top_p, how.top_k) == (0.5, 0.9, None)
+    greedy = {"evaluation": Evaluation(greedy=True, draws=1, k=1)}
+    assert sampling.evaluation_sampling(recipe.model_copy(update=greedy)).top_k == 1
 
 
 def test_a_wave_holds_all_draws_of_its_prompts_and_like_lengths_together(recipe):
@@ -39,13 +73,14 @@ def test_a_wave_holds_all_draws_of_its_prompts_and_like_lengths_together(recipe)
     assert [len(wave) for wave in waves] == [8] * 5
     lengths = [len(request.prompt_ids) for wave in waves for request in wave]
     assert lengths == sorted(lengths)
+    assert [len(wave) for wave in plan(recipe, draws=4, wave_size=3)] == [4] * 10  # at least one prompt
 
 
 def test_with_until_the_draws_come_in_passes_and_keep_their_ids_and_waves_are_random_samples(recipe):
     until = Until(per_prompt=1, draws=10)
     how = recipe.sampling.model_copy(update={"until": until, "draws": 4})
     assert sampling.passes(how) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert set(ids(plan(recipe, draws=10))) == set(ids(plan(recipe, draws=4, until=until)))
+    assert sorted(ids(plan(recipe, draws=10))) == sorted(ids(plan(recipe, draws=4, wave_size=8, until=until)))
     first_waves = [{r.asked.prompt_id for r in wave} for wave in plan(recipe, draws=4, wave_size=8, until=until)]
     assert first_waves[:5] != first_waves[5:10]  # another order in each pass
 
@@ -63,4 +98,4 @@ def test_prompts_of_a_round_are_chosen_by_hash_whatever_their_order(recipe):
     chosen = sampling.choose(rows, 10, "r000")
     assert chosen == sampling.choose(rows[::-1], 10, "r000")
     assert chosen != sampling.choose(rows, 10, "r001")
-    assert sampling.choose(rows, 99, "r000") == rows
+    assert sampling.choose(rows, 99, "r000") == sampling.choose(rows, None, "r000") == rows

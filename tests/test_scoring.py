@@ -67,6 +67,9 @@ def make(tmp_path):
         ("It is .5", Fraction(1, 2)),
         ("1/2", Fraction(1, 2)),
         ("1/0", None),
+        ("1/2.5", Fraction(5, 2)),  # no fraction: the last number
+        ("1/1,000", 1000),
+        ("version 1.2.3", 3),
         ("-5", -5),
         ("a loss of \u22125", -5),
         ("-$5", -5),
@@ -74,10 +77,18 @@ def make(tmp_path):
         (r"\$5", 5),
         ("10-5", 5),
         ("10 - 5", 5),
+        ("(2)-5", 5),
+        ("x[0]-5", 5),
+        ("{2}-5", 5),
+        ("1.-5", 5),
+        ("-\u20ac5", -5),
+        ("-\u00a35", -5),
+        (r"-\$5", -5),
         ("50%", 50),
         ("1,2,3", 3),
         ("1,2345", 2345),
         (r"10{,}000 or 10\,000", 10_000),
+        ("10{,}000", 10_000),
         (r"\$1,\!234,\!567.50", Fraction(246913500, 200)),
         ("1\u00a0000\u202f000", 10**6),
         ("1\u2009234.5 km", Fraction(12345, 10)),
@@ -88,6 +99,8 @@ def make(tmp_path):
         ("1e-05", Fraction(1, 100_000)),  # as Python writes what was 0.00001 in a file
         ("6.02e23 of them", 602 * 10**21),
         ("1e+16", 10**16),
+        ("1E3", 1000),
+        ("1e100", 10**100),
         ("5e", 5),
         ("1e9999", 9999),  # no exponent, or it would be a number that fills the memory
         ("9" * 5000, None),  # more digits than Python reads
@@ -131,9 +144,24 @@ def test_exact_answers_compare_but_for_case_and_white_space():
         ("$x$ dollars, $y=2$.", "y=2"),
         (r"that is \$5 or $3\$", r"\$5 or $3\$"),
         ("$$ a = 1 $$", "a = 1"),
+        ("$$a$$ or $$b$$", "b"),
+        (r"at \$5,$x$", "x"),
+        ("5$ and then 3$", "5$ and then 3$"),  # a dollar opens nothing before a space, and closes nothing after one,
+        ("pay $5 or $x", "pay $5 or $x"),
+        ("$5+$5", "$5+$5"),  # nor before a digit, nor on another line
+        ("costs $5\nor 6$", "or 6$"),
+        ("$$x$", "$$x$"),
+        ("\\[\nx = 2\n\\]", "x = 2"),
+        (r"\[ open \[x + 1\]", "x + 1"),
         (r"\( open \(x + 1\)", "x + 1"),
         ("1 + 1\n\nThe answer is 2.\n", "2"),
         ("x <= 3", "x <= 3"),
+        ("#### 1\n#### 2", "2"),
+        (r"\boxed { 5 }", "5"),
+        (r"\boxed{[0, 1\}}", r"[0, 1\}"),
+        ("Answer: 2", "2"),
+        ("this is: it is  2.", "2"),
+        ("axis 1:2", "axis 1:2"),
         (" \n", ""),
     ],
 )
@@ -175,7 +203,7 @@ def test_math_answers_are_compared_as_expressions_and_one_that_never_ends_harms_
 
 
 def test_listed_words_are_found_whole_and_in_every_spelling():
-    listed = blocklist.Blocklist(["Ass", "tied  up", "🖕", "c++", "STRASSE", "バカ", "  "])
+    listed = blocklist.Blocklist(["Ass", " tied  up ", "🖕", "c++", "STRASSE", "バカ", "  "])
     assert listed.hits("The class assessed a mass of assets") == []
     assert listed.hits("ASS, ass. ａｓｓ") == ["ass", "ass", "ass"]
     assert listed.hits("they tied\n\u00a0up") == ["tied up"]
@@ -184,7 +212,12 @@ def test_listed_words_are_found_whole_and_in_every_spelling():
     assert listed.hits("no c++11 but C++!") == ["c++", "c++"]
     assert listed.hits("Straße") == ["strasse"]
     assert listed.hits("あのバカです") == ["バカ"]  # no spaces between words in this script
+    unspaced = ["ควาย", "ခွေး", "ឆ្កួត", "笨蛋", "\ufa0e"]
+    assert blocklist.Blocklist(unspaced).hits("ไอควายนะ သူခွေးပဲ គាត់ឆ្កួតណាស់ 你这笨蛋啊 你\ufa0e啊") == unspaced
     assert listed.hits("") == []
+    assert listed.hits("my_ass ass2 2ass") == []  # parts of longer words
+    assert listed.hits("\U0001d400\U0001d412\U0001d412") == ["ass"]  # bold ones have no case of their own
+    assert blocklist.Blocklist(["ταΐζω"]).hits("ταΐζω".upper()) == ["ταΐζω"]  # folding undoes its form
 
 
 def test_a_vowel_sign_is_part_of_its_word_and_an_accent_hides_none():
@@ -208,6 +241,15 @@ def test_a_blocklist_without_entries_is_an_error(make, tmp_path):
     made = make({"kind": "blocklist", "file": "words.txt"})
     with pytest.raises(scoring.ScoringError, match="scorer 'blocklist': the blocklist has no entry"):
         scoring.score(scoring.judges(made, CPU), [sample("x")])
+
+
+def test_a_list_of_words_may_have_a_byte_order_mark_and_has_to_be_utf8(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("schön\n", "utf-8-sig")
+    assert blocklist.Blocklist(blocklist.read(file)).hits("Schön!") == ["schön"]
+    file.write_text("schön\n", "latin-1")
+    with pytest.raises(ValueError, match=r"words.txt is not UTF-8: .* position 3"):
+        blocklist.read(file)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +278,11 @@ def test_the_simple_scorers_through_a_recipe(make, tmp_path):
         "sentiment": [0.4404, -0.5423, -0.6249, -0.5256],
         "answer": [1.0, None, None, 0.0],
     }
+
+
+def test_a_pattern_is_found_anywhere_in_a_text():
+    assert simple.pattern("so it is\n42.", r"is\s\d+") == 1.0
+    assert simple.pattern("so it is\n42.", r"^\d+") == 0.0
 
 
 def test_a_text_that_a_pattern_takes_too_long_for_is_not_judged(monkeypatch):

@@ -113,6 +113,11 @@ def test_hashed_relevance_is_the_cosine_of_shared_runs_of_characters(judge):
     )
     assert found[:4] == pytest.approx([1.0, 1 / 6, 0.0, 1.0], abs=1e-6)
     assert found[4:] == [None, None]
+    assert judge([sample(" \n", "abc")] * 2, kind="relevance", model="hashing", turns="turns") == [None, None]
+    # several turns are one text, a line each
+    several = judge([sample("abc", "abc", "xyz")], kind="relevance", model="hashing", turns="turns")
+    assert several == judge([sample("abc", prompt="abc\nxyz")], kind="relevance", model="hashing")
+    assert 0.1 < several[0] < 0.9
     # without a column of turns: the messages, else the prompt
     chat = Sample(
         "[CLS]", "abc", None, {}, None, [{"role": "system", "content": "q"}, {"role": "user", "content": "abc"}]
@@ -190,6 +195,7 @@ def test_without_sentence_transformers_the_remedy_is_named(make, monkeypatch):
         ("I like green tea.", "I like green tea, you know.", 3, 1.0),
         ("I like green apples", "You said I LIKE GREEN tea!", 3, 1 / 2),
         ("I don’t know", "I don't know, really", 3, 1.0),
+        ("I don’t", "Dont!", 1, 1 / 2),  # an apostrophe parts no word
         ("Yes.", "Yes, I do.", 3, 0.0),  # shorter than a run: only as a whole
         ("Yes.", "yes!", 3, 1.0),
         ("no no no no", "no no no", 3, 1.0),  # different runs: there is one
@@ -197,6 +203,8 @@ def test_without_sentence_transformers_the_remedy_is_named(make, monkeypatch):
         ("गूगल अच्छा है", "गीगल अच्छी है", 1, 1 / 3),  # words of vowel signs too
         ("I ❤\ufe0f tea_time!", "I tea time", 3, 1.0),
         ("one two", "two three", 1, 1 / 2),
+        ("room 12", "room 13", 1, 1 / 2),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 2, 1.0),
     ],
 )
 def test_the_share_of_a_reply_that_repeats_a_turn(reply, turn, n, share):
@@ -209,8 +217,9 @@ def test_consistency_looks_at_the_speakers_own_turns_only(judge, make):
         sample("I like green tea", "I like green tea", "oh"),
         sample("I like green tea", "I like green tea"),  # nothing said yet
         sample(" ", "I like green tea", "oh"),
+        sample("?!", " ", "oh"),  # neither has a word, but a blank turn says nothing
     ]
-    assert judge(samples, kind="consistency", turns="turns") == [0.5, 0.0, 1.0, None]
+    assert judge(samples, kind="consistency", turns="turns") == [0.5, 0.0, 1.0, None, 1.0]
     alone = make(kind="consistency")
     for ask in (lambda: scoring.judges(alone, CPU), lambda: scoring.version(alone.scoring.scorers[0], alone)):
         with pytest.raises(scoring.ScoringError, match="scorer 'it': whose turn was whose is not known: set `turns:`"):
@@ -234,7 +243,7 @@ def test_a_contradiction_counts_where_it_is_worse_than_the_repetition(judge, tok
 
     samples = [
         sample("no", "yes", "?", "maybe", "?"),
-        sample("is", "was", "?"),
+        sample("is", " ", "?", "was", "?"),
         sample("yes", "yes", "?"),  # repeated
         sample("no", "x" * 12, "?"),  # too long for the model
         sample("no"),
@@ -267,6 +276,8 @@ def test_novelty_is_the_distance_from_the_nearest_text_accepted_before(judge, mo
     assert [f for f in found if f is not None] == pytest.approx(expected, abs=1e-6)
     assert found[3] is None
     assert judge(replies, [], kind="novelty", model="hashing") == [1.0, 1.0, 1.0, None, 1.0]
+    assert judge([sample(" ")] * 2, before, kind="novelty", model="hashing") == [None, None]
+    assert dialogue.Novelty(lambda texts: np.ones((len(texts), 1)), [" "])(["abc"]) == [1.0]  # a blank is nothing
 
 
 def test_the_nearest_is_the_same_dense_and_sparse():

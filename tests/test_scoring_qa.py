@@ -77,6 +77,21 @@ def test_squads_metrics(completion, references, exact, f1):
     assert squad.f1(completion, references) == (None if f1 is None else pytest.approx(f1, abs=1e-15))
 
 
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        (None, []),
+        ('a "b"\n', ['a "b"\n']),
+        (["one", None, ["two"]], ["one", "two"]),
+        ({"text": ["one", "two"], "answer_start": [0, 9]}, ["one", "two"]),
+        (1.50, ["1.5"]),
+        ({"größe": 2}, ['{"größe": 2}']),
+    ],
+)
+def test_reference_answers_are_the_texts_of_a_value_and_anything_else_as_json(value, answers):
+    assert squad.answers(value) == answers
+
+
 def test_references_come_from_a_column_or_are_the_reference(judge):
     def sample(reference, **fields):
         return Sample("q", "the Seine", reference, fields, None)
