@@ -82,7 +82,7 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
 
 
 def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
-    """Check that draws have as many tokens as recorded, and the round's kind of origin."""
+    """Check that draws have as many tokens as recorded, and come from the source that the round drew from."""
     lengths = [row["candidate_id"] for row in rows if row["tokens"] != len(row["token_ids"] or ())]
     origins = [row["candidate_id"] for row in rows if row["origin"] not in (None, source)]
     for name, found, what in (

@@ -148,7 +148,7 @@ def depth_of(config) -> int:
 
 
 def reads_both_ways(config) -> bool:
-    """Whether a model of a masked-language family such as BERT, which `is_decoder` would make causal, is not."""
+    """Whether the model is of a masked-language family such as BERT, and `is_decoder` does not make it causal."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
