@@ -34,8 +34,8 @@ def candidates(recipe: Recipe) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Completions of the training prompts, from policy, teacher or references. Appends to `candidates`.
 
-        Drawn in waves, each persisted whole: a run that was killed goes on where it stopped. Where draws go on
-        until enough is accepted, they are scored here too.
+        Drawn in waves, each persisted whole: a run that was killed continues where it stopped. With `sampling.until`,
+        candidates are scored here too.
         """
         began = time.monotonic()
         with store.open() as lake:

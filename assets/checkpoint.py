@@ -29,12 +29,12 @@ def checkpoint(recipe: Recipe) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Weights fine-tuned on the accepted set. Writes the tables `checkpoints` and `training_samples`.
 
-        Killed, it goes on from its last saved step.
+        After a kill it continues from the last saved step.
         """
         home = Home.here()
         with store.open() as lake:
             round_ = rounds.resume(lake, recipe, context.partition_key)
-            for gate in gates.BLOCKING:  # a failed check stops only the run it ran in
+            for gate in gates.BLOCKING:  # again: a failed check stops only the run it ran in
                 if not (finding := gate(lake, round_)).passed:
                     raise dg.Failure(f"{gate.__name__}: {finding.reason}", allow_retries=False)
             start = rounds.starting_weights(lake, round_.recipe, home, round_.key, round_.recipe.training.start)

@@ -45,7 +45,7 @@ def _check(
     @dg.asset_check(asset=key(recipe, asset), name=gate.__name__, description=gate.__doc__, blocking=blocking)
     def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> dg.AssetCheckResult:
         with store.open() as lake:
-            # Run by itself, a check knows no partition: then it is about the last round.
+            # A check that is run by itself has no partition: it is about the last round that was begun.
             round_key = context.run.tags.get("dagster/partition") or rounds.last_begun(lake, recipe.name)
             finding = gate(lake, rounds.record(lake, recipe, round_key))
         return dg.AssetCheckResult(

@@ -1,4 +1,4 @@
-"""The controls of a round: checkpoints that show what its acceptance was worth."""
+"""The controls of a round: checkpoints that show whether choosing by score was worth it."""
 
 import dagster as dg
 
@@ -25,7 +25,7 @@ def controls(recipe: Recipe) -> dg.AssetsDefinition:
     def controls(
         context: dg.AssetExecutionContext, store: StoreResource, accelerator: Accelerator, tracking: Tracking
     ) -> dg.MaterializeResult:
-        """Weights trained as the checkpoint is, on candidates that no score has chosen. Writes `checkpoints` too."""
+        """Weights trained like the checkpoint, but on candidates not chosen by score. Writes `checkpoints` too."""
         home, made = Home.here(), {}
         with store.open() as lake:
             round_ = rounds.resume(lake, recipe, context.partition_key)

@@ -41,7 +41,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """Policy, checkpoint and champion on held-out prompts. Writes `evaluations` and finishes the round.
 
-        Weights that were evaluated before keep their draws. The champion changes only through this gate.
+        Weights that were evaluated before keep their draws. A checkpoint becomes champion only through this gate.
         """
         home = Home.here()
         with store.open() as lake:
@@ -103,7 +103,7 @@ def _draw_and_score(
     asked = draw.ask(lake, round_, models.tokenizer(policy.path), split="eval", run_id=context.run.run_id)
     draws = range(round_.recipe.evaluation.draws)
     with accelerator.lease(context.log) as device:
-        # Planned here: another round that evaluates the same weights may have drawn for them until now.
+        # Planned with the lease: another round that evaluates the same weights may have drawn for them before.
         waves = draw.plan(lake, round_, weights, asked, split="eval", draws=draws)
         missing = sum(len(requests) for _, requests in waves)
         if missing:

@@ -1,7 +1,7 @@
-"""Outside: what Dagster and MLflow have to add to an audit, and telling them of a revocation.
+"""Outside: what Dagster and MLflow add to an audit, and telling them of a revocation.
 
-Belongs here: questions by the ids that the store keeps, and the marks that a revocation leaves in both. Not: the
-chain itself and the revocation itself (rsft_pipeline/audit), which need neither.
+Belongs here: looking up the run ids that the store keeps, and the marks that a revocation leaves in both. Not: the
+audit's chain and the revocation itself (rsft_pipeline/audit), which need neither.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ def registered(tracking: Tracking, recipe: str, checkpoints: Iterable[str]) -> d
     client, wanted, found = tracking.client(), set(checkpoints), {}
     for version in client.search_model_versions(f"name = '{recipe}'"):
         if (digest := version.tags.get("rsft.checkpoint")) in wanted:
-            known = client.get_model_version(recipe, version.version)  # a search tells no aliases
+            known = client.get_model_version(recipe, version.version)  # a search returns no aliases
             state = tracking.state(version.run_id) if version.run_id else None
             found[digest] = {"version": version.version, "aliases": list(known.aliases), "run": state}
     return found
@@ -32,7 +32,7 @@ def runs(instance: dg.DagsterInstance, wrote: Iterable[tuple[str | None, str]]) 
     """Dagster run → its job, state, and the materialisations of what it wrote (asset, partition, event).
 
     Args:
-        wrote: a run, where it is known, and an asset that wrote something in it.
+        wrote: pairs of a run, if it is known, and an asset that wrote something in it.
     """
     assets: dict[str, set[str]] = {}
     for run_id, asset in wrote:
@@ -48,7 +48,7 @@ def runs(instance: dg.DagsterInstance, wrote: Iterable[tuple[str | None, str]]) 
 
 
 def _events(instance: dg.DagsterInstance, run: dg.DagsterRun, assets: set[str]) -> list[dict[str, Any]]:
-    """A run's materialisations of these, by the number that `policy` records of the one that made its weights."""
+    """A run's materialisations of these assets, with their storage ids, which `policy` records as `source_event`."""
     made = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
     found = []
     for event in (record.event_log_entry.dagster_event for record in made):
@@ -62,10 +62,10 @@ def _events(instance: dg.DagsterInstance, run: dg.DagsterRun, assets: set[str]) 
 
 
 def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: Revoked) -> None:
-    """Mark what a revocation reached: tags in MLflow, where the alias `champion` goes back to the last champion
-    that may be used, and in Dagster the check `nothing_revoked` of the checkpoints' assets, failed.
+    """Mark what a revocation reached: in MLflow with tags, moving the alias `champion` back to the last champion
+    that may be used; in Dagster with a failed check `nothing_revoked` of the checkpoints' assets.
 
-    A text is named by its hash: it may have to be erased, and neither of them forgets.
+    A text is named by its hash: it may have to be erased, and neither Dagster nor MLflow forgets.
     """
     by_recipe: dict[str, list[Touched]] = {}
     for touched in done.impact.checkpoints:

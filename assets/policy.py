@@ -1,7 +1,7 @@
 """The policy of a round: which weights it samples from.
 
 Dagster allows no cycle checkpoint → candidates → checkpoint, so this asset closes the loop at run
-time: once the prompts are read it looks up the weights and records where they came from.
+time: after the prompts are read, it looks up the weights and records where they came from.
 """
 
 import dagster as dg

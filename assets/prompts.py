@@ -1,4 +1,4 @@
-"""The prompts of a recipe, and the quarantine of the rows that cannot be prompts."""
+"""The prompts of a recipe, and the quarantine of the rows that cannot become prompts."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ def prompts(recipe: Recipe) -> dg.AssetsDefinition:
         """What the policy is asked. Writes the tables `prompts` and `quarantine`.
 
         Rows are read from the recipe's source and its inbox, rendered, and split by hash into training and
-        held-out prompts. A row that cannot be a prompt goes to quarantine with its reason.
+        held-out prompts. A row that cannot become a prompt goes to quarantine with the reason.
         """
         now, round_key = as_run(recipe, context), context.run.tags.get("dagster/partition")
         with store.open() as lake, track("bootstrap", None, context.log) as show:

@@ -17,9 +17,9 @@ def scores(recipe: Recipe) -> dg.AssetsDefinition:
     def scores(
         context: dg.AssetExecutionContext, store: StoreResource, accelerator: Accelerator
     ) -> dg.MaterializeResult:
-        """How each candidate is judged, by each scorer and combined. Appends to the table `scores`.
+        """The score of each candidate by each scorer, and combined. Appends to the table `scores`.
 
-        A candidate that a scorer of the same version has judged before is not judged again.
+        A candidate that the same version of a scorer has judged before is not judged again.
         """
         with store.open() as lake:
             round_ = rounds.resume(lake, recipe, context.partition_key)

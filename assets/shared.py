@@ -1,4 +1,4 @@
-"""What the assets of a recipe share: their names, their rounds, and which recipe a run goes by."""
+"""What the assets of a recipe share: their names, their rounds, and which recipe a run uses."""
 
 import json
 from typing import Any
@@ -22,7 +22,7 @@ def key(recipe: Recipe, name: str) -> dg.AssetKey:
 
 
 def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
-    """The arguments that every asset of a recipe is declared with."""
+    """The arguments with which every asset of a recipe is declared."""
     return {
         "key_prefix": [recipe.name],
         "group_name": recipe.name,
@@ -30,13 +30,13 @@ def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **
         "kinds": kinds,
         "tags": {"rsft/recipe": recipe.name, "rsft/task": recipe.task},
         "deps": [key(recipe, name) for name in reads],
-        "pool": recipe.name,  # dagster.yaml lets one run of each go at a time
+        "pool": recipe.name,  # dagster.yaml allows one run per pool at a time
         **more,
     }
 
 
 def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
-    """The recipe as its file is now, with what this run overrides."""
+    """The recipe as its file is now, with this run's overrides."""
     text = context.run.tags.get(OVERRIDES, "{}")
     try:
         given = json.loads(text).items()

@@ -1,4 +1,4 @@
-"""Failures: why a run failed, as people are told."""
+"""Failures: why a run failed, in words for people."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import dagster as dg
 
 from rsft_pipeline.store import INTERRUPTED
 
-OURS = r"rsft_pipeline\.[\w.]+: "  # how an error of the project's own is told, before what it says
+OURS = r"rsft_pipeline\.[\w.]+: "  # what precedes the message of one of the project's own errors
 
 
 @dataclass
@@ -15,12 +15,12 @@ class Failure:
     """Why a run did not succeed."""
 
     interrupted: bool = False
-    why: list[str] = field(default_factory=list)  # each check that stopped it, and step that failed, and what it says
-    stacks: list[str] = field(default_factory=list)  # of errors that were not made for people: where they came from
+    why: list[str] = field(default_factory=list)  # checks that stopped it and steps that failed, with their messages
+    stacks: list[str] = field(default_factory=list)  # stack traces of errors whose messages are not meant for people
 
 
 def of_run(instance: dg.DagsterInstance, run_id: str) -> Failure:
-    """What a run that did not succeed left in Dagster's records."""
+    """Why a run did not succeed, from Dagster's records."""
     found = Failure()
     for event in _events(instance, run_id, dg.DagsterEventType.ASSET_CHECK_EVALUATION):
         check = event.asset_check_evaluation_data
@@ -28,8 +28,8 @@ def of_run(instance: dg.DagsterInstance, run_id: str) -> Failure:
             found.why.append(f"check {check.check_name}: {check.description}")
     for event in _events(instance, run_id, dg.DagsterEventType.STEP_FAILURE):
         error = event.step_failure_data.error
-        raised = error.cause or error  # it says more to people than what Dagster makes of it
-        if raised.cls_name == "DagsterAssetCheckFailedError":  # the check says why itself
+        raised = error.cause or error  # says more to people than Dagster's own error
+        if raised.cls_name == "DagsterAssetCheckFailedError":  # the check itself has said why
             continue
         interrupted = _interrupted(error)
         found.interrupted |= interrupted
@@ -37,7 +37,7 @@ def of_run(instance: dg.DagsterInstance, run_id: str) -> Failure:
         found.why.append(f"{event.step_key}: {said}")
         if not interrupted and not re.match(f"{OURS}|dagster", raised.message):
             found.stacks.append("".join(raised.stack))
-    if not found.why:  # of a process that was killed
+    if not found.why:  # its process was killed
         ended = _events(instance, run_id, dg.DagsterEventType.RUN_FAILURE)
         found.why += [event.message for event in ended if event.message]
     return found

@@ -6,7 +6,7 @@ from assets.shared import key, rounds_of
 from rsft_pipeline import rounds
 from rsft_pipeline.recipe.recipe import Recipe
 
-LOOP = "rsft/loop"  # run tag whose value is the recipe; dagster.yaml lets one run of each go at a time
+LOOP = "rsft/loop"  # run tag whose value is the recipe; dagster.yaml allows one run per value at a time
 STEPS = ("prompts", "policy", "candidates", "scores", "accepted", "checkpoint", "evaluation")
 
 
@@ -17,7 +17,7 @@ def job_name(recipe: Recipe) -> str:
 def round_job(recipe: Recipe):
     """Materialise every asset of a round, checks included.
 
-    In process: a chain of steps gains nothing from a process for each, and loses seconds on imports.
+    In one process: a chain of steps gains nothing from separate processes, and would lose seconds on imports.
     """
     steps = (*STEPS, "controls") if recipe.controls else STEPS
     return dg.define_asset_job(
@@ -33,7 +33,7 @@ def round_job(recipe: Recipe):
 
 @dg.failure_hook(required_resource_keys={"store", "tracking"})
 def mark_failed(context: dg.HookContext) -> None:
-    """Say in MLflow too that the round failed."""
+    """Record in MLflow too that the round failed."""
     tags = context.instance.get_run_by_id(context.run_id).tags
     with context.resources.store.open() as lake:
         row = rounds.raw(lake, tags[LOOP], tags["dagster/partition"])

@@ -1,4 +1,4 @@
-"""Runs: which round of a recipe is due, and whether one is under way in Dagster, killed ones aside."""
+"""Runs: which round of a recipe is due, and whether one is in progress in Dagster, not counting killed ones."""
 
 import dagster as dg
 
@@ -18,7 +18,7 @@ ACTIVE = [
 
 
 def due(store: Store, instance: dg.DagsterInstance, recipe: Recipe) -> str | dg.SkipReason:
-    """The round to start now, or why none is."""
+    """The round to start now, or why none is due."""
     if reason := rounds.why_stop(store, recipe):
         return dg.SkipReason(f"stopped: {reason}")
     if busy(instance, recipe):
@@ -46,7 +46,7 @@ def under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
 
 
 def failed(instance: dg.DagsterInstance, recipe: str, round_key: str) -> list[dg.DagsterRun]:
-    """Runs of a round that have failed or were cancelled since one last succeeded, the last one first."""
+    """Runs of a round that failed or were cancelled since one last succeeded, the latest first."""
     tags = _tags(recipe, round_key)
     succeeded = dg.RunsFilter(tags=tags, statuses=[dg.DagsterRunStatus.SUCCESS])
     last = next((record.create_timestamp for record in instance.get_run_records(succeeded, limit=1)), None)
@@ -55,16 +55,16 @@ def failed(instance: dg.DagsterInstance, recipe: str, round_key: str) -> list[dg
 
 
 def last(instance: dg.DagsterInstance, recipe: str, round_key: str) -> dg.DagsterRun | None:
-    """The last run of a round's job, whatever became of it."""
+    """The last run of a round's job, whatever its outcome."""
     return next(iter(instance.get_runs(dg.RunsFilter(tags=_tags(recipe, round_key)), limit=1)), None)
 
 
 def _tags(recipe: str, round_key: str) -> dict[str, str]:
-    """What the runs of a round's job are known by."""
+    """The tags by which the runs of a round's job are found."""
     return {LOOP: recipe, "dagster/partition": round_key}
 
 
 def _of(run: dg.DagsterRun) -> set[str]:
-    """The recipes that a run belongs to, also where assets were materialised without a job."""
+    """The recipes that a run belongs to, even if it materialised assets without a job."""
     job = run.tags.get(LOOP)
     return {job} if job else {asset.path[0] for asset in run.asset_selection or ()}

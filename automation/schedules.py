@@ -27,7 +27,7 @@ def schedules(recipe: Recipe) -> list[dg.ScheduleDefinition]:
             round_key = due(lake, context.instance, now)
         if isinstance(round_key, dg.SkipReason):
             return round_key
-        # A schedule cannot ask for partitions in its result, as a sensor can.
+        # Unlike a sensor, a schedule cannot request partitions in its result.
         context.instance.add_dynamic_partitions(rounds_of(recipe).name, [round_key])
         return dg.RunRequest(partition_key=round_key)
 

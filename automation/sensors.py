@@ -1,6 +1,6 @@
-"""Sensors: what starts the next round by itself.
+"""Sensors: what starts the next round automatically.
 
-They look at what exists, never at what just happened, so a missed or repeated tick changes nothing.
+They look at what exists, never at what just happened, so a missed or repeated tick makes no difference.
 Both are off until somebody turns them on.
 """
 
@@ -19,7 +19,7 @@ from rsft_pipeline import lineage, rounds
 from rsft_pipeline.prompts.sources import inbox_files
 from rsft_pipeline.recipe.recipe import Recipe
 
-ATTEMPTS = 3  # at a round, before a person has to look
+ATTEMPTS = 3  # failed runs of a round before a person has to look
 
 
 def sensors(recipe: Recipe) -> list[dg.SensorDefinition]:
@@ -67,7 +67,7 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
             round_key = rounds.following(lake, now.name)
             begun = rounds.raw(lake, now.name, round_key)
         asked, waiting = _asked(context.cursor)
-        again = there <= asked and round_key == waiting  # the round that was to read them is not finished
+        again = there <= asked and round_key == waiting  # the round started for them is not finished
         if there <= asked and not again:
             return nothing
         if busy(context.instance, now):
@@ -83,7 +83,7 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
 
 
 def _content(file: Path) -> str:
-    """The hash of a file's bytes; of one that cannot be read, which a round refuses by name, why not."""
+    """The hash of a file's bytes or, if it cannot be read and the round will refuse it, the reason."""
     try:
         status = file.stat()
         return _hashed(file, status.st_size, status.st_mtime_ns)
@@ -93,21 +93,21 @@ def _content(file: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _hashed(file: Path, size: int, changed: int) -> str:
-    """Looked at again only when it has changed: a sensor asks every half a minute."""
+    """Cached until the file changes: a sensor asks every half minute."""
     return lineage.file_digest(file)
 
 
 def _asked(cursor: str | None) -> tuple[set[str], str | None]:
-    """The files that a round was asked for because of, and that round."""
+    """The files for which a round was requested, and that round."""
     try:
         found = json.loads(cursor or "{}")
-    except ValueError:  # as it was written by an earlier version
+    except ValueError:  # written by an earlier version
         found = {}
     return set(found.get("files", ())), found.get("round")
 
 
 def _before(tried: dg.DagsterRun | None, begun: dict[str, Any] | None) -> str:
-    """The runs that last tried a round: of its job, however that ended, and the one that began it, perhaps by hand."""
+    """The runs that last tried a round: its job's last run, whatever its outcome, and the run that began the round."""
     runs = dict.fromkeys([*([tried.run_id] if tried else []), *([begun["dagster_run_id"]] if begun else [])])
     return f"after {' '.join(runs)}" if runs else ""
 
@@ -117,7 +117,7 @@ def _look(round_key: str, failed: list[dg.DagsterRun]) -> dg.SkipReason:
 
 
 def _request(recipe: Recipe, round_key: str, *why: str) -> dg.SensorResult:
-    # Dagster takes the same key for the same request, and starts no second run for it.
+    # Dagster does not start a second run with the same key.
     run_key = " ".join(filter(None, (round_key, *why)))
     return dg.SensorResult(
         dynamic_partitions_requests=[rounds_of(recipe).build_add_request([round_key])],

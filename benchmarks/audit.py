@@ -1,13 +1,13 @@
 """Audit benchmark: how long questions take on a store of millions of candidates.
 
-    python -m benchmarks.audit                         # 5,000,000 candidates, in folders that are kept
+    python -m benchmarks.audit                         # 5,000,000 candidates; the folders are kept
     python -m benchmarks.audit --candidates 200000 --home /tmp/small
 
-Two stores: one of 20 rounds, for questions about one thing, and one whose single round has all the candidates, to
-replay and verify. `store` makes the lineage of a recipe's rounds in SQL: ids, seeds, scores, decisions and leaves are
-those that the steps would have written for such texts, so that every question can be asked of it; only weights there
-are none. A store that is there already is used as it is. Each question is asked of several things, several times; the
-median counts, and the first time, when nothing is in memory yet, is told apart. Results go to docs/benchmarks.
+Two stores: one with 20 rounds, for questions about single things, and one whose single round has all the candidates,
+to replay and verify. `store` makes the lineage of a recipe's rounds in SQL: ids, seeds, scores, decisions and leaves
+are those that the steps would have written for such texts, so that every question can be answered; there are only no
+weights. An existing store is used as it is. Each question is asked about several things, several times; the median
+counts, and the first time, when nothing is cached yet, is reported separately. Results go to docs/benchmarks.
 """
 
 import argparse
@@ -57,7 +57,7 @@ acceptance: {rule: top_k, k: 2}
 
 
 def store(home: Path, candidates: int, number: int) -> tuple[Store, Recipe]:
-    """A store with that many candidates to train on in that many rounds, and the recipe that they are of."""
+    """A store with `candidates` training candidates in `number` rounds, and their recipe."""
     home.mkdir(parents=True, exist_ok=True)
     file = home / "benchmark.yaml"
     file.write_text(RECIPE)
@@ -158,7 +158,7 @@ def _round(made: Store, recipe: Recipe, number: int, policy: str, base: str) -> 
 
 
 def _digest(*values: str, digits: int = 32) -> str:
-    """SQL of lineage.digest of a list of these."""
+    """SQL of the lineage.digest of a list of these values."""
     written = ", ".join(f"to_json({value})::VARCHAR" for value in values)
     return f"substr(sha256(concat('[', concat_ws(',', {written}), ']')), 1, {digits})"
 
@@ -205,7 +205,7 @@ _CHECKPOINTS = """INSERT INTO checkpoints BY NAME
 
 
 def questions(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]:
-    """What is asked, of which things."""
+    """Each question, as calls that ask it about different things."""
     some = made.query(
         "SELECT round, candidate_id, prompt_id FROM decisions WHERE accepted ORDER BY hash(candidate_id) LIMIT 5"
     )
@@ -228,7 +228,7 @@ def questions(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]
 
 
 def whole_round(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]]]:
-    """What is asked of a round that all the candidates are of."""
+    """What is asked about the single round that has all the candidates."""
     home, device = Home(Path(made.data).parent.parent), Device("cpu", "float32")
     checkpoint = verify.find(made, recipe.name, "r000")
     return {
@@ -238,9 +238,9 @@ def whole_round(made: Store, recipe: Recipe) -> dict[str, list[Callable[[], Any]
 
 
 def measure(asked: dict[str, list[Callable[[], Any]]], repeats: int) -> list[dict[str, Any]]:
-    """Seconds of the first time, median and least of the others, and median processor time over all cores.
+    """Seconds of the first call, median and minimum of the others, and median processor time over all cores.
 
-    Where others use the machine too, the processor time and the least say more than the median.
+    On a machine in use by others, processor time and minimum say more than the median.
     """
     rows = []
     for name, calls in asked.items():

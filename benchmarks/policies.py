@@ -1,12 +1,12 @@
-"""Policies: what it costs to draw from a policy as rounds make it, by this project's sampler and by `generate`.
+"""Policies: what it costs to draw from policies that rounds have trained, with this project's sampler and `generate`.
 
     python -m benchmarks.policies
 
-Runs three rounds of two recipes, and draws 16 candidates of 256 of their prompts from each round's policy and from the
-last champion. The surer a policy is of its answers, the more of its draws begin alike: they are computed once until
-they part, where `generate` computes each. The floor that benchmarks/sampling.py measures against does not know of it.
+Runs three rounds of two recipes, and draws 16 candidates for each of 256 of their prompts from each round's policy and
+from the last champion. The surer a policy is of its answers, the more of its draws begin alike: these are computed once
+until they differ, whereas `generate` computes each. The floor of benchmarks/sampling.py does not account for that.
 
-Ratios are the median over turns in which both ran one after another in one process. Results go to docs/benchmarks:
+Ratios are the median over turns in which both run one after the other in one process. Results go to docs/benchmarks:
 JSON, a Markdown table and a plot.
 """
 
@@ -37,7 +37,7 @@ WAYS = ("shared_prefix", "generate", "generate_each")
 
 
 def policies(name: str, home: Home) -> tuple[Recipe, list[dict], dict[str, Path]]:
-    """Run the recipe's rounds: the recipe, its prompts, and the weights that each round drew from, by their names."""
+    """Run the recipe's rounds. Returns the recipe, its prompts, and the weights that each round drew from, by name."""
     command = [sys.executable, "-m", "cli.main", "run", name, "--rounds", "3"]
     subprocess.run(command, env={**os.environ, "RSFT_HOME": str(home.path)}, check=True)
     recipe = load(find(name))
@@ -55,7 +55,7 @@ def policies(name: str, home: Home) -> tuple[Recipe, list[dict], dict[str, Path]
 
 
 def work_of(recipe: Recipe, asked: list[dict], policy: Path) -> Work:
-    """The recipe's draws from this policy, at temperature 1, which all ways can draw at."""
+    """The recipe's draws from this policy, at temperature 1, which all ways support."""
     model, tokenizer = models.load(policy, Device("cpu", "float32"), task=recipe.task).eval(), models.tokenizer(policy)
     shape = Shape(1.0, 1.0, None, recipe.sampling.max_tokens, frozenset(configuration.stop_ids(model, tokenizer)))
     ids = [list(prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)) for row in asked]
@@ -63,14 +63,14 @@ def work_of(recipe: Recipe, asked: list[dict], policy: Path) -> Work:
 
 
 def alike(draws: list[Draw], made: list[Drawn]) -> float:
-    """Tokens drawn for each that has to be computed: of those that begin alike, the beginning only once."""
+    """Tokens drawn per token computed, if the common beginning of several draws is computed only once."""
     paths = [(draw.prompt_ids, *drawn.token_ids) for draw, drawn in zip(draws, made, strict=True)]
-    ways = {path[:end] for path in paths for end in range(1, len(path))}  # a token is computed from what is before it
+    ways = {path[:end] for path in paths for end in range(1, len(path))}  # a token depends on what is before it
     return sum(len(path) - 1 for path in paths) / len(ways)
 
 
 def measure(work: Work, turns: int) -> dict:
-    """Seconds a token of each way in each turn, after one that warms up."""
+    """Seconds per token of each way in each turn, after a warm-up turn, with ratios and how much draws share."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(turns + 1):
         for way in WAYS:

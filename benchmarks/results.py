@@ -1,4 +1,4 @@
-"""Results: how a benchmark's numbers are kept: JSON for machines, a Markdown table and a plot for people.
+"""Results: how a benchmark's numbers are published: JSON for machines, a Markdown table and a plot for people.
 
 Belongs here: what all benchmarks do once they have measured. Not: how anything is measured.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what is timed from its start must not import it
+if TYPE_CHECKING:  # not imported at run time: some benchmarks time themselves from the process's start
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -58,7 +58,7 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, number: str) -> "Figure":
-    """A panel of horizontal bars for each case: name → its value, or its lower quartile, median and upper quartile."""
+    """A panel of horizontal bars for each case: name → [value] or [lower quartile, median, upper quartile]."""
     names = {name for values in panels.values() for name in values}
     width = 3.5 + 0.08 * max(map(len, names))
     drawn = figure(width * len(panels), 1 + 0.4 * max(map(len, panels.values())))

@@ -2,13 +2,13 @@
 
     python -m benchmarks.round                    # the recipe's 2,000 prompts of 8 draws
     python -m benchmarks.round --prompts 20000    # a longer round, to see what grows with it
-    python -m benchmarks.round --set model.bootstrap.config.num_hidden_layers=4    # another model, or what one likes
+    python -m benchmarks.round --set model.bootstrap.config.num_hidden_layers=4    # another model, or any other change
 
-Both are whole processes, from the interpreter's start to its end, in turns. The bare script has no Dagster, no
+Both are whole processes, timed from the interpreter's start to its end, in turns. The bare script has no Dagster, no
 store, no MLflow, no lineage: it draws with the same sampler, compares answers, trains with the same loop, and draws
-again to evaluate. What is made once in a home is there before: the base model, and the empty databases of MLflow,
-Dagster and the store. What a round spends where is read from Dagster's own events, and stands beside what the bare
-script says of itself.
+again to evaluate. What is made once per home exists beforehand: the base model, and the empty databases of MLflow,
+Dagster and the store. Where a round spends its time is read from Dagster's own events, and compared with the bare
+script's own times.
 Results go to docs/benchmarks: JSON and Markdown tables.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.results import FOLDER, figure, publish, table
 
 ROOT = Path(__file__).parent.parent
-PARTS = {  # of the plot, and what they are called where they are measured
+PARTS = {  # part of the plot → the measured parts that it sums
     "imports, start, model, prompts": (
         "imports and model",
         "imports, start and end of the process",
@@ -45,7 +45,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
     """The same round with nothing around it. Prints the seconds of each part as the last line, in JSON.
 
     Args:
-        began: when the process was started, as time.time() gives it.
+        began: when the process was started, in seconds since the epoch, as from time.time().
     """
     parts, at = {}, began
 
@@ -79,7 +79,7 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
 
     def draw(model, rows: list[dict], draws: int) -> list[tuple]:
         asked = [Asked(row["answer"], tuple(encode(tokenizer, row["question"], False)), row["answer"]) for row in rows]
-        asked.sort(key=lambda prompt: len(prompt.prompt_ids))  # as a round does: less is padded
+        asked.sort(key=lambda prompt: len(prompt.prompt_ids))  # as a round does, for less padding
         requests = [Request(f"{i} {n}", one, n, i * 1000 + n) for i, one in enumerate(asked) for n in range(draws)]
         drawn = []
         for i in range(0, len(requests), how.wave_size):
@@ -115,9 +115,9 @@ def bare(home: Path, overrides: dict[str, str], began: float) -> None:
 
 
 def questions(prompts: int, file: Path) -> dict[str, str]:
-    """Write as many sums as a round of so many prompts needs. Returns what to override, for both sides alike.
+    """Write as many sums as a round of `prompts` prompts needs. Returns the overrides, the same for both sides.
 
-    They begin with the recipe's own; the model knows nothing of larger numbers, and answers all the same.
+    They begin with the recipe's own; the model has not seen larger numbers, but answers nevertheless.
     """
     largest = next(n for n in itertools.count(49) if (n + 1) ** 2 * 0.88 >= prompts)  # a tenth is held out
     pairs = itertools.product(range(largest + 1), repeat=2)
@@ -127,7 +127,7 @@ def questions(prompts: int, file: Path) -> dict[str, str]:
 
 
 def _prepare(home: Path) -> None:
-    """Make the databases of a home, each of which migrates itself when it is first opened."""
+    """Create the databases of a home, each of which runs its migrations when it is first opened."""
     import dagster as dg
 
     from resources.tracking import Tracking
@@ -170,7 +170,7 @@ def pipeline(home: Path, overrides: dict[str, str]) -> dict[str, float]:
 
 
 def plot(bare: dict[str, float], pipeline: dict[str, float]):
-    """A figure of where the seconds of either side go."""
+    """A figure of where the seconds of each side go."""
     sides = {"bare script": bare, "`rsft run`": pipeline}
     drawn = figure(9, 2.6)
     axis, left = drawn.subplots(), [0.0] * len(sides)
@@ -206,7 +206,7 @@ def main() -> None:
     from rsft_pipeline import models
     from rsft_pipeline.recipe.reading import find, load
 
-    models.base(load(find("arithmetic"), overrides), arguments.home)  # made, or there already
+    models.base(load(find("arithmetic"), overrides), arguments.home)  # made if it is missing
     turns = []
     for _ in range(arguments.turns):
         began = time.time()

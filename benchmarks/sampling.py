@@ -5,13 +5,13 @@
     python -m benchmarks.sampling t5-small --out docs/benchmarks/seq2seq   # an encoder-decoder, on a CPU
 
 All ways run in one process, in turns, on the same random weights and prompts. A ratio is the median
-of the ratios within a turn: absolute times do not travel between machines, and a neighbour's load hits
+of the ratios within a turn: absolute times do not carry over to other machines, and other load affects
 all ways of a turn alike. Results go to docs/benchmarks: JSON, a Markdown table and a plot.
 
-The floor is what the draws would cost if nothing but the weights had to be applied: on a CPU the
-linear layers alone on the same number of tokens (each prompt once), on a GPU the bytes that must be
-read (weights once a step, prefixes once a prompt, suffixes) over the measured memory bandwidth, plus
-reading the prompts.
+The floor is what the draws would cost if only the weights had to be applied: on a CPU the linear layers
+alone on the same number of tokens (each prompt once); on a GPU the larger of two times, plus reading the
+prompts: the bytes to read in each step (weights, each prompt's prefix once, suffixes) over the measured
+memory bandwidth, and the arithmetic over the measured rate.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from rsft_pipeline import decoding
 from rsft_pipeline.decoding import Draw, Shape, plain
 from rsft_pipeline.decoding.memory import state_bytes
 
-# As long as GSM8K's test questions: their characters at 16 evenly spaced quantiles, 4 to a token, and 40
+# The lengths of GSM8K's test questions at 16 evenly spaced quantiles, in tokens: 4 characters per token, and 40
 # tokens of chat template.
 GSM8K = (67, 73, 77, 80, 83, 87, 91, 94, 97, 100, 104, 110, 114, 122, 133, 157)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's shape, and what is drawn from it."""
+    """A model's architecture, and what is drawn from it."""
 
     config: transformers.PreTrainedConfig
     lengths: tuple[int, ...]  # tokens of each prompt
     draws: int
     tokens: int  # longest completion
-    stop_share: float = 0.0  # of the vocabulary: with random weights, about the chance to end at each token
+    stop_share: float = 0.0  # of the vocabulary: with random weights, about the probability of ending at each token
 
 
 def llama_7m() -> transformers.LlamaConfig:
@@ -96,7 +96,7 @@ ENCODER_DECODER_CASES = {
 
 @dataclass
 class Work:
-    """A model, and the draws to make: each prompt's, with seeds."""
+    """A model, and the draws to make for each prompt, with seeds."""
 
     model: transformers.PreTrainedModel
     prompts: list[list[int]]
@@ -110,7 +110,7 @@ class Work:
             Draw(tuple(prompt), 1000 * i + draw) for i, prompt in enumerate(self.prompts) for draw in range(self.draws)
         ]
 
-    # Each way makes all the draws and returns how many tokens they have.
+    # Each method below is a way to make all the draws, and returns how many tokens they have.
 
     def shared_prefix(self) -> int:
         return sum(len(drawn.token_ids) for drawn in decoding.decode(self.model, self.asked, self.shape, 0))
@@ -126,7 +126,7 @@ class Work:
         return sum(self._generate(self.prompts[i : i + 16]) for i in range(0, len(self.prompts), 16))
 
     def generate_each(self) -> int:
-        """The same, one call for each prompt, as TRL's BestOfNSampler made them until it was removed."""
+        """The same with one call for each prompt, as in TRL's BestOfNSampler until it was removed."""
         return sum(self._generate([prompt]) for prompt in self.prompts)
 
     def _generate(self, prompts: list[list[int]]) -> int:
@@ -147,9 +147,9 @@ class Work:
         return sum(map(self._length, out[:, first:].tolist()))
 
     def generate_batch(self) -> int:
-        """Transformers' continuous batching, which forks a prompt's draws off one prefill."""
+        """Transformers' continuous batching, which forks a prompt's draws from one prefill."""
         cache = None
-        if self.device == "cpu":  # by default it would fill nine tenths of the memory with its cache, in a minute
+        if self.device == "cpu":  # by default its cache would fill nine tenths of the memory, taking a minute
             tokens = len(self.asked) * (max(map(len, self.prompts)) + self.shape.max_tokens)
             cache = transformers.ContinuousBatchingConfig(
                 page_size=16, num_blocks=tokens // 16 + 64, max_batch_tokens=2048
@@ -182,7 +182,7 @@ class Work:
 
 
 def random_model(case: Case, device: str) -> transformers.PreTrainedModel:
-    """The case's, with random weights."""
+    """The case's model, with random weights."""
     torch.manual_seed(0)
     kind = transformers.AutoModelForSeq2SeqLM if case.config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.device(device):
@@ -207,14 +207,14 @@ WAYS = ("shared_prefix", "plain_loop", "generate", "generate_each", "generate_ba
 
 
 def floor(work: Work, tokens: int) -> float:
-    """Seconds that `tokens` drawn tokens cannot be made in less; see the top of this file."""
+    """The fewest seconds in which `tokens` tokens can be drawn; see the top of this file."""
     return _bytes_floor(work, tokens) if work.device == "cuda" else _linear_floor(work, tokens)
 
 
 def _linear_floor(work: Work, tokens: int) -> float:
     layers = {name: module for name, module in work.model.named_modules() if isinstance(module, torch.nn.Linear)}
     head = work.model.get_output_embeddings()
-    if work.encoder_decoder:  # of T5's decoder, the prompt goes through the keys and values that it attends to
+    if work.encoder_decoder:  # in T5's decoder, a prompt passes only through cross-attention's keys and values
         prompts = {
             n for n in layers if n.startswith("encoder.") or n.endswith(("EncDecAttention.k", "EncDecAttention.v"))
         }
@@ -233,7 +233,7 @@ def _bytes_floor(work: Work, tokens: int) -> float:
     model, prompt_tokens = work.model, sum(map(len, work.prompts))
     rows, steps = len(work.asked), tokens / len(work.asked)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    if not model.config.tie_word_embeddings:  # of the input embedding only the rows' own vectors are read
+    if not model.config.tie_word_embeddings:  # only the rows' own vectors of the input embedding are read
         weights -= model.get_input_embeddings().weight.nbytes
     prefixes = state_bytes(model, prompt_tokens)
     suffixes = rows * state_bytes(model, 1) * steps / 2  # half as long on average
@@ -325,19 +325,19 @@ def measure(name: str, case: Case, device: str, turns: int, ways: list[str]) -> 
 
 
 def _hopeless(result: dict, way: str) -> bool:
-    """Whether it took over 3 times as long as `generate` in its first turn: then that turn is enough."""
+    """Whether a way took over 3 times as long as `generate` in its first turn, so that one turn is enough."""
     ways = result["ways"]
     return "generate" in ways and ways[way]["seconds"][0] > 3 * ways["generate"]["seconds"][0]
 
 
 def summary(result: dict) -> list[dict]:
-    """A line for each way: medians, and the median over the turns of its speed over `generate`'s and of the floor."""
+    """A line for each way: medians, and medians over the turns of its speed relative to `generate` and to the floor."""
     rows = len(result["lengths"]) * result["draws"]
     per_token = {
         way: [s / t for s, t in zip(found["seconds"], found["tokens"], strict=True)]
         for way, found in result["ways"].items()
     }
-    # A way that was not repeated is compared with the others' first turn.
+    # A way that was not repeated is compared with the first turn of the others.
     floor_per_token = [
         s / t for s, t in zip(result["floor_seconds"], result["ways"]["shared_prefix"]["tokens"], strict=True)
     ]

@@ -3,9 +3,9 @@
     python -m benchmarks.store                               # 1, 5 and 20 million candidates of 256 characters
     python -m benchmarks.store --candidates 1000000
 
-Each size and way runs in a process of its own with DuckDB's memory limited, so that its peak is known: all of the
-process's memory, not DuckDB's alone. Bare is one DuckDB file with the tables of schema.sql and the very functions
-that the steps run: what the lake costs beside it is snapshots, Parquet and its catalog. Results go to
+Each size and way runs in a process of its own with DuckDB's memory limited, so that its peak memory is known: that
+of the whole process, not only DuckDB's. «Bare» is one DuckDB file with the tables of schema.sql, used by the same
+functions that the steps run: what the lake costs in addition is snapshots, Parquet and its catalog. Results go to
 docs/benchmarks: JSON and a Markdown table. With `--rounds 100` it counts the files of a store that is compacted at
 the end of each round, as rounds do.
 """
@@ -52,7 +52,7 @@ RULES = {
     "boltzmann": {"rule": "boltzmann", "beta": 0.2},
     "loss": {"rule": "loss", "k": 2.0},
 }
-DRAWS, WAVE = 8, 1_000_000  # a wave is as many rows as one commit of the benchmark writes
+DRAWS, WAVE = 8, 1_000_000  # per prompt; rows that one commit of the benchmark writes
 
 _PROMPTS = """INSERT INTO prompts BY NAME
     SELECT $recipe AS recipe, md5('p' || n) AS prompt_id, 'question ' || n AS text, false AS chat, '{}' AS fields,
@@ -78,7 +78,7 @@ def measure(folder: Path, way: str, candidates: int, memory: str) -> dict[str, f
     file.write_text(RECIPE)
     recipe, policy = load(file), lineage.digest("policy")
     round_ = Round(recipe, "r000", policy, "base", policy, "none")
-    lake = Store.at(folder / "home", memory=memory)  # the bare way asks it for the SQL alone
+    lake = Store.at(folder / "home", memory=memory)  # the bare way needs only its SQL
     store = lake if way == "lake" else Bare(folder / "bare.duckdb", memory)
     seconds: dict[str, float] = {}
 
@@ -137,7 +137,7 @@ class Bare:
 
 
 def files(rounds: int) -> list[int]:
-    """How many Parquet files a store has after each round of ten waves, compacted at its end."""
+    """How many Parquet files a store has after each round of ten waves, which ends with compaction."""
     found = []
     with tempfile.TemporaryDirectory() as folder, Store.at(Path(folder)) as lake:
         for number in range(rounds):
@@ -194,7 +194,7 @@ def _beside(lake: float, bare: float | None) -> list[str]:
 
 
 def plot(pairs: list[tuple[dict, dict]]):
-    """A figure: how the seconds of a million candidates grow (level: linear), and the lake over the bare file."""
+    """A figure: seconds per million candidates by size (level means linear), and the lake relative to the bare file."""
     drawn = figure(11, 3.6)
     growth, ratio = drawn.subplots(1, 2)
     millions = [lake["candidates"] / 1e6 for lake, _ in pairs]

@@ -1,16 +1,16 @@
-"""Training benchmark: the same samples trained on by this project's loop and by what people would use instead.
+"""Training benchmark: training on the same samples with this project's loop and with what people would use instead.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training --peers /path/to/peers/bin/python
 
-Each way is a process of its own (benchmarks/peers/train.py), the peers' with an interpreter of their own
-(benchmarks/peers/README.md), so that what they need never gets into this project. They take turns; a
-ratio is the median of the ratios within a turn, with its quartiles: absolute times do not travel between
-machines, and a neighbour's load hits all ways of a turn alike. Everybody has the same model, samples,
-samples per step, optimiser, learning rate and threads. Of `ours` everything from the samples to the
-last step is timed, of a Trainer only its steps.
+Each way is a process of its own (benchmarks/peers/train.py), the peers' with their own interpreter
+(benchmarks/peers/README.md), so that their dependencies never get into this project. They take turns; a
+ratio is the median of the ratios within a turn, with its quartiles: absolute times do not carry over to
+other machines, and other load affects all ways of a turn alike. All have the same model, samples, samples
+per step, optimiser, learning rate and threads. For `ours` everything from the samples to the last step is
+timed, for a Trainer only its steps.
 
-That all train alike is checked first: with as many samples as a step takes, every way's steps are the
-same whatever its order, so the losses after some of them must agree.
+First it is checked that all train alike: with only as many samples as a step takes, every way's steps are
+the same whatever its order, so the losses after some of them must agree.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BATCH, RATE = 32, 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on: lengths are log-normal, given by median and σ, and cut to a range."""
+    """What is trained on. Lengths are log-normal, given by median and σ, and clipped to a range."""
 
     steps: int
     of_prompt: int  # accepted samples of each prompt
@@ -53,7 +53,7 @@ CASES = {
 
 
 def prepare(case: Case, folder: Path) -> dict:
-    """Write the case's model, with random weights, and its samples; returns what is to be told about them."""
+    """Write the case's model, with random weights, and its samples. Returns facts about them to report."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=192,
@@ -125,7 +125,7 @@ def measure(name: str, facts: dict, contenders: list[Contender], turns: int) -> 
     """Each way's loss after the same steps, then its times in each turn."""
     result = {"case": name, **facts, "ways": {}}
     for contender in contenders:
-        same = contender.train(name, BATCH, 2, seed=0, evaluate=True)  # and it is warm now
+        same = contender.train(name, BATCH, 2, seed=0, evaluate=True)  # this also warms up
         result["ways"][contender.way] = {"loss_after_the_same_steps": same["loss_after"], "runs": []}
         print(f"  {contender.way:18} loss after the same steps {same['loss_after']:.6f}", flush=True)
     for turn in range(turns):
@@ -141,7 +141,7 @@ def measure(name: str, facts: dict, contenders: list[Contender], turns: int) -> 
 
 
 def summary(result: dict) -> list[dict]:
-    """A line for each way: medians, and quartiles of its speed over `trainer`'s, in each turn."""
+    """A line for each way: medians, and quartiles over the turns of its speed relative to `trainer`."""
     lines = []
     for way, found in result["ways"].items():
         line = {"way": way}

@@ -1,14 +1,14 @@
-"""Draw until accepted: the same prompts solved with fewer tokens than by a fixed number of draws.
+"""Draw until accepted: the same prompts solved with fewer tokens than with a fixed number of draws.
 
     python -m benchmarks.until
 
 The recipe `arithmetic`, its base model, and two ways to spend draws on the same prompts: N for each, or in passes
-until a prompt has one accepted, N at most. A candidate is the same in both (its id fixes its draw), so both solve
-the very same prompts, and only the cost differs: tokens drawn, tokens computed, and seconds of drawing, scoring and
-deciding (medians of turns in which the ways took turns). Results go to docs/benchmarks: JSON and a Markdown table.
+until a prompt has one accepted, at most N. A candidate is the same in both (its id fixes its draw), so both solve
+exactly the same prompts, and only the cost differs: tokens drawn, tokens computed, and seconds of drawing, scoring
+and deciding (medians over runs that alternate). Results go to docs/benchmarks: JSON and a Markdown table.
 
-The spread over prompts is that of the accepted candidates before equal texts are folded: what a training set would
-be made of without `distinct`. 0 in the Gini coefficient: every solved prompt has as many.
+The spread over prompts is that of the accepted candidates without `distinct`, so with equal texts counted each time.
+A Gini coefficient of 0 means that every solved prompt has the same number.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def measure(home: Home, overrides: dict[str, str]) -> dict:
     }
 
 
-# Of draws of a prompt in one wave that begin alike, the beginning is computed once: tokens by what is before them.
+# Draws of a prompt in one wave share the computation of a common beginning: count tokens by what is before them.
 _COMPUTED = """SELECT count(DISTINCT (wave, prompt_id, token_ids[:before])) AS n
     FROM (SELECT *, unnest(range(len(token_ids))) AS before FROM candidates WHERE split = 'train')"""
 
@@ -86,7 +86,7 @@ def gini(counts: np.ndarray) -> float:
 
 
 def _median(runs: Sequence[dict]) -> dict:
-    """Runs of one way, which differ in nothing but their seconds: with the median of these, and all of them."""
+    """One run of a way, whose runs differ only in their seconds, with the median of these and all of them."""
     seconds = [run["seconds"] for run in runs]
     return {**runs[0], "seconds": statistics.median(seconds), "turns": seconds}
 

@@ -1,8 +1,8 @@
 """The accelerator as a resource: a lease on the device, held for one piece of work and given back.
 
-With `in_process` execution a resource lives as long as the run, so it must not hold the card: only
-the lease does. It is a lock of the home's and not one of Dagster's pools: who waits sleeps, and what a killed
-process held is free at once.
+With `in_process` execution a resource lives as long as the run, so the resource must not hold the device: only
+the lease does. The lease is a lock of the home and not a Dagster pool: waiting processes sleep, and a killed
+process's lock is free at once.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from rsft_pipeline.progress import warn
 
 
 class Accelerator(dg.ConfigurableResource):
-    """Which device models run on, one user at a time."""
+    """The device that models run on, one process at a time."""
 
     kind: str = Field("auto", description="auto, cpu or cuda.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")

@@ -1,13 +1,13 @@
-"""Pages: the addresses at which people look at what a round left: in the audit pages, Dagster, MLflow.
+"""Pages: the addresses where people look at what a round left: in the audit pages, Dagster and MLflow.
 
-Belongs here: addresses alone, so that the servers and the links between them agree. Not: what stands on a page.
+Belongs here: only addresses, so that the servers and the links between them agree. Not: what is on a page.
 """
 
 import os
 from urllib.parse import quote, urlsplit
 
-HOST = "127.0.0.1"  # nobody but this machine reaches what is served here
-SERVERS = {  # the variable that says where each is, and where it is otherwise
+HOST = "127.0.0.1"  # reachable only from this machine
+SERVERS = {  # name → environment variable with its address, and the default address
     "Dagster": ("RSFT_DAGSTER_UI", f"http://{HOST}:3000"),
     "MLflow": ("RSFT_MLFLOW_UI", f"http://{HOST}:5000"),
     "audit": ("RSFT_AUDIT_UI", f"http://{HOST}:5001"),
@@ -44,12 +44,12 @@ def at(server: str) -> str:
 
 
 def remote_tracking() -> str | None:
-    """The MLflow server that rounds are tracked by, where it is one: it shows them itself."""
+    """The MLflow server that rounds are tracked by, which shows them itself; None if it is not a server."""
     uri = os.environ.get("RSFT_MLFLOW", "")
     if not uri.startswith(("http://", "https://")):
         return None
     server = urlsplit(uri)
-    return server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()  # a link is no place for a password
+    return server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()  # no password in links
 
 
 def audit(page: str) -> str:

@@ -1,6 +1,6 @@
-"""The process that a run lives in: a tag of the run, so that one that was killed can be told from one that goes on.
+"""The process that a run lives in, as a tag of the run, so that killed runs can be told from live ones.
 
-Belongs here: naming a process on its machine, and whether it is still there. Not: what is done with a run whose
+Belongs here: naming a process on its machine, and whether it still exists. Not: what is done with a run whose
 process is gone (automation/runs.py).
 """
 
@@ -13,15 +13,15 @@ TAG = "rsft/process"
 
 
 def this_process(run_id: str) -> str:
-    """Names this process also once its number has been given to another.
+    """A name for this process that stays unambiguous after its pid is reused.
 
-    And the run, because Dagster copies tags into a run that is executed again.
+    It includes the run, because Dagster copies tags into a run that is executed again.
     """
     return f"{_machine()} {os.getpid()} {_begun(psutil.Process())} {run_id}"
 
 
 def gone(tag: str | None, run_id: str) -> bool:
-    """Whether the process that a run's tag names has ended; False where the tag names none of this machine."""
+    """Whether the process that a run's tag names has ended; False if the tag is of another machine or run."""
     match (tag or "").split(" "):
         case [host, pid, begun, run] if host == _machine() and run == run_id:
             try:
@@ -32,7 +32,7 @@ def gone(tag: str | None, run_id: str) -> bool:
 
 
 def _machine() -> str:
-    """Where the number of a process means that process: containers may share a host's name, but number their own."""
+    """The scope in which pids are unique: containers may share a host name, but have pids of their own."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # only Linux has namespaces
@@ -40,5 +40,5 @@ def _machine() -> str:
 
 
 def _begun(process: psutil.Process) -> float:
-    """Seconds from the start of the machine to that of the process, which no setting of the clock changes."""
+    """Seconds from the machine's boot to the process's start, which setting the clock does not change."""
     return process.create_time() - psutil.boot_time()

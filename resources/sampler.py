@@ -1,7 +1,7 @@
-"""The sampler backend as a resource: what turns a policy into candidates.
+"""The sampler backend as a resource: what draws candidates from a policy.
 
-Another backend (an OpenAI-compatible server, Ray, torchrun) is another resource with the same
-`session`; no asset changes.
+Another backend (an OpenAI-compatible server, Ray, torchrun) would be another resource with the same
+`session`, without changing any asset.
 """
 
 from contextlib import AbstractContextManager
@@ -19,5 +19,5 @@ class TransformersSampler(dg.ConfigurableResource):
     """Draws in this process with Transformers."""
 
     def session(self, policy: Path, recipe: Recipe, device: Device) -> AbstractContextManager[Session]:
-        """The policy loaded for drawing; its memory is given back at the end of the `with`."""
+        """The policy, loaded for drawing; its memory is released at the end of the `with`."""
         return InProcess(policy, recipe, tasks.of(recipe), device)

@@ -1,4 +1,4 @@
-"""The store as a resource: where the lineage tables are. What it can do is in rsft_pipeline/store.py."""
+"""The store as a resource: where the lineage tables are. What a store can do is in rsft_pipeline/store.py."""
 
 import functools
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from rsft_pipeline.store import Store
 
 
 class StoreResource(dg.ConfigurableResource):
-    """Opens the DuckLake. Nothing is locked between commits, so a process keeps it open."""
+    """Opens the store. Nothing is locked between commits, so a process keeps it open."""
 
     catalog: str = Field("", description="`postgres:…` or `sqlite:/path`; default: a SQLite catalog in $RSFT_HOME.")
     data: str = Field("", description="Folder or object-store prefix of the Parquet files; default: in $RSFT_HOME.")
     memory: str = Field("", description="Most memory DuckDB takes, e.g. 4GB; default: its own, 80 % of the machine's.")
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Every run needs the store, so this is where it is noted which process it lives in."""
+        """Tag the run with its process; this is done here because every run needs the store."""
         if context.run and context.instance:
             context.instance.add_run_tags(context.run.run_id, {process.TAG: process.this_process(context.run.run_id)})
 
@@ -34,5 +34,5 @@ class StoreResource(dg.ConfigurableResource):
 
 @functools.lru_cache(maxsize=4)
 def _opened(catalog: str, data: str, memory: str | None) -> Store:
-    """Loading DuckDB's extensions takes a quarter of a second: once in a process is enough."""
+    """The store, opened once per process: loading DuckDB's extensions takes a quarter of a second."""
     return Store(catalog, data, memory=memory)

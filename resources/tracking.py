@@ -1,7 +1,7 @@
-"""Tracking: one MLflow run per round, through explicit run ids; nothing global is ever active.
+"""Tracking: one MLflow run per round, by explicit run ids; MLflow's global active run is never used.
 
-Dagster's run id stands in MLflow's tags and MLflow's run id in Dagster's metadata, so either leads
-to the other.
+Dagster's run id is in MLflow's tags and MLflow's run id in Dagster's metadata, so either leads to
+the other.
 """
 
 import functools
@@ -20,7 +20,7 @@ from pydantic import Field
 from rsft_pipeline.home import Home
 from rsft_pipeline.store import without_password
 
-DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # that MLflow can keep runs in
+DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # those that MLflow can keep runs in
 
 
 class Tracking(dg.ConfigurableResource):
@@ -29,25 +29,25 @@ class Tracking(dg.ConfigurableResource):
     uri: str = Field("", description="MLflow tracking URI; default: a SQLite database in $RSFT_HOME.")
 
     def client(self):
-        """An MlflowClient; MLflow takes seconds to import, so only steps that write to it do."""
+        """An MlflowClient. MLflow takes seconds to import, so only steps that write to it do so."""
         return _client(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
 
     def check(self) -> None:
-        """See that MLflow is where the environment says, before anything is done that it is to be told of.
+        """Check that MLflow answers where the environment says, before anything is done that it should record.
 
         Raises:
-            OSError: it is not, for the reason that it names.
+            OSError: it does not; the message says why.
         """
-        if not self.uri:  # the home's own, made where it is missing
+        if not self.uri:  # the home's own, which is created if missing
             return
         try:
-            if self.uri.startswith(("http://", "https://")):  # MLflow itself would go on asking for minutes
+            if self.uri.startswith(("http://", "https://")):  # MLflow itself would retry for minutes
                 server = urlsplit(self.uri)
                 usual = {"http": 80, "https": 443}[server.scheme]
                 if not urllib.request.getproxies().get(server.scheme):
                     socket.create_connection((server.hostname, server.port or usual), timeout=10).close()
             self.client().search_experiments(max_results=1)
-        except Exception as error:  # each database's driver has its own
+        except Exception as error:  # each database's driver raises its own
             why = without_password(str(error))
             raise ConnectionError(f"RSFT_MLFLOW: MLflow does not answer there: {why}") from None
 
@@ -70,29 +70,29 @@ class Tracking(dg.ConfigurableResource):
         return run_id
 
     def _experiment(self, client, recipe: str) -> str:
-        # Of a database that no server stands before, MLflow would put artifacts into the current folder.
+        # For a database without a server, MLflow would put artifacts into the current folder.
         served = self.uri and not self.uri.startswith(DATABASES)
         artifacts = None if served else (Home.here().mlflow / "artifacts" / recipe).as_uri()
         found = client.get_experiment_by_name(recipe)
-        if found and found.lifecycle_stage == "deleted":  # it keeps its name, and cannot be renamed as it is
+        if found and found.lifecycle_stage == "deleted":  # it blocks the name, and cannot be renamed while deleted
             client.restore_experiment(found.experiment_id)
             client.rename_experiment(found.experiment_id, f"{recipe}, deleted, {found.experiment_id}")
             client.delete_experiment(found.experiment_id)
             found = None
         if found and (self.uri or artifacts == found.artifact_location):
             return found.experiment_id
-        if found:  # the home has been moved: MLflow would go on writing to where it was
+        if found:  # the home has been moved: MLflow would keep writing to the old place
             before = f"{recipe}, {found.experiment_id}, in {found.artifact_location}"
             client.rename_experiment(found.experiment_id, before)
         return client.create_experiment(recipe, artifact_location=artifacts)
 
     def state(self, run_id: str) -> str | None:
-        """The status of a run; None where MLflow does not have it, or somebody has deleted it there."""
+        """The status of a run; None if MLflow does not have it, or it was deleted there."""
         from mlflow.exceptions import MlflowException
 
         try:
             run = self.client().get_run(run_id).info
-        except MlflowException:  # its database was lost, or is another
+        except MlflowException:  # its database was lost or replaced
             return None
         return run.status if run.lifecycle_stage == "active" else None
 
@@ -124,9 +124,9 @@ class Tracking(dg.ConfigurableResource):
         self.client().log_artifact(run_id, str(path))
 
     def register(self, run_id: str, recipe: str, checkpoint: str, path: Path) -> str:
-        """Register a checkpoint as a version of the recipe's model; the same one is registered once.
+        """Register a checkpoint as a version of the recipe's model, unless it is registered already.
 
-        One that was marked as revoked and comes out again is so no more: nothing that is revoked now is in it.
+        If it was marked as revoked, the mark is removed: the same weights were made again without what is revoked.
         """
         from mlflow.exceptions import MlflowException
 
@@ -143,9 +143,9 @@ class Tracking(dg.ConfigurableResource):
         return client.create_model_version(recipe, path.as_uri(), run_id=run_id, tags=tags).version
 
     def crown(self, recipe: str, champion: str) -> None:
-        """Let the alias `champion` name this checkpoint; only the promotion gate calls this.
+        """Let the alias `champion` name this checkpoint; for the promotion gate and after a revocation.
 
-        The base model is not registered: while it is the champion, the alias names nothing.
+        The base model is not registered: while it is the champion, there is no such alias.
         """
         client = self.client()
         if version := self._version(client, recipe, champion):
@@ -163,15 +163,15 @@ class Tracking(dg.ConfigurableResource):
 
 @functools.lru_cache(maxsize=4)
 def _client(uri: str):
-    """A round asks for it two dozen times, and making one takes as long as a write."""
+    """A cached client: a round asks for it two dozen times, and making one takes as long as a write."""
     from mlflow import MlflowClient
 
-    with Home.here().lock("mlflow", wait=True):  # two processes must not make the same database
+    with Home.here().lock("mlflow", wait=True):  # two processes must not create the same database
         return MlflowClient(uri)
 
 
 def _allowed(name: str) -> str:
-    """The name with what MLflow does not allow in one replaced: recipes may name columns anyhow."""
+    """The name with characters that MLflow does not allow replaced: recipes may have columns of any name."""
     return re.sub(r"[^\w\-. :]", "_", name)[:250]
 
 

@@ -1,27 +1,27 @@
 """Acceptance: which candidates are kept, and why the others are not.
 
-Belongs here: the rules, as SQL over stored scores and log-probabilities. A decision follows from the
-rows, the parameters and the seed alone, so it can be replayed bit for bit, and a what-if is one query.
-Does not: how candidates were drawn or judged, where decisions are stored, how a number that accepts a wanted
-share is found (calibration.py), and what a decision was worth (efficiency.py).
+Belongs here: the rules, as SQL over stored scores and log-probabilities. A decision depends only on the
+rows, the parameters and the seed, so it can be replayed bit for bit, and a what-if is one query.
+Not: how candidates were drawn or judged, where decisions are stored, how the parameter that accepts a given
+share is found (calibration.py), and what the decisions amount to (efficiency.py).
 
-Every decision goes the same way, and its reason is the first of these steps that turned it down:
+Every candidate goes through the same steps; the first that turns it down is the reason of its decision:
 
 1. `cannot judge`: what the rule looks at is missing or not a number. That is the score, except for
    `rejection` (log p and log q) and `loss` (log p and the length), which can decide without one.
-2. `gate`: some scorer's minimum was not reached. The rule sees nothing of these candidates: they count
-   neither for a quantile nor for a largest score.
+2. `gate`: some scorer's minimum was not reached. The rule never sees these candidates: they count neither
+   towards a quantile nor towards a largest score.
 3. The rule: `below threshold`, `rank`, `u >= A`, or `pilot`. The draws that M was estimated from are set
-   aside: M would otherwise depend on the very candidates it decides on. Those that a number was calibrated on
-   are not: it is a choice, and no guarantee rests on it, as exact draws from p rest on p ≤ M·q.
+   aside, because M would otherwise depend on the very candidates that it decides on. Draws that a parameter was
+   calibrated on are not: unlike exact draws from p, which need p ≤ M·q, no guarantee rests on that choice.
 4. `duplicate`: the same normalised text was kept once already for this prompt. `top_k` takes this step
-   before it ranks, so that it keeps the k best different texts.
-5. `cap`: the prompt has its share.
+   before it ranks, so that it keeps the k best distinct texts.
+5. `cap`: the prompt already has `cap` accepted candidates.
 
-Where some must be chosen among several, rules that rank by score prefer the higher score (`rejection` with a
-threshold: the higher A) and break ties by u; the stochastic rules choose by u / A. Given u < A that number is
-uniform on [0, 1) whatever A is, so the choice does not undo what the rule did; by u itself, candidates with
-a small A would be preferred. What is still a tie is broken by the 64 bits that u was rounded from, so row order
+Where only some of several can be kept, rules that rank by score prefer the higher score (`rejection` with a
+threshold: the higher A) and break ties by u; the stochastic rules prefer the smaller u / A. Given u < A, u / A is
+uniform on [0, 1) whatever A is, so this choice does not distort what the rule did; choosing by u itself would
+favour candidates with a small A. Remaining ties are broken by the 64 bits that u was rounded from, so row order
 never matters. Note that `distinct` flattens the distribution that a stochastic rule draws from: each text of a
 prompt counts once, however probable. Switch it off where the exact distribution is wanted.
 """
@@ -46,10 +46,10 @@ from rsft_pipeline.recipe.acceptance import (
 
 
 class AcceptanceError(ValueError):
-    """A rule that can decide on nothing here: the message says what to change."""
+    """A rule that cannot decide on these candidates: the message says what to change."""
 
 
-# lineage.uniform: the upper 53 bits of a number of 64, the low half of an MD5. `{seed}` is to be filled in.
+# lineage.uniform in SQL: the upper 53 of the 64 bits in the low half of an MD5. `{seed}` has to be filled in.
 _NUMBER = "md5_number_lower('{seed}:' || candidate_id)"
 
 
@@ -59,8 +59,8 @@ def _uniform(number: str) -> str:
 
 UNIFORM_SQL = _uniform(_NUMBER)
 
-# lineage.normalise: RE2's \s is narrower than Python's, so white space is spelled out, here all but the space. A run
-# that is a single space stays: putting one in place of each would take most of the time.
+# lineage.normalise in SQL: RE2's \s is narrower than Python's, so white space is spelled out, here all but the space.
+# Runs of a single space do not match: replacing each by itself would take most of the time.
 _WHITE = r"\x{9}-\x{d}\x{1c}-\x{1f}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _RUNS = rf"[{_WHITE}][ {_WHITE}]*| [ {_WHITE}]+"
 _WHITE_ASCII = (*range(0x9, 0xE), *range(0x1C, 0x20))
@@ -71,33 +71,33 @@ def normalised(column: str) -> str:
     unusual = [f"strlen({column}) <> length({column})"]  # not ASCII
     unusual += [f"starts_with({column}, ' ')", f"ends_with({column}, ' ')", f"contains({column}, '  ')"]
     unusual += [f"contains({column}, chr({code}))" for code in (0, *_WHITE_ASCII)]
-    # nfc_normalize ends at the first NUL, so another character, of private use, stands in for it. Line feeds, the
-    # white space there is most of, are replaced in a third of the time that the regular expression takes.
+    # nfc_normalize stops at the first NUL, so a private-use character stands in for it. Line feeds, the commonest
+    # white space, are replaced beforehand, in a third of the time that the regular expression takes.
     one_line = f"replace(replace({column}, chr(0), chr(983040)), chr(10), ' ')"
     folded = f"trim(regexp_replace(nfc_normalize({one_line}), '{_RUNS}', ' ', 'g'))"
     return f"CASE WHEN {' OR '.join(unusual)} THEN {folded} ELSE {column} END"
 
 
 def same_text(column: str) -> str:
-    """SQL of what two texts share that are one to the rules: 64 bits, where a text may be long.
+    """SQL of a 64-bit hash that is equal for texts that the rules treat as the same.
 
-    Only texts of one prompt are compared: of a thousand others, the odds that any two share them are below 1 to 10¹³.
+    Only texts of one prompt are compared: among a thousand different ones, a collision has odds below 1 to 10¹³.
     """
     return f"hash({normalised(column)})"
 
 
 _COLUMNS = "candidate_id, prompt_id, draw, same_text, tokens, log_q, log_p, score, passed, target"
 _HAS_SCORE = "isfinite(score)"
-# A target of -inf is a probability of 0, and known. NaN is larger than infinity in DuckDB.
+# A target of -inf is a known probability of 0. In DuckDB, NaN is larger than infinity.
 _HAS_RATIO = "isfinite(log_q) AND target < 'infinity'::DOUBLE"
 _HAS_LOSS = "isfinite(log_p) AND tokens > 0"
 
 
-# --- what a rule goes by --------------------------------------------------------------------
+# --- the parameters of a rule ---------------------------------------------------------------
 
 
 def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule, round_number: int) -> dict[str, Any]:
-    """All that the decisions depend on beside rows and seed, to be stored with them.
+    """Everything that the decisions depend on besides rows and seed, to be stored with them.
 
     Args:
         source: table with the columns that `decisions_sql` reads.
@@ -105,26 +105,26 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
         round_number: 0 for the first round; a threshold may rise from round to round.
 
     Returns:
-        The rule's fields, as JSON has them, and what had to be resolved from rows and round:
-        threshold: `threshold`, t as it is in this round.
+        The rule's fields in JSON form, and what had to be resolved from rows and round:
+        threshold: `threshold`, the t of this round.
         quantile: `cut`, how many are accepted, ⌈share · n⌉ of the n judged candidates past the gates.
-        rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) over the pilot past the
-            gates + log(safety), `pilot_candidates` of them; `violations`, how many of the candidates decided on have
+        rejection: `log_M` in nats, given, calibrated, or estimated as max(log p − log q) + log(safety) over the
+            `pilot_candidates` pilot draws past the gates; `violations`, how many of the candidates decided on have
             p > M·q (A is then 1 where it should be more, and such texts are under-represented); `log_M_needed`, the
-            smallest log M without any, or None.
+            smallest log M without violations, or None.
         boltzmann with r_max given: `violations`, how many score above it.
-        with `calibrate`: the number that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
-            judged candidates past the gates it was picked from; `pilot_share`, how much of these it accepts.
+        with `calibrate`: the value that was picked, under its name (M: `log_M`); `pilot_candidates`, how many
+            judged candidates past the gates it was picked from; `pilot_share`, the share of these that it accepts.
 
     Raises:
-        AcceptanceError: when M is to be estimated and the pilot leaves nothing to estimate it from, or nothing else; or
-            when no number accepts the wanted share of the pilot.
+        AcceptanceError: M is to be estimated and the pilot has no usable draw, or every draw is in the pilot; or no
+            value accepts the wanted share of the pilot.
     """
     resolved = rule.model_dump(mode="json")
     if isinstance(rule, CalibratedRule) and rule.calibrated:
         resolved |= _calibrated(connection, source, rule)
     match rule:
-        case ThresholdRule(threshold=float(t)):  # in decimal: 0.1 + 2 · 0.1 is 0.3
+        case ThresholdRule(threshold=float(t)):  # decimal, so that 0.1 + 2 · 0.1 is 0.3
             resolved["threshold"] = float(Decimal(str(t)) + round_number * Decimal(str(rule.raise_by)))
         case QuantileRule(share=share):
             (judged,) = _row(connection, f"SELECT count(*) FROM {source} WHERE {_HAS_SCORE} AND passed")
@@ -145,11 +145,11 @@ def parameters(connection: duckdb.DuckDBPyConnection, source: str, rule: AnyRule
 def compared(
     connection: duckdb.DuckDBPyConnection, source: str, parameters: dict[str, Any], where: str = "true"
 ) -> np.ndarray:
-    """What the rule compares, of each candidate that it sees (judged, and past the gates).
+    """What the rule compares, for each candidate that it sees (judged, and past the gates).
 
     Args:
         source: as in `decisions_sql`.
-        parameters: the rule's fields; its number need not be known yet.
+        parameters: the rule's fields; the one to calibrate need not be known yet.
         where: which of the candidates, as SQL.
 
     Returns:
@@ -164,13 +164,13 @@ def compared(
 
 
 def pick(rule: str, compared: np.ndarray, share: float) -> tuple[float, float]:
-    """The number with which a rule accepts a share of what it compares, and the share that it then does accept.
+    """The parameter with which a rule accepts a share of what it compares, and the share that it then accepts.
 
     Returns:
-        rejection: log M; loss: k; boltzmann: β; other rules: t of a threshold, whose share may be less than wanted.
+        rejection: log M; loss: k; boltzmann: β; other rules: a threshold's t, whose share may be less than wanted.
 
     Raises:
-        CalibrationError: when no number accepts the share.
+        CalibrationError: no value accepts the share.
     """
     match rule:
         case "rejection":
@@ -186,7 +186,7 @@ def pick(rule: str, compared: np.ndarray, share: float) -> tuple[float, float]:
 def _calibrated(connection: duckdb.DuckDBPyConnection, source: str, rule: CalibratedRule) -> dict[str, Any]:
     name = "log_M" if rule.picked == "M" else rule.picked
     if _row(connection, f"SELECT count(*) FROM {source}") == (0,):
-        return {name: 1.0}  # decides on nothing
+        return {name: 1.0}  # any value: there is nothing to decide on
     pilot = compared(connection, source, rule.model_dump(mode="json"), f"draw < {rule.pilot}")
     try:
         number, share = pick(rule.rule, pilot, rule.share)
@@ -205,7 +205,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
 
     Reads:
         candidate_id VARCHAR, prompt_id VARCHAR, draw INTEGER, same_text UBIGINT (of the text, see `same_text`; read
-        by rules with `distinct` alone), tokens INTEGER (the completion's length),
+        only by rules with `distinct`), tokens INTEGER (the completion's length),
         log_q DOUBLE (of the sequence, in nats, under the distribution sampled from), log_p DOUBLE (the same, under
         the policy at temperature 1, untruncated), score DOUBLE (combined; NULL: cannot judge), passed BOOLEAN (every
         gate reached), target DOUBLE (log p of the rejection rule's target; else NULL).
@@ -217,9 +217,9 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
             where the rule's `weight` says so).
 
     Args:
-        source: name of the table: of a view rows have no number.
-        parameters: what `parameters` returned, also after a round trip through JSON.
-        seed: the recipe's.
+        source: name of a table; not of a view, whose rows have no `rowid`.
+        parameters: what `parameters` returned, possibly after a round trip through JSON.
+        seed: the recipe's seed.
     """
     log_a = _log_a_sql(parameters)
     weight = "exp(log_a)" if parameters.get("weight") == "A" else "1::DOUBLE"
@@ -234,8 +234,8 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     aside = set_aside(parameters)
     pilot = f"WHEN draw < {aside} THEN 'pilot'" if aside else ""
 
-    # A reason of NULL is a candidate still in play. Only of these a few columns are put in order, and what is refused
-    # then is joined to the candidates: ordering millions of whole rows is mostly writing them to disk and back.
+    # A reason of NULL: the candidate is still in play. Only these are sorted, with only a few columns, and refusals
+    # are then joined to the candidates: sorting millions of whole rows is mostly writing them to disk and back.
     sql = f"""
         WITH eligible AS NOT MATERIALIZED (
             SELECT *, {_uniform("number")} AS u, CASE
@@ -270,17 +270,17 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
 
 
 def set_aside(parameters: dict[str, Any]) -> int:
-    """How many of each prompt's first draws are there for M alone, and never accepted."""
+    """How many of each prompt's first draws serve only to estimate M and are never accepted."""
     return int(parameters["pilot"]) if parameters.get("M") == "estimate" else 0
 
 
 def _judged_sql(parameters: dict[str, Any]) -> str:
-    """Whether a candidate has what the rule looks at."""
+    """SQL: whether a candidate has what the rule looks at."""
     return {"rejection": _HAS_RATIO, "loss": _HAS_LOSS}.get(parameters["rule"], _HAS_SCORE)
 
 
 def _compared_sql(parameters: dict[str, Any]) -> str:
-    """What the rule compares of a candidate; see `compared`."""
+    """SQL: what the rule compares of a candidate; see `compared`."""
     match parameters:
         case {"rule": "rejection"}:
             return "target - log_q"
@@ -292,7 +292,7 @@ def _compared_sql(parameters: dict[str, Any]) -> str:
 
 
 def _log_a_sql(parameters: dict[str, Any]) -> str | None:
-    """log A of the stochastic rules, at most 0; None for the others."""
+    """SQL: log A of the stochastic rules, at most 0; None for the others."""
     match parameters:
         case {"rule": "rejection", "log_M": log_M}:
             return f"least(0, {_compared_sql(parameters)} - {_double(log_M)})"
@@ -304,7 +304,7 @@ def _log_a_sql(parameters: dict[str, Any]) -> str | None:
 
 
 def _prompt_r_max_sql(source: str, parameters: dict[str, Any]) -> str:
-    """A join for the boltzmann rule without r_max: the largest score of each prompt's candidates past the gates."""
+    """SQL of a join for boltzmann without r_max: the largest score of each prompt's candidates past the gates."""
     if parameters["rule"] != "boltzmann" or parameters["r_max"] is not None:
         return ""
     largest = f"SELECT prompt_id, max(score) AS prompt_r_max FROM {source} WHERE {_HAS_SCORE} AND passed GROUP BY ALL"
@@ -312,7 +312,7 @@ def _prompt_r_max_sql(source: str, parameters: dict[str, Any]) -> str:
 
 
 def _selections(parameters: dict[str, Any]) -> list[tuple[str, int, str]]:
-    """(reason for the others, how many are kept, of each what), in order."""
+    """(reason for those refused, how many are kept, within which group), in order."""
     duplicates = [("duplicate", 1, "prompt_id, same_text")] if parameters["distinct"] else []
     cap = [("cap", parameters["cap"], "prompt_id")] if parameters["cap"] is not None else []
     match parameters:
@@ -357,5 +357,5 @@ def _row(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple:
 
 
 def _double(number: float) -> str:
-    """The number as SQL, to the bit: a bare literal would be read as a decimal."""
+    """The number as SQL, bit for bit: a bare literal would be read as a decimal."""
     return f"'{float(number)!r}'::DOUBLE"

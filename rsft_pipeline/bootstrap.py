@@ -1,9 +1,9 @@
-"""Bootstrap: the weights of a first round, where they have to be made on this machine.
+"""Bootstrap: the weights of a first round, if they have to be made on this machine.
 
-Either a small model from nothing, so that a recipe can run without a hub, or a model from elsewhere with
-a head for the recipe's labels or a supervised warm-up. Belongs here: the tokenizer, the fresh weights and
-the warm-up corpus. Does not: the loop (training.py) or how a checkpoint is written (models/checkpoints.py). All is
-made on the CPU, where two builds give the same bits.
+Either a small model from scratch, so that a recipe can run without a hub, or a model from elsewhere that gets
+a head for the recipe's labels or a supervised warm-up. Belongs here: the tokenizer, the initial weights and
+the warm-up corpus. Not: the loop (training.py) or how a checkpoint is written (models/checkpoints.py). Everything
+is made on the CPU, where two builds give the same bits.
 """
 
 import json
@@ -44,10 +44,10 @@ OnStep = Callable[[int, int, float, int], None]
 
 
 def check(recipe: Recipe):
-    """See that the recipe's warm-up can be: that its corpus is one, and that a model of the sizes given can be made.
+    """Check that the recipe's warm-up can run: that its corpus is usable, and a model of the given sizes can be made.
 
     Returns:
-        The configuration of a bootstrapped model; None where it is another's.
+        The configuration of a bootstrapped model; None if the model comes from elsewhere.
 
     Raises:
         ModelError: a corpus or configuration that cannot be used.
@@ -68,8 +68,8 @@ def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
     """The recipe's bootstrapped model: made on first use, found again afterwards.
 
     Args:
-        root: folder of checkpoints. `root/bootstrap` remembers which of them each bootstrap gave, and
-            holds the state that a killed warm-up goes on from.
+        root: folder of checkpoints. `root/bootstrap` records which of them each bootstrap gave, and
+            holds the state from which a killed warm-up continues.
         on_step: see `training.fit`.
 
     Raises:
@@ -81,7 +81,7 @@ def build(recipe: Recipe, root: Path, on_step: OnStep) -> Checkpoint:
     key = lineage.digest([settings.model_dump(mode="json"), corpus, rows, *_shape(recipe)])
     if made := _made(root, key):
         return made
-    # An alphabet teaches nothing, so held-out prompts may add to it; the merges of BPE are learnt from the rest.
+    # An alphabet reveals nothing, so held-out prompts may add to it; BPE merges are learnt without them.
     texts = _texts(corpus if settings.tokenizer == "characters" else rows)
     tokenizer = _tokenizer(settings, texts, _configuration(settings).is_encoder_decoder)
     model = _fresh(settings, tokenizer, recipe)
@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, found: Checkpoint, root: Path, on_step: OnStep) -> C
     The warm-up trains what `model.train` says, and the head of a classification model.
 
     Args:
-        found: the model as it came.
+        found: the original model.
         root, on_step: as in `build`.
 
     Raises:
@@ -141,12 +141,12 @@ def _shape(recipe: Recipe) -> list:
 
 
 def _rows(recipe: Recipe, corpus: list[dict[str, str]], tokenizer=None) -> list[dict[str, str]]:
-    """The rows that are trained on. Those whose prompt is in the evaluation split are left out.
+    """The rows to train on, without those whose prompt is in the evaluation split.
 
     Args:
-        tokenizer: the model's; None for one made here, which has no chat template.
+        tokenizer: the model's; None for a model made here, which has no chat template.
     """
-    asked = {row["prompt"] for row in corpus} - {""}  # each is asked many times, and looked at once
+    asked = {row["prompt"] for row in corpus} - {""}  # each may be in many rows, and is checked once
     left_out = prompts.held_out(recipe, asked, tokenizer)
     return [row for row in corpus if row["prompt"] not in left_out]
 
@@ -162,9 +162,9 @@ def _warm_up(
     key: str,
     on_step: OnStep,
 ) -> dict:
-    """Train the model on the corpus's rows; a killed warm-up goes on from `scratch`. Returns what to record of it.
+    """Train the model on the rows; a killed warm-up continues from `scratch`. Returns what to record of it.
 
-    The loss is on completion and EOS; a row without a prompt is trained on whole.
+    The loss is taken on the completion and EOS; for a row without a prompt that is the whole text.
     """
     log.info("warm-up: %d rows of %d, the rest is in the evaluation split", len(rows), len(corpus))
     if not rows:
@@ -206,7 +206,7 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
     completions = tasks.of(recipe).completion_ids(model, tokenizer, [row["completion"] for row in rows])
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     samples = [
-        training.Sample(row["prompt"] or row["completion"], prompt or start, completion)  # GPT-2 makes «» no token
+        training.Sample(row["prompt"] or row["completion"], prompt or start, completion)  # for GPT-2 "" has no tokens
         for row, prompt, completion in zip(rows, asked, completions, strict=True)
     ]
     context = configuration.context_of(model.config) or math.inf
@@ -217,7 +217,7 @@ def _samples(recipe: Recipe, model, tokenizer, rows: list[dict[str, str]]) -> li
 
 
 def _made(root: Path, key: str) -> Checkpoint | None:
-    """What was made of the same before, if it is still there. Raises ModelError when it has changed since."""
+    """The checkpoint made under this key before, if it is still there. Raises ModelError if it has changed since."""
     file = root / "bootstrap" / f"{key}.txt"
     return models.made(root, file.read_text("utf-8")) if file.is_file() else None
 
@@ -293,10 +293,10 @@ def _texts(rows: list[dict[str, str]]) -> Iterable[str]:
 
 
 def _tokenizer(settings: Bootstrap, texts: Iterable[str], encoder: bool = False):
-    """A tokenizer that gives back the very text it was given, and reads `</s>` in a text as mere characters.
+    """A tokenizer that decodes to exactly the text it encoded, and reads `</s>` in a text as plain characters.
 
     Every prompt starts with BOS, so that even an empty one has a position to predict from; an encoder's ends
-    with EOS instead, as T5's does. With `characters`, a character that the corpus never shows becomes `<unk>`.
+    with EOS instead, as T5's does. With `characters`, a character that is not in the corpus becomes `<unk>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
     from tokenizers import models as inner_models
@@ -335,7 +335,7 @@ def _tokenizer(settings: Bootstrap, texts: Iterable[str], encoder: bool = False)
 
 
 def _configuration(settings: Bootstrap, **filled_in: Any):
-    """The model's configuration, with what is filled in; each setting has to be one of its type's."""
+    """The model's configuration, with what is filled in; unknown settings are refused."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -360,10 +360,10 @@ def _configuration(settings: Bootstrap, **filled_in: Any):
 
 
 def _random(config, recipe: Recipe):
-    """A model of the configuration, on the device that tensors are made on, its weights from its random numbers."""
+    """A model of the configuration with random weights, on torch's default device and from its random generator."""
     try:
         model = models.auto_class(recipe.task).from_config(config)
-    except Exception as error:  # each kind of model has its own
+    except Exception as error:  # each kind of model raises its own
         raise _no_model(error) from error
     models.check_kind(model, recipe.task)
     return model
@@ -375,7 +375,7 @@ def _no_model(error: Exception) -> models.ModelError:
 
 
 def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
-    """A model of the configuration with random weights that follow from the seed."""
+    """A model of the configuration with random weights that follow from the recipe's seed."""
     import torch
     from transformers import GenerationConfig
 

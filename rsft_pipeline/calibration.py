@@ -1,10 +1,10 @@
-"""Calibration: which number of a rule accepts a wanted share of some candidates.
+"""Calibration: with which parameter a rule accepts a given share of some candidates.
 
-Belongs here: the inverse of each rule's acceptance, as plain functions of numbers, one per candidate. Does not:
-which candidates those are (acceptance.py, efficiency.py).
+Belongs here: the inverse of each rule's acceptance, as plain functions of arrays with one number per candidate.
+Not: which candidates those are (acceptance.py, efficiency.py).
 
-What is returned accepts the share in expectation over u, of the very numbers that were given: other candidates
-of the same policy come near it, and no guarantee rests on it.
+The result accepts the share in expectation over u, for exactly the numbers that were given. For other candidates
+of the same policy the share is only approximate, and no guarantee rests on it.
 """
 
 import math
@@ -14,19 +14,19 @@ import numpy as np
 
 
 class CalibrationError(ValueError):
-    """No number accepts the share; the message says why and what to do."""
+    """No parameter accepts the share; the message says why and what to do."""
 
 
 def threshold(scores: np.ndarray, share: float) -> float:
-    """The lowest t of which `score > t` holds for at most that share of the scores.
+    """The lowest t for which `score > t` holds for at most that share of the scores.
 
     Args:
         scores: shape (n,), finite.
-        share: in (0, 1], taken in decimal: 0.07 of 100 scores are 7.
+        share: in (0, 1], taken as a decimal: 0.07 of 100 scores are 7.
 
     Returns:
-        One of the scores, or the number just below the lowest. Scores that are equal are accepted together or not
-        at all, so the share that it accepts may be smaller.
+        One of the scores, or the number just below the lowest. Equal scores are accepted together or not at all, so
+        the share that it accepts may be smaller.
 
     Raises:
         CalibrationError: there are no scores, the share of them is less than one, or more than the share have
@@ -49,11 +49,11 @@ def threshold(scores: np.ndarray, share: float) -> float:
 
 
 def log_scale(values: np.ndarray, share: float) -> float:
-    """The c of which the mean of min(1, exp(value − c)) is the share.
+    """The c for which the mean of min(1, exp(value − c)) is the share.
 
-    That is log M for log(p/q), and log k for log(loss). In closed form: with the values in ascending order and i of
-    them below c, c = log Σ exp(value) over these i − log(share · n − (n − i)). The sums stay logarithms, because p/q
-    spans hundreds of nats.
+    It is log M for log(p/q), and log k for log(loss). In closed form: with i of the values below c,
+    c = log Σ exp(value) over these i − log(share · n − (n − i)). The sums are kept as logarithms, because p/q spans
+    hundreds of nats.
 
     Args:
         values: shape (n,), in nats; −inf where nothing can be accepted.
@@ -64,7 +64,7 @@ def log_scale(values: np.ndarray, share: float) -> float:
     """
     n = _count(values)
     rising = np.sort(values[values > -np.inf])
-    above = n - len(rising)  # those of −inf are above no c
+    above = n - len(rising)  # values of −inf, which are above no c
     wanted = float(Fraction(str(share)) * n)  # 0.07 · 100 is 7, not 7.000000000000001
     if wanted > len(rising):
         raise CalibrationError(
@@ -82,15 +82,15 @@ def log_scale(values: np.ndarray, share: float) -> float:
 
 
 def temperature(shortfalls: np.ndarray, share: float) -> float:
-    """The β > 0 of which the mean of exp(shortfall / β) is the share, by bisection of log β to the last bit.
+    """The β > 0 for which the mean of exp(shortfall / β) is the share, by bisection of log β to the last bit.
 
     Args:
-        shortfalls: shape (n,), finite, r − r_max; what is above 0 counts as 0.
+        shortfalls: shape (n,), finite, r − r_max; values above 0 count as 0.
         share: in (0, 1).
 
     Raises:
-        CalibrationError: there are no shortfalls, so many are 0 that β → 0 accepts more already, or only β → ∞
-            would accept them all.
+        CalibrationError: there are no shortfalls, so many are 0 that even β → 0 accepts more, or only β → ∞ would
+            accept them all.
     """
     n = _count(shortfalls)
     different, counts = np.unique(np.minimum(shortfalls, 0.0), return_counts=True)
@@ -104,7 +104,7 @@ def temperature(shortfalls: np.ndarray, share: float) -> float:
     if share >= 1:
         raise CalibrationError("no β accepts everything: ask for a share below 1, or use `rule: threshold`")
     short, counts = (different[:-1], counts[:-1]) if best else (different, counts)
-    # The mean lies between what the least and the largest shortfall alone would give, so β lies between these.
+    # The mean lies between those for the least and the largest shortfall alone, so β lies between the two β's.
     least = math.log(-math.log((wanted - best) / (n - best)))
     low, high = math.log(-short[-1]) - least, math.log(-short[0]) - least
     with np.errstate(over="ignore"):

@@ -1,6 +1,6 @@
-"""Classes: how a classifier does on each label of the held-out prompts, and on all of them alike.
+"""Classes: how a classifier does on each label of the held-out prompts, and on all labels weighted equally.
 
-Belongs here: precision, recall, F1 and their mean over the labels. Does not: accuracy, which is pass@1 of an
+Belongs here: precision, recall, F1 and its mean over the labels. Not: accuracy, which is pass@1 of an
 exact match (evaluation.py).
 """
 
@@ -17,7 +17,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Class:
-    """One label. A precision or recall of nothing over nothing counts as 0."""
+    """One label. A precision or recall of 0 / 0 counts as 0."""
 
     label: str
     prompts: int  # that have it as their reference
@@ -28,10 +28,10 @@ class Class:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a policy answered to held-out prompts, by prompts that were answered alike.
+    """A policy's answers to held-out prompts, grouped by kind: prompts with the same reference and the same answers.
 
-    Shapes, of P kinds of prompts and L labels: `prompts` int [P], how many there are of a kind; `references` int [P],
-    the label that is right; `answers` int [P, L], how often one of the kind was answered with each.
+    Shapes, for P kinds of prompts and L labels: `prompts` int [P], how many there are of a kind; `references` int [P],
+    the correct label; `answers` int [P, L], how often a prompt of the kind was answered with each label.
     """
 
     prompts: np.ndarray
@@ -40,14 +40,14 @@ class Answers:
 
     @classmethod
     def of(cls, answered: Iterable[tuple[str, Mapping[str, int]]], labels: Sequence[str]) -> "Answers":
-        """Of each prompt's reference, and how often it got each answer. References that are no label are left out."""
+        """From each prompt's reference and answer counts. Prompts whose reference is not a label are left out."""
         places = {label: i for i, label in enumerate(labels)}
         kinds = Counter(
             (places[reference], tuple(answers.get(label, 0) for label in labels))
             for reference, answers in answered
             if reference in places
         )
-        ordered = sorted(kinds)  # the bootstrap is the same, in whatever order the prompts came
+        ordered = sorted(kinds)  # so that the bootstrap does not depend on the order of the prompts
         return cls(
             np.array([kinds[kind] for kind in ordered], dtype=np.int64),
             np.array([reference for reference, _ in ordered], dtype=np.int64),
@@ -77,13 +77,13 @@ def classes(found: Answers, labels: Sequence[str]) -> list[Class]:
 
 
 def macro_f1(found: Answers, *, confidence: float, seed: int) -> Estimate:
-    """The mean F1 of the labels, each counting the same; those that are neither a reference nor an answer do not count.
+    """The unweighted mean F1 of the labels; labels that are neither a reference nor an answer are left out.
 
-    Its interval is the basic bootstrap over prompts (Davison and Hinkley 1997, section 5.2.1): the prompts drawn again
-    as many times as there are, each with all of its answers, and the labels that these have. Drawing again loses F1
-    where a label has few prompts, as the draw itself did, so the values drawn are reflected in the estimate; as they
-    are they lie below it. The estimate is always inside. Where no answer was wrong it is [1, 1]: what was never seen
-    it cannot draw.
+    Its interval is the basic bootstrap over prompts (Davison and Hinkley 1997, section 5.2.1): as many prompts are
+    resampled as there are, each with all of its answers, and F1 is averaged over the labels that these have.
+    Resampling lowers F1 where a label has few prompts, as sampling the prompts did; the resampled values lie below the
+    estimate and are therefore reflected about it. The interval always contains the estimate. If no answer was wrong it
+    is [1, 1]: resampling cannot draw what was never seen.
     """
     n = int(found.prompts.sum())
     drawn = np.random.default_rng(seed).multinomial(n, found.prompts / n, RESAMPLES).astype(float)
@@ -99,7 +99,7 @@ def macro_f1(found: Answers, *, confidence: float, seed: int) -> Estimate:
 
 
 def _f1(hits: np.ndarray, named: np.ndarray) -> np.ndarray:
-    """2·hits / (references + answers), of each label; NaN where there is neither."""
+    """2·hits / (references + answers) of each label; NaN where there is neither."""
     return _ratio(2 * hits, named, np.nan)
 
 

@@ -1,4 +1,4 @@
-"""Devices: which processor the weights sit on, in which number format, and giving its memory back."""
+"""Devices: which processor the weights are on, in which number format, and how much memory it has."""
 
 import gc
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Device:
 
 
 def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
-    """The device asked for, or the best one there is; bf16 on a GPU that has it, else fp32.
+    """The device asked for, or the best one there is; bf16 on a GPU that supports it, else fp32.
 
     Raises:
-        ValueError: when the device asked for is not there, naming what is.
+        ValueError: the device asked for is not there; names those that are.
     """
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not Apple's: it has no float64, which drawing needs
+    there = {"cuda": torch.cuda.is_available(), "cpu": True}  # not Apple's: no float64, which drawing needs
     if kind == "auto":
         kind = next(name for name in there if there[name])
     if not there.get(kind):
@@ -41,12 +41,12 @@ def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
 
 
 def memory(device: Device) -> dict[str, int]:
-    """Bytes of the device: free and total, and the most that this process has held."""
+    """The device's memory in bytes: free and total, and the most that this process has held."""
     import torch
 
     if device.kind == "cuda":
         free, total = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # kept by PyTorch for its next tensors
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by PyTorch
         return {"free": free, "total": total, "peak": torch.cuda.max_memory_allocated()}
     import resource
 
@@ -60,8 +60,8 @@ def memory(device: Device) -> dict[str, int]:
     }
 
 
-# What bounds a group of Linux's processes, what they have taken, and in which statistic what of that are files which
-# Linux can drop: in its second version of such groups, and in the first.
+# Linux control groups, versions 2 and 1: the files with a group's memory limit and usage, and the line of memory.stat
+# with the cached files that Linux can drop.
 _SECOND = ("memory.max", "memory.current", "inactive_file")
 _FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -69,9 +69,9 @@ _FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file
 def of_a_container(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> tuple[int, int] | None:
-    """Bytes that are free of those that this process's container, or job of a cluster, may take, and these.
+    """Free bytes and limit, in bytes, of this process's container or cluster job; None if it has no limit.
 
-    None where nothing bounds it. Of several bounds, one within another, the one that leaves least.
+    Of nested limits, the one that leaves least.
     """
     found = []
     for line in own.read_text().splitlines() if own.is_file() else ():
@@ -87,19 +87,19 @@ def of_a_container(
 
 
 def _left(group: Path, bound: str, taken: str, dropped: str) -> tuple[int, int] | None:
-    """Bytes that are free of a group's bound, and the bound; None where it has none."""
+    """Free bytes and limit, in bytes, of a control group; None if it has no limit."""
     try:
         most, used = (int((group / name).read_text()) for name in (bound, taken))
         files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # there is no such group, or its bound is `max`
+    except (OSError, ValueError):  # there is no such group, or its limit is `max`
         return None
     return max(0, most - used + int(files.get(dropped, 0))), most
 
 
 def release(device: Device) -> None:
-    """Give unused device memory back, once the models on it are no longer referred to."""
+    """Give unused device memory back, once the models on it are no longer referenced."""
     if device.kind == "cpu":
-        return  # what is no longer referred to is free already; collecting takes half a second
+        return  # unreferenced memory is free already, and collecting takes half a second
     import torch
 
     gc.collect()
@@ -110,10 +110,10 @@ _FULL = ("not enough memory", "can't allocate memory", "CUDA error: out of memor
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no memory left, which it may have at another moment or for less at once."""
+    """Whether a device ran out of memory, so that trying later or with less at once may succeed."""
     import torch
 
-    said = str(error)  # by the allocator of a CPU, and by what stands beside PyTorch's on a GPU
+    said = str(error)  # of the CPU's allocator, or of the GPU libraries that do not use PyTorch's
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in said for words in _FULL)
     )

@@ -1,15 +1,15 @@
-"""Efficiency: what a round's draws brought: how many were accepted, how far that moved, what it cost, what to ask for.
+"""Efficiency: a round's acceptance in numbers: rate, distance from the draws, cost, and what to set instead.
 
-Belongs here: numbers over decided rows, as SQL and plain formulas. Does not: deciding (acceptance.py), finding a
-number for a share (calibration.py), and showing (report.py).
+Belongs here: numbers over decided rows, as SQL and plain formulas. Not: deciding (acceptance.py), finding a
+parameter for a share (calibration.py), and showing (report.py).
 
-Three sets of candidates are told apart:
-    all      every candidate that was decided on; what the rate and the tokens are of
-    open     all but the draws of a pilot that is set aside, which are never accepted; what the KL is of
-    seen     open ones that were judged and passed the gates: what the rule saw, and what a share is a share of
+Three sets of candidates are distinguished:
+    all      every candidate that was decided on; for the rate and the tokens
+    open     all except the draws of a pilot that is set aside, which are never accepted; for the KL
+    seen     the open ones that were judged and passed the gates: what the rule saw; shares are shares of these
 
-A candidate's A is the chance that the rule accepts it, before `distinct` and `cap`. For rules without chance that
-is 1 or 0, and every duplicate counts as accepted by the rule, except with `top_k`, which ranks different texts only.
+A candidate's A is the probability that the rule accepts it, before `distinct` and `cap`. For deterministic rules it
+is 1 or 0, and every duplicate counts as accepted by the rule, except with `top_k`, which ranks only distinct texts.
 """
 
 import math
@@ -25,18 +25,18 @@ from rsft_pipeline import acceptance
 from rsft_pipeline.calibration import CalibrationError
 from rsft_pipeline.recipe.acceptance import AnyRule
 
-CONFIDENCE = 0.95  # of intervals, and of getting enough draws
-WANTED = (0.1, 0.3, 0.5)  # shares of the seen candidates that a number is suggested for
+CONFIDENCE = 0.95  # of intervals, and of `draws_needed`
+WANTED = (0.1, 0.3, 0.5)  # shares of the seen candidates for which a parameter is suggested
 BEFORE_THE_RULE = "('cannot judge', 'gate', 'pilot')"
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A number with which the rule would have accepted a share of the seen candidates."""
+    """A parameter with which the rule would have accepted a share of the seen candidates."""
 
     wanted: float
-    name: str  # threshold, k, beta or log_M; rules that rank have none of their own, and get a threshold's
-    value: float | None  # None: no number accepts it
+    name: str  # threshold, k, beta or log_M; for rules that rank, which have none of these, threshold
+    value: float | None  # None: no value accepts that share
     share: float | None  # what the value accepts, in expectation
 
 
@@ -48,7 +48,7 @@ class Group:
     prompts: int
     candidates: int
     accepted: int
-    rate: float  # accepted / candidates; of draws until enough was accepted, hard prompts have more than their share
+    rate: float  # accepted / candidates; with `sampling.until`, hard prompts have more draws and weigh more
     low: float  # Wilson
     high: float
     prompts_with_accepted: int
@@ -57,25 +57,25 @@ class Group:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """A round's decisions in numbers; None where nothing defines one."""
+    """A round's decisions in numbers; None where a number is undefined."""
 
     candidates: int
     seen: int
     accepted: int
     rate: float | None  # accepted / candidates
-    low: float | None  # Wilson: of candidates as if independent; draws of one prompt are not, so take it as a least
+    low: float | None  # Wilson, as if candidates were independent; draws of one prompt are not: it is too narrow
     high: float | None
     mean_a: float | None  # mean A of the seen: the share expected to pass the rule
-    one_over_m: float | None  # of `rejection`: mean A where p ≤ M·q for a p and q that sum to 1, without gates
+    one_over_m: float | None  # `rejection`: the value of mean A if p ≤ M·q, p and q sum to 1, and there are no gates
     effective_samples: float | None  # (Σw)² / Σw² over the weights of the accepted
-    effective_size: float | None  # (ΣA)² / ΣA² over the seen: their worth, weighted by A instead of accepted
+    effective_size: float | None  # (ΣA)² / ΣA² over the seen: if they were weighted by A instead of accepted
     kl: float | None  # nats, of what is accepted from what was drawn; see `measure`
-    tokens_per_accepted: float | None  # drawn tokens, of all candidates
+    tokens_per_accepted: float | None  # tokens drawn, of all candidates, per accepted one
     suggestions: list[Suggestion]
     groups: list[Group]
 
     def metrics(self) -> dict[str, float | None]:
-        """The single numbers, under names for people."""
+        """The single numbers, by their reported names."""
         return {
             "acceptance_rate_low": self.low,
             "acceptance_rate_high": self.high,
@@ -97,9 +97,9 @@ def measure(
     """The numbers of some decided rows.
 
     The KL divergence is that of π from q, the distribution that was drawn from, over prompts and completions together:
-    π = q·g / Z with g = A (times the sample's weight), 0 for what no rule saw because of a gate or a missing score.
-    KL = E_π[log g] − log Z, estimated by Σ g·log g / Σ g − log(mean g) over the open candidates; for rules without
-    chance, −log(share that the rule accepts). `distinct` and `cap` come after and are no part of it.
+    π = q·g / Z with g = A (times the sample's weight), and 0 if a gate or a missing score kept it from the rule.
+    KL = E_π[log g] − log Z, estimated by Σ g·log g / Σ g − log(mean g) over the open candidates; for deterministic
+    rules, −log(share that the rule accepts). `distinct` and `cap` come afterwards and are not included.
 
     Args:
         decided: table or view with the columns that `acceptance.decisions_sql` reads (`same_text` excepted) and writes.
@@ -148,29 +148,29 @@ def _sums(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[
 
 
 def _open(parameters: dict[str, Any]) -> str:
-    """SQL: whether a candidate is no draw of the pilot. By `reason` it could not be told: a gate comes before that."""
+    """SQL: whether a candidate is not in a pilot set aside. `reason` cannot tell: a gate takes precedence over it."""
     return f"draw >= {acceptance.set_aside(parameters)}"
 
 
 def _by_chance(parameters: dict[str, Any]) -> str:
-    """Whether chance decides, as SQL: A is then exp(log_a)."""
+    """SQL: whether the rule is stochastic, so that A is exp(log_a)."""
     stochastic = parameters["rule"] in {"rejection", "boltzmann", "loss"} and parameters.get("threshold") is None
     return "true" if stochastic else "false"
 
 
 def ruled(parameters: dict[str, Any]) -> str:
-    """SQL: whether the rule accepted a candidate, whatever `distinct` and `cap` made of it."""
+    """SQL: whether the rule accepted a candidate, whether or not `distinct` or `cap` then refused it."""
     accepting = ["accepted", "cap"] if parameters["rule"] == "top_k" else ["accepted", "cap", "duplicate"]
     return f"reason IN ({', '.join(map(repr, accepting))})"
 
 
 def _effective(total: float | None, squares: float | None) -> float | None:
-    """Kish's effective sample size, (Σw)² / Σw²: how many equal weights tell as much."""
+    """Kish's effective sample size, (Σw)² / Σw²: how many equally weighted samples are worth as much."""
     return total * total / squares if squares else None
 
 
 def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters: dict[str, Any]) -> list[Suggestion]:
-    """For each of the shares WANTED, the number that would have accepted it of the seen candidates."""
+    """For each of the shares WANTED, the parameter that would have accepted it of the seen candidates."""
     rule = parameters["rule"]
     values = np.sort(acceptance.compared(connection, decided, parameters, _open(parameters)))
     if rule == "rejection" and parameters.get("threshold") is not None:
@@ -189,7 +189,7 @@ def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters:
 
 
 def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule, accepted: int = 1) -> list[Group]:
-    """How each group of prompts fared, the one with the lowest rate first, and how much it should be drawn.
+    """Acceptance in each group of prompts, the lowest rate first, and how many draws it needs.
 
     Args:
         decided: table or view with prompt_id, draw, accepted, reason and `grouped`.
@@ -226,8 +226,8 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
 def draws_needed(rate: float, accepted: int = 1, confidence: float = CONFIDENCE) -> int | None:
     """The fewest draws of which at least `accepted` are accepted with this probability, by the binomial distribution.
 
-    Each draw is accepted with chance `rate`; a prompt that is harder than its group needs more, and so does one whose
-    texts repeat. None where the rate is 0.
+    Each draw is accepted with probability `rate`; prompts that are harder than their group, or whose texts repeat,
+    need more. None if the rate is 0.
     """
     if rate <= 0:
         return None
@@ -245,13 +245,13 @@ def draws_needed(rate: float, accepted: int = 1, confidence: float = CONFIDENCE)
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927): sound for shares near 0 and 1 and few candidates too."""
+    """Wilson's score interval of a share (Wilson 1927): valid also near 0 and 1 and for few candidates."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, z2 = successes / n, z * z
     centre = share + z2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # where rounding would miss them
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact despite rounding
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Evaluation: how good a model is on held-out prompts, whether a checkpoint beats another, when to stop.
 
 Belongs here: metrics with intervals, the paired comparison, and the verdicts of the recipe's `promotion` and
-`stop` sections. Does not: drawing, scoring and fetching; numbers come in per prompt.
+`stop` sections. Not: drawing, scoring and fetching; results come in per prompt.
 
 The prompt is the unit of sampling: draws of one prompt resemble each other, so an interval over draws would be
-too narrow. Intervals are Student t over prompts: the means compared are of dozens of prompts or more, and it
-needs no random numbers, so a verdict can be replayed. For prompts that all agree see `interval`.
+too narrow. Intervals are Student t over prompts: means are over dozens of prompts or more, and t needs no random
+numbers, so a verdict can be replayed. For prompts that all agree, see `interval`.
 """
 
 import math
@@ -27,16 +27,16 @@ class PromptResult:
 
     prompt_id: str
     draws: int  # candidates drawn
-    passes: int  # how many of them passed; one that cannot be judged did not
+    passes: int  # how many of them passed; one that cannot be judged did not pass
     score: float | None  # mean combined score over those that could be judged; None: none could
-    distinct: int  # different normalised texts
+    distinct: int  # distinct normalised texts
     tokens: float  # mean length of a completion, in tokens
     eligible: int | None = None  # draws that were judged and passed every gate; None: not recorded
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` prompts, and the interval it is known to."""
+    """A mean over `n` prompts and its confidence interval."""
 
     value: float
     low: float
@@ -59,7 +59,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Checkpoint less champion (the policy, as a rule), paired on the `n` prompts that both have a value for."""
+    """Checkpoint minus champion (usually the policy) or control, paired on the `n` prompts where both have a value."""
 
     metric: Metric
     difference: float
@@ -67,13 +67,13 @@ class Comparison:
     high: float
     n: int
     length_drift: float  # the checkpoint's mean length / that of what it is compared with
-    eligible: Estimate | None = None  # the same difference of the share of eligible draws; None: not recorded
-    unseen: float | None = None  # how low it may be for what is too rare to be among n prompts; None: nobody knows
+    eligible: Estimate | None = None  # the same difference for the share of eligible draws; None: not recorded
+    unseen: float | None = None  # lower end, allowing for losses too rare to be among n prompts; None: unbounded
 
 
 @dataclass(frozen=True)
 class FinishedRound:
-    """What the stop rules look at."""
+    """What the stop rules look at in a round."""
 
     promoted: bool
     value: float | None  # the champion's promotion metric after the round
@@ -81,12 +81,12 @@ class FinishedRound:
 
 
 def pass_at_k(n: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
-    """Chance that at least one of k draws passes: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, eq. 1).
+    """Probability that at least one of k draws passes: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, eq. 1).
 
     Args:
         n: draws per prompt, integers, shape (prompts,); each at least k.
         c: how many of them passed, integers, shape (prompts,).
-        k: draws allowed.
+        k: draws that count.
 
     Returns:
         Shape (prompts,), each in [0, 1].
@@ -103,10 +103,10 @@ def pass_at_k(n: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
 def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> Summary:
     """Metrics over the prompts, with intervals at the given confidence.
 
-    Prompts without a value (fewer than k draws, nothing judged) are left out of that metric, whose `n` says so.
+    Prompts without a value for a metric (fewer than k draws, nothing judged) are left out of it and of its `n`.
 
     Raises:
-        ValueError: when there are no results.
+        ValueError: there are no results.
     """
     if not results:
         raise ValueError("there are no results to summarise: no held-out prompt was evaluated")
@@ -129,10 +129,10 @@ def summarise(results: Sequence[PromptResult], *, k: int, confidence: float) -> 
 def compare(
     other: Sequence[PromptResult], checkpoint: Sequence[PromptResult], metric: Metric, *, k: int, confidence: float
 ) -> Comparison:
-    """The checkpoint's metric less the other's (the champion's, a control's), paired per prompt that has both.
+    """The checkpoint's metric minus the other's (champion or control), paired on the prompts for which both have it.
 
     Raises:
-        ValueError: when they have no such prompt in common.
+        ValueError: there is no such prompt.
     """
     before, after = _values(other, metric, k), _values(checkpoint, metric, k)
     common = sorted(before.keys() & after.keys())
@@ -162,9 +162,9 @@ def compare(
 def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
     """Whether the checkpoint becomes the champion, and why, in words.
 
-    The mean score is that of the draws that were judged, whatever the gates say of them: a checkpoint that has surely
-    fewer eligible draws is not promoted by it. To be called not worse it has to rule out a loss on prompts that are too
-    rare to have been seen: where nearly all prompts agree, Student t takes no account of them.
+    The mean score is over all judged draws, whether or not they pass the gates, so a checkpoint with significantly
+    fewer eligible draws is not promoted by it. `not_worse` must also rule out a loss on prompts that are too rare to
+    have been seen: if nearly all prompts agree, Student t does not account for them.
     """
     needed, low = promotion.margin, comparison.low
     if promotion.require == "not_worse":
@@ -184,7 +184,7 @@ def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
 
 
 def shown(difference: float, low: float, high: float) -> str:
-    """A difference and its interval, for people."""
+    """A difference and its interval, as text."""
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -226,7 +226,7 @@ def _eligible(results: Sequence[PromptResult]) -> dict[str, float]:
 
 
 def _mean(values: Sequence[float], confidence: float, bounds: tuple[float, float] | None) -> Estimate | None:
-    """The mean over prompts and its interval; None of nothing."""
+    """The mean over prompts and its interval; None if there are no values."""
     if not values:
         return None
     return Estimate(float(np.mean(values)), *interval(np.array(values), confidence, bounds), len(values))
@@ -235,10 +235,10 @@ def _mean(values: Sequence[float], confidence: float, bounds: tuple[float, float
 def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Confidence interval of the mean of independent values: Student t, cut at the bounds.
 
-    When all values are equal t would claim certainty. Then what went unseen sets the width: see `_unseen`. Where
-    nearly all are equal t is too narrow for what is rare and large: of differences that are 0 but for one draw of one
-    prompt, and for 2 prompts in 100 that are lost outright, an interval of 95 % over 100 prompts misses the mean 13
-    times in 100: as often as no lost one is among them.
+    If all values are equal, t would claim certainty; the width is then set by what may have gone unseen, see `_unseen`.
+    If nearly all are equal, t is too narrow for effects that are rare and large. Suppose that 2 prompts in 100 are lost
+    outright and the other differences are 0, except for one draw of one prompt: a 95 % interval over 100 prompts then
+    misses the mean 13 times in 100, whenever no lost prompt is among them.
     """
     n, mean, alpha = len(values), float(values.mean()), 1 - confidence
     bounds = bounds or (-math.inf, math.inf)
@@ -249,9 +249,9 @@ def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] 
 
 
 def _unseen(mean: float, n: int, confidence: float, bounds: tuple[float, float]) -> tuple[float, float]:
-    """The same interval for what n values would not show: something as frequent as 1 - (alpha/2)^(1/n), at a bound.
+    """The interval if a share of 1 - (alpha/2)^(1/n), rare enough to be missed by n values, lies at a bound.
 
-    With every value at a bound this is the exact (Clopper-Pearson) interval. Without bounds it is (-inf, inf).
+    If every value is at one bound, this is the exact (Clopper-Pearson) interval. Without bounds it is (-inf, inf).
     """
     missing = 1 - ((1 - confidence) / 2) ** (1 / n)
     return mean - missing * (mean - bounds[0]), mean + missing * (bounds[1] - mean)

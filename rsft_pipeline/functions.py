@@ -1,7 +1,7 @@
-"""Functions of the user's own, named `module:function` in a recipe.
+"""Functions: the user's own functions, named `module:function` in a recipe.
 
-Belongs here: finding such a function, and hashing its source. Does not: what it is called with;
-prompts, scoring and models each say what they expect of theirs.
+Belongs here: finding such a function, and hashing its source. Not: what it is called with;
+prompts, scoring and bootstrap each say what they expect of theirs.
 """
 
 import functools
@@ -28,29 +28,29 @@ class FunctionError(ValueError):
 def load(reference: str, folder: Path) -> Callable:
     """The function that `module:function` names.
 
-    A file `module.py` in the folder wins over an installed module, and is read afresh on every call, so that
-    the function is always the one whose source is hashed. The folder does not become importable: such a file
-    cannot import its neighbours. An installed module is imported once by a process, as Python does.
+    A file `module.py` in the folder wins over an installed module, and is read anew on every call, so that the
+    function is always the one whose source is hashed. The folder does not become importable: such a file cannot
+    import its neighbours. An installed module is imported once per process, as usual.
 
     Raises:
-        FunctionError: not of that form, no such module, a module that fails to import or was edited since it was
-            imported, no such function.
+        FunctionError: the name is not of that form, the module or function does not exist, or the module fails to
+            import or was edited since it was imported.
     """
     return _found(reference, Path(folder))[1]
 
 
 def rows(reference: str, folder: Path) -> Iterator[Any]:
-    """What the function that `module:function` names yields, called with nothing.
+    """What the function that `module:function` names yields when called without arguments.
 
     Raises:
-        FunctionError: as `load` does, or the function failed, or it returned what has no rows.
+        FunctionError: as for `load`, or the function failed or returned something that is not iterable.
     """
     function = load(reference, folder)
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise FunctionError(f"{reference} is called with no arguments: {error}") from None
-    except ValueError:  # a builtin that does not say what it takes
+    except ValueError:  # a builtin without a signature
         pass
     try:
         returned = function()
@@ -63,15 +63,15 @@ def rows(reference: str, folder: Path) -> Iterator[Any]:
 
 
 def told(error: BaseException) -> str:
-    """An error of a user's function and where it was raised, without what the traceback keeps alive."""
+    """An error of a user's function and where it was raised, as text, so that no traceback keeps objects alive."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}, in {place.name})"
 
 
 def version(reference: str, folder: Path) -> str:
-    """SHA-256 of the file that has the function, and of the one that it is written in where that is another.
+    """SHA-256 of the named module's file and, if the function is written in another file, of that one too.
 
-    What these files import is not part of it. Raises FunctionError as `load` does, and where there is no such file.
+    What these files import is not included. Raises FunctionError as `load` does, and if there is no source file.
     """
     path = _path(reference, Path(folder))
     files = _files(reference, Path(folder), path.read_bytes() if path.is_file() else b"")
@@ -81,7 +81,7 @@ def version(reference: str, folder: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _files(reference: str, folder: Path, source: bytes) -> set[Path]:
-    """Where a function is; of this source once, since it is asked for many times a round and may take long to run."""
+    """A function's source files; cached per `source`, since this is called often and running the module may be slow."""
     module, function = _found(reference, folder)
     files = _sources(module, function)
     if files is None or not all(file.is_file() for file in files):
@@ -90,7 +90,7 @@ def _files(reference: str, folder: Path, source: bytes) -> set[Path]:
 
 
 def _sources(module: ModuleType, function: Callable) -> set[Path] | None:
-    """The file that has a function, and the one that it is written in; None where it is written in none."""
+    """The module's file and the one that the function is written in; None if it has no source file."""
     try:
         written = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:
@@ -99,7 +99,7 @@ def _sources(module: ModuleType, function: Callable) -> set[Path] | None:
 
 
 def _path(reference: str, folder: Path) -> Path:
-    """The file in the folder that a reference means, if it is there."""
+    """The file in the folder that a reference would mean; it need not exist."""
     if not REFERENCE.fullmatch(reference):
         raise FunctionError(f"{reference!r} is not of the form `module:function`")
     return folder.joinpath(*reference.partition(":")[0].split(".")).with_suffix(".py")
@@ -122,14 +122,14 @@ def _found(reference: str, folder: Path) -> tuple[ModuleType, Callable]:
 
 
 def _from_file(path: Path) -> ModuleType:
-    # A private name, unique to the path: two recipes' `scorers.py` never meet, and neither hides a package.
-    # It has to be in sys.modules, where dataclasses and pickle look their own module up.
+    # A private name, unique to the path: the `scorers.py` of two recipes never clash, and neither hides a package.
+    # It has to be in sys.modules, where dataclasses and pickle look up a class's module.
     name = f"_rsft_{path.stem}_{digest(str(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        # Compiled here: the import system would take a cached .pyc for an edit within the same second.
+        # Compiled here: after an edit within the same second, the import system would use the stale .pyc.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
@@ -141,7 +141,7 @@ _imported: dict[Path, str] = {}  # file of an installed module → its digest wh
 
 
 def _imported_digest(file: Path) -> str:
-    """The digest of an installed module's file. Raises FunctionError where that is not what runs here any more."""
+    """The digest of an installed module's file. Raises FunctionError if it was edited since this process used it."""
     now = file_digest(file)
     if _imported.setdefault(file, now) != now:
         raise FunctionError(

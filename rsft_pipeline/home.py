@@ -1,4 +1,4 @@
-"""Home: where all state lives. One folder, `$RSFT_HOME`, by default `var` beside the code."""
+"""Home: where all state lives: one folder, `$RSFT_HOME`, by default `var` beside the code."""
 
 import fcntl
 import os
@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Home:
-    """The folders of a home. Every one of them is made when it is first asked for."""
+    """The folders of a home. Each is made when it is first asked for."""
 
     path: Path
 
     @classmethod
     def here(cls) -> "Home":
-        """The home that the environment names. Raises OSError for one that can be none, saying why."""
+        """The home that the environment names. Raises OSError, with the reason, if it cannot be used."""
         path = Path(os.environ.get("RSFT_HOME") or ROOT / "var").expanduser().resolve()
         if found := set("?%*[\\") & set(str(path)):
             raise OSError(
@@ -36,9 +36,9 @@ class Home:
 
     @contextmanager
     def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Hold a lock against this home's other processes; it goes with the process, however that ends.
+        """Hold a lock against this home's other processes; it is released with the process, however that ends.
 
-        Yields whether it was had: always, unless `wait` is off and somebody else holds it.
+        Yields whether it was acquired: always, unless `wait` is off and somebody else holds it.
         """
         with open(self.folder("locks") / name, "w") as file:
             try:
@@ -55,7 +55,7 @@ class Home:
 
     @property
     def scratch(self) -> Path:
-        """States of training that a killed run resumes from."""
+        """Training states that a killed run resumes from."""
         return self.folder("scratch")
 
     @property

@@ -1,4 +1,4 @@
-"""Lineage: what makes a prompt, a candidate or an accepted set the one it is.
+"""Lineage: how prompts, candidates and sets of them are identified.
 
 Belongs here: content hashes, ids, and the uniform draw that follows from an id. Nothing else, and
 no imports beyond the standard library: every other module may depend on this one.
@@ -27,27 +27,27 @@ def file_digest(path: Path) -> str:
 
 
 def set_digest(ids: Iterable[str]) -> str:
-    """Digest of a set of ids, whatever their order."""
+    """Digest of a set of ids, independent of their order."""
     return digest(sorted(ids))
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, white space folded to single spaces and trimmed: what «the same text» means here."""
+    """Unicode NFC with white space collapsed to single spaces and trimmed: what «the same text» means here."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
 def prompt_id(text: str) -> str:
-    """Id of a prompt: the hash of its rendered text, every space of it, since another one makes other tokens."""
+    """Id of a prompt: the hash of its exact rendered text, since even another space gives other tokens."""
     return digest(["prompt", text])
 
 
 def same_text(text: str) -> str:
-    """What prompts share that are one to people: the hash of the normalised text. Once it was a prompt's id."""
+    """The hash of the normalised text, equal for prompts that look the same to people. It used to be a prompt's id."""
     return digest(["prompt", normalise(text)])
 
 
 def question(values: Iterable[str]) -> str:
-    """Id of what is asked: the values of the columns that a prompt is made of, in whatever words and order."""
+    """Id of what is asked: the values of the columns that a prompt uses, whatever the template's wording and order."""
     return digest(["split", *sorted(map(normalise, values))])
 
 
@@ -57,7 +57,7 @@ def in_eval_split(question: str, fraction: float) -> bool:
 
 
 def candidate_id(recipe: str, scope: str, policy: str, prompt: str, draw: int, settings: str) -> str:
-    """Id of one draw, known before it is drawn, so that a repeated run resumes instead of repeating.
+    """Id of one draw, known before it is drawn, so that a repeated run resumes instead of drawing again.
 
     `scope` is the round's key, or `evaluation`: held-out draws of the same weights are shared by rounds.
     """
@@ -70,9 +70,9 @@ def seed_of(candidate: str, seed: int) -> int:
 
 
 def uniform(candidate: str, seed: int) -> float:
-    """The u of a decision, in [0, 1): it follows from the candidate and the recipe's seed alone.
+    """The u of a decision, in [0, 1): it depends only on the candidate and the recipe's seed.
 
-    The same number as `acceptance.UNIFORM_SQL`: the low half of an MD5, its upper 53 bits.
+    The same number as `acceptance.UNIFORM_SQL`: the upper 53 bits of the low half of an MD5.
     """
     low = int.from_bytes(hashlib.md5(f"{seed}:{candidate}".encode()).digest()[8:], "little")
     return (low >> 11) * 2.0**-53

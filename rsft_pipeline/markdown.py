@@ -1,6 +1,6 @@
 """Markdown: tables and pictures for people.
 
-Text that a model wrote is data: it is folded to a line, cut, and escaped before it meets Markdown.
+Text that a model wrote is data: it is folded to one line, truncated and escaped before it is put into Markdown.
 """
 
 import base64
@@ -29,5 +29,5 @@ def _cell(value: Any) -> str:
 
 
 def picture(png: bytes, alternative: str) -> str:
-    """A PNG as Markdown that needs no file."""
+    """A PNG embedded in Markdown, with no file of its own."""
     return f"![{alternative}](data:image/png;base64,{base64.b64encode(png).decode()})"

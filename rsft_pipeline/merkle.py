@@ -1,7 +1,7 @@
 """Merkle: one hash that stands for a checkpoint's whole training set, row by row.
 
 Belongs here: what of a row is hashed, and how the hashes of all rows become one. Not: which rows a checkpoint
-was trained on (steps/rows.py), nor what to say when they are not what they were (audit/verify.py).
+was trained on (steps/rows.py), nor what to report if they have changed (audit/verify.py).
 
 Hashes are as in RFC 6962, section 2.1 (SHA-256; a leaf's input begins with byte 0, an inner node's with byte 1,
 so that neither can pass for the other), over the rows in the order of their candidate ids.
@@ -11,18 +11,18 @@ import hashlib
 
 import pyarrow as pa
 
-# SQL of what a leaf says of its prompt. Apart from the leaf, because many rows share a prompt.
+# SQL of a prompt's part of a leaf, computed separately because many rows share a prompt.
 PROMPT = "sha256(concat_ws(chr(10), prompt_id, chat::VARCHAR, text))"
 
-# SQL of a row's leaf, 64 hex digits, over the columns of rows.ACCEPTED: all that training takes of the row, and
-# what it was accepted for. One item a line and the free text last, so that no two rows spell the same; numbers in
-# 18 significant digits, which no two doubles share.
+# SQL of a row's leaf, 64 hex digits, over the columns of rows.ACCEPTED: everything of the row that training uses, and
+# the score it was accepted with. One item per line and the free text last, so that different rows never give the same
+# string; numbers have 18 significant digits, enough to tell any two doubles apart.
 LEAF = """sha256(chr(0) || concat_ws(chr(10), candidate_id, round, format('{:.17e}', weight),
     coalesce(format('{:.17e}', score), 'NULL'), array_to_string(token_ids, ','), prompt_hash, text))"""
 
 
 def root(leaves: pa.ChunkedArray) -> str:
-    """The hash of the tree over these leaves, 64 hex digits; of none, SHA-256 of nothing.
+    """The hash of the tree over these leaves, 64 hex digits; for no leaves, the SHA-256 of the empty string.
 
     Args:
         leaves: strings of 64 hex digits, in the order of their candidate ids.
@@ -32,7 +32,7 @@ def root(leaves: pa.ChunkedArray) -> str:
         return hashlib.sha256().hexdigest()
     sha256 = hashlib.sha256
     while len(level) > 32:
-        # The last of an odd number moves up as it is: the same tree as splitting at the largest power of two.
+        # The last of an odd number moves up unchanged: the same tree as splitting at the largest power of two.
         paired = len(level) - len(level) % 64
         alone = level[paired:]
         level = b"".join([sha256(b"\1" + level[i : i + 64]).digest() for i in range(0, paired, 64)]) + alone
@@ -40,7 +40,7 @@ def root(leaves: pa.ChunkedArray) -> str:
 
 
 def _text(leaves: pa.ChunkedArray):
-    """The leaves' digits, run together, chunk by chunk: no Python object for each."""
+    """The leaves' digits, concatenated chunk by chunk, without a Python object for each."""
     for chunk in leaves.chunks:
         if len(chunk):
             width = 8 if chunk.type == pa.large_string() else 4

@@ -1,14 +1,14 @@
-"""Packing: rows of tokens read together without padding, and what they have in common read once.
+"""Packing: rows of tokens computed together without padding, and their common prefixes computed once.
 
 Belongs here: which positions of some rows are the same, and the forward pass that computes each only
-once. Does not: what the rows are and what is made of the logits (tasks/causal.py).
+once. Not: what the rows are and what is made of the logits (tasks/causal.py).
 
-What a causal model knows at a position follows from the tokens up to there. So rows that begin alike
-are alike there, and the positions of a batch are the *nodes* of a prefix tree: samples of one prompt share
-the prompt's, all samples those of a chat template. Everything in the model but attention works token
-by token, and gets the nodes as one row, without padding. Attention gets the rows: it gathers their
-queries, keys and values from the nodes, and takes each node's result from the first row that has it.
-There is no mask by which one row could see another.
+A causal model's states at a position depend only on the tokens up to there. Rows with a common prefix
+therefore have the same states in it, and the positions of a batch are the *nodes* of a prefix tree: samples of
+one prompt share the prompt's nodes, all samples those of a chat template. Everything in the model except
+attention works token by token, and gets the nodes as one row, without padding. Attention gets the rows: it
+gathers their queries, keys and values from the nodes, and takes each node's result from the first row that has
+it. There is no mask through which one row could see another.
 
 A node that several rows share has one dropout mask for all of them.
 
@@ -27,20 +27,20 @@ from rsft_pipeline.decoding.attention import UNHEEDED, Unsupported, attention_of
 from rsft_pipeline.models import configuration
 
 NAME = "rsft_packing"
-PADDING = 1.25  # longest over shortest row that attention reads as one batch
+PADDING = 1.25  # largest ratio of the longest to the shortest row that attention computes as one batch
 
 
 def tree(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The prefix tree of rows of token ids.
 
     Returns:
-        `nodes`, int64 [rows, longest]: the node at each position, and -1 behind a row's end; and `first`,
+        `nodes`, int64 [rows, longest]: the node at each position, and -1 after a row's end; and `first`,
         int64 [nodes]: the first position of each node, in the flattened rows.
     """
     longest = max(map(len, rows))
     nodes = torch.full((len(rows), longest), -1)
     first: list[int] = []
-    order = sorted(range(len(rows)), key=rows.__getitem__)  # where rows that begin alike are neighbours
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # rows with common prefixes become neighbours
     for i, row in enumerate(order):
         above, length = order[i - 1], len(rows[row])
         shared = _alike(rows[above], rows[row]) if i else 0
@@ -51,7 +51,7 @@ def tree(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -66,7 +66,7 @@ def logits(
         wanted: int64 [wanted], nodes.
 
     Raises:
-        Unsupported: naming what the model does that cannot be computed so.
+        Unsupported: the model does something that cannot be computed this way; the message says what.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     longest = nodes.shape[1]
@@ -85,9 +85,9 @@ def logits(
 
 
 class Bands(NamedTuple):
-    """Rows for attention: in bands of like length, each padded on the right to its longest."""
+    """Rows for attention, in bands of similar length, each padded on the right to its longest."""
 
-    nodes: list[torch.Tensor]  # int64 [rows, longest] of each band; any node behind a row's end
+    nodes: list[torch.Tensor]  # int64 [rows, longest] of each band; an arbitrary node after a row's end
     first: torch.Tensor  # int64 [nodes]: the first position of each node, in the bands' flattened rows
 
 
@@ -119,7 +119,7 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each node to the row that leads to it, by Transformers' SDPA.
+    """Causal attention of each node over its row up to it, by Transformers' SDPA.
 
     Args:
         query: [1, query heads, nodes, dimension]; key and value likewise.
@@ -128,7 +128,7 @@ def packed_attention(
         [1, nodes, query heads, dimension], and no weights.
 
     Raises:
-        Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
+        Unsupported: the model asks for something other than softmax(scaling · q kᵀ) v.
     """
     if others := sorted(k for k, given in kwargs.items() if given is not None and k not in UNHEEDED):
         raise Unsupported(f"its attention takes {', '.join(others)}")

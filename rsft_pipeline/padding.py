@@ -1,4 +1,4 @@
-"""Padding: rows of numbers of different lengths as one tensor."""
+"""Padding: rows of different lengths as one tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def right_padded(rows: Sequence[Sequence[int]], filler: int) -> Any:
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Any, Any, Any]:
     """Token ids, mask and position ids of prompts, each int64 [prompts, longest].
 
-    Padded on the left, so that the next token follows the last.
+    Padded on the left, so that every prompt ends where the next token goes.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Progress: a bar where a person watches a terminal, a line every ten seconds where nobody does.
+"""Progress: a bar if a person watches a terminal, otherwise a line every ten seconds.
 
-Both go to standard error where the command line has called `watch()`, and else, in Dagster's own processes, to the
+After the command line has called `watch()`, both go to standard error; in Dagster's own processes, lines go to the
 step's log.
 """
 
@@ -27,8 +27,8 @@ def watch() -> None:
 def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
     """Report the progress of a piece of work: yields `show(done, note="", total=None)`.
 
-    A terminal that is watched shows a bar with the note behind it; otherwise there is a line every ten seconds at
-    most, on standard error where that is watched, and else in the log.
+    After `watch()` on a terminal, a bar with the note after it; otherwise a line at most every ten seconds, on standard
+    error after `watch()`, else in the log.
     """
     if _console is None or not _console.is_terminal:
         yield _lines(what, total, _print if _console else log.info)
@@ -42,14 +42,14 @@ def track(what: str, total: int | None, log: logging.Logger) -> Iterator[Show]:
 
 
 def warn(line: str, log: logging.Logger) -> None:
-    """A warning in the log, and on standard error where that is watched."""
+    """A warning in the log and, after `watch()`, on standard error."""
     log.warning(line)
     if _console:
         _print(line)
 
 
 def _print(line: str) -> None:
-    with suppress(OSError):  # who reads it may have gone: that ends no round
+    with suppress(OSError):  # a closed standard error must not end a round
         print(line, file=_console.file, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Report: what people look at: numbers, examples and plots. Reads the store, decides nothing."""
+"""Report: the numbers, examples and plots that people look at. Reads the store, decides nothing."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def histogram(values: Sequence[float], title: str) -> bytes:
 
 
 def _around(values: Sequence[float]) -> tuple[float, float] | None:
-    """What a histogram spans where its values are one number but for rounding, which is too little to be divided."""
+    """The range of a histogram whose values are equal up to rounding: theirs is too small to be split into bins."""
     if len(values) and np.ptp(values) <= 1e-12 * max(1.0, abs(values[0])):
         return values[0] - 0.5, values[0] + 0.5
     return None
@@ -69,7 +69,7 @@ def rounds_plot(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]) 
 
 
 def rounds_figure(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]):
-    """The figure of `rounds_plot`. Behind it, as bars, stands what share of the candidates was accepted."""
+    """The figure of `rounds_plot`. Bars in the background show the share of candidates that was accepted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.4))
@@ -101,9 +101,9 @@ def rounds_figure(recipe: str, metric: str, history: Sequence[Mapping[str, Any]]
 
 
 def by_round(history: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[dict], list[dict]]:
-    """What a plot of rounds shows: a name for each place, the checkpoint's estimate there, and the champion's.
+    """What a plot of rounds shows: a name for each position, the checkpoint's estimate there, and the champion's.
 
-    First comes what the first of the rounds drew from, which is no base where earlier rounds lack the metric.
+    The first position is the policy of the first round, which is not the base model if earlier rounds lack the metric.
     """
     first = history[0]
     began = json.loads(first["policy_eval"])[metric]
@@ -116,7 +116,7 @@ def by_round(history: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[st
 
 
 def measured(row: Mapping[str, Any], metric: str) -> bool:
-    """Whether a round has the metric: one that was judged by another may have had no value for it."""
+    """Whether a round has the metric: a round that was judged by another metric may have no value for it."""
     return all(json.loads(row[evaluated])[metric] for evaluated in ("policy_eval", "checkpoint_eval", "champion_eval"))
 
 
@@ -124,7 +124,7 @@ def _end(estimate: Mapping[str, Any], end: str) -> float:
     return estimate["value"] if estimate[end] is None else estimate[end]
 
 
-# --- what an asset says of itself -------------------------------------------------------------
+# --- what assets report -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class CandidateFacts:
 
 
 def candidates(store: Store, round_: "Round") -> CandidateFacts:
-    """A round's candidates in numbers, and some of them."""
+    """A round's candidates in numbers, with some examples."""
     parameters = of_round(round_)
     facts = store.query(
         f"""SELECT count(*) AS number, count(DISTINCT prompt_id) AS prompts, coalesce(sum(tokens), 0)::BIGINT AS tokens,
@@ -248,7 +248,7 @@ def decisions(store: Store, round_: "Round") -> DecisionFacts:
 
 
 def efficiency_table(found: efficiency.Efficiency) -> str:
-    """What the draws brought, and which number would have accepted another share of them."""
+    """Acceptance in numbers, and which parameters would have accepted other shares."""
     numbers = {
         "accepted": f"{found.accepted} of {found.candidates}{_within(found.rate, found.low, found.high)}",
         "seen by the rule: judged, past the gates, no pilot": found.seen,
@@ -272,7 +272,7 @@ def efficiency_table(found: efficiency.Efficiency) -> str:
 
 
 def coverage_table(groups: Sequence[efficiency.Group]) -> str:
-    """How the groups of prompts fared, those with the lowest rate first."""
+    """Acceptance in each group of prompts, the lowest rate first."""
     rows = [
         {
             "group": "(none)" if group.group is None else group.group,
@@ -289,7 +289,7 @@ def coverage_table(groups: Sequence[efficiency.Group]) -> str:
 
 
 def _within(share: float | None, low: float | None, high: float | None) -> str:
-    """A share with its interval, for people; nothing where there is none."""
+    """A share with its interval, as text; empty if there is none."""
     return "" if share is None else f" = {share:.1%} ({low:.1%} to {high:.1%})"
 
 
@@ -317,7 +317,7 @@ def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutS
 
 
 def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate | None]:
-    """Over the prompts of which a scorer could judge a candidate; intervals as of the mean score (evaluation.py)."""
+    """Means over the prompts with a judged candidate; intervals as for the mean score (evaluation.py)."""
     version_of = versions(store, round_)
     rows = store.query(
         f"""SELECT s.scorer, c.prompt_id, avg(s.value) AS value FROM ({EVALUATION_CANDIDATES}) c

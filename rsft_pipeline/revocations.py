@@ -1,11 +1,11 @@
-"""Revocations: what may be trained on no more, and how a round keeps to that.
+"""Revocations: what may no longer be trained on, and how a round complies.
 
 Belongs here: the questions that the steps of a round ask. Not: writing a revocation, nor finding out what it
 reaches (audit/revoke.py, audit/impact.py).
 
-The table names every checkpoint that a revocation reached, and for a source or a text every prompt and candidate
-that was there: these are looked up by id. What comes later is recognised when it is read (prompts) or decided on
-(texts, scorers).
+The table names every checkpoint that a revocation reached and, for a source or a text, every prompt and candidate
+that it reached: these are looked up by id. Whatever comes later is recognised when it is read (prompts) or decided
+on (texts, scorers).
 """
 
 import hashlib
@@ -23,37 +23,37 @@ from rsft_pipeline.prompts import Ingest, Prompt, Refused
 from rsft_pipeline.store import Store
 
 REASON = "revoked"  # of a decision, and of a row in quarantine
-EVERY = "*"  # in place of a recipe: every one, also those to come
-OF = f"recipe IN ($recipe, '{EVERY}')"  # SQL: what was revoked in a recipe
+EVERY = "*"  # instead of a recipe: all recipes, future ones too
+OF = f"recipe IN ($recipe, '{EVERY}')"  # SQL: whether a revocation applies to a recipe
 
 _CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
 _PROMPTS = f"SELECT what FROM revocations WHERE kind = 'prompt' AND {OF}"
 _CHECKPOINTS = "SELECT what FROM revocations WHERE kind = 'checkpoint'"
-# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on, after `WITH` NAMED: DuckLake
-# opens the table once then, which takes longer than to read it.
+# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on. It needs `WITH` NAMED, so that
+# DuckLake opens the table only once: opening it takes longer than reading it.
 NAMED = "named AS MATERIALIZED (SELECT recipe, kind, what FROM revocations)"
 ALLOWED = f"""
     d.candidate_id NOT IN (SELECT what FROM named WHERE kind = 'candidate')
     AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND {OF})
     AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
 
-# Prompts by a source that they had before, to be followed by `AND source = …`.
+# Prompts by an earlier source of theirs, to be followed by `AND source = …`.
 READ_BEFORE = "SELECT prompt_id FROM earlier_sources WHERE recipe = $recipe"
-ANY = "SELECT 1 FROM revocations LIMIT 1"  # whether anything was revoked: mostly nothing, and this is answered soonest
+ANY = "SELECT 1 FROM revocations LIMIT 1"  # whether anything was revoked: usually nothing, and this is fastest
 
 
 # --- prompts ---------------------------------------------------------------------------------
 
 
 def spellings(words: str) -> list[str]:
-    """The words as a text has them, and as JSON may write them: columns, turns and refused rows are kept as JSON."""
+    """The words as plain text and as JSON may escape them: columns, turns and refused rows are stored as JSON."""
     escaped = json.dumps(words)[1:-1]
     capital = re.sub(r"\\u[0-9a-f]{4}", lambda match: f"\\u{match[0][2:].upper()}", escaped)
     return sorted({words, json.dumps(words, ensure_ascii=False)[1:-1], escaped, capital})
 
 
 def finder(words: str, encodings: Iterable[str]) -> Callable[[bytes], bool]:
-    """Whether bytes of a source have the words: in these encodings, as JSON or CSV may write them, or as JSON reads."""
+    """Tells whether a source's bytes have the words: in these encodings, as JSON or CSV writes them, or parsed."""
     written = {*spellings(words), *(each.replace("/", "\\/") for each in spellings(words)), words.replace('"', '""')}
     patterns = {each.encode(encoding, "replace") for each in written for encoding in encodings}
 
@@ -69,7 +69,7 @@ def finder(words: str, encodings: Iterable[str]) -> Callable[[bytes], bool]:
 
 
 def _within(words: str, value: Any) -> bool:
-    """Whether a text of a JSON value has the words."""
+    """Whether any string in a JSON value contains the words."""
     match value:
         case str():
             return words in value
@@ -81,13 +81,13 @@ def _within(words: str, value: Any) -> bool:
 
 
 def without(store: Store, recipe: str, read: Ingest) -> Ingest:
-    """What was read, with the revoked prompts among the refused rows and their bytes nowhere."""
+    """What was read, with revoked prompts moved to the refused rows and their bytes dropped."""
     rows = store.query(f"SELECT kind, what FROM revocations WHERE {OF}", {"recipe": recipe})
     if not rows:
         return read
     kinds = ("prompt", "source", "text", "refused")
     revoked = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in kinds}
-    same = store.query(  # the hash of a prompt's text is the same in every recipe
+    same = store.query(  # a text has the same hash in every recipe
         "SELECT DISTINCT same_text FROM prompts WHERE same_text IS NOT NULL AND list_contains($ids, prompt_id)",
         {"ids": list(revoked["prompt"])},
     )
@@ -125,9 +125,9 @@ def without(store: Store, recipe: str, read: Ingest) -> Ingest:
 
 
 def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, seed: int) -> str:
-    """Take revoked candidates out of a temporary table of them. Returns a SELECT of the decisions on them.
+    """Remove revoked candidates from a temporary table. Returns a SELECT of the decisions on the removed ones.
 
-    The rule sees nothing of them: others take their places.
+    The rule never sees them: other candidates take their places.
 
     Args:
         table: has the columns that acceptance.decisions_sql reads.
@@ -141,7 +141,7 @@ def set_aside(connection: duckdb.DuckDBPyConnection, table: str, recipe: str, se
         {UNIFORM_SQL.format(seed=int(seed))} AS u, 1::DOUBLE AS weight FROM revoked"""
 
 
-# SQL: whether a candidate `s`, drawn or decided on, is one of them.
+# SQL: whether a candidate `s`, drawn or decided on, is revoked.
 REVOKED = f"""
     s.candidate_id IN ({_CANDIDATES}) OR s.prompt_id IN ({_PROMPTS})
     OR s.candidate_id IN (
@@ -150,7 +150,7 @@ REVOKED = f"""
 
 
 def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str | None:
-    """Why a round of these weights and scorer versions cannot go on, in words; None where it can."""
+    """Why a round with these weights and scorer versions cannot continue, in words; None if it can."""
     if not store.query(ANY):
         return None
     rows = store.query(
@@ -168,12 +168,12 @@ def of_round(store: Store, weights: list[str], versions: dict[str, str]) -> str 
 
 
 def of_weights(store: Store, digest: str) -> str | None:
-    """Why these weights may not be built on, in words; None where they may."""
+    """Why these weights may not be used any further, in words; None if they may."""
     return of_round(store, [digest], {})
 
 
 def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
-    """The same of a checkpoint, which may have been trained while the revocation was written."""
+    """The same for a checkpoint and all it was made from: it may have been trained while the revocation was written."""
     if not store.query(ANY):
         return None
     if why := of_weights(store, digest):
@@ -203,19 +203,19 @@ def of_checkpoint(store: Store, recipe: str, digest: str) -> str | None:
 
 
 def lift(connection: duckdb.DuckDBPyConnection, digest: str) -> None:
-    """Weights that were reached by a revocation, and came out the same when made again without what was revoked."""
+    """Lift a revocation from weights that it reached, after they came out the same without what was revoked."""
     connection.execute("DELETE FROM revocations WHERE kind = 'checkpoint' AND what = ? AND cause IS NOT NULL", [digest])
 
 
 def unspoken(kind: str, what: str) -> str:
-    """What something is called where a text must not stand: that by its hash, anything else by `what`."""
-    if kind != "text" or re.fullmatch("sha256 [0-9a-f]{64}", what):  # a text that was erased is called so already
+    """The name of something revoked, without quoting text: the hash of a text, `what` for anything else."""
+    if kind != "text" or re.fullmatch("sha256 [0-9a-f]{64}", what):  # an erased text is already named by its hash
         return what
     return f"sha256 {hashlib.sha256(what.encode()).hexdigest()}"
 
 
 def printable(text: str) -> str:
-    """A text that somebody gave, fit for a terminal: with what is not printable escaped."""
+    """A text that somebody gave, safe for a terminal: unprintable characters are escaped."""
     return text if text.isprintable() else repr(text)
 
 
@@ -223,8 +223,8 @@ def said(row: dict[str, Any], what: str | None = None, *, spoken: bool = False) 
     """A revocation in words.
 
     Args:
-        what: what was revoked, where its kind and id do not say it.
-        spoken: whether a text may stand in them. Where they are kept it must not: it may have to be erased.
+        what: what was revoked, if its kind and id do not say it well.
+        spoken: whether a revoked text may be quoted. In words that are stored it must not: it may have to be erased.
     """
 
     def called(kind: str, name: str) -> str:

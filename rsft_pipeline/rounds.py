@@ -1,6 +1,6 @@
 """Rounds: their keys, their record, which weights a round starts from, and when the loop ends.
 
-Belongs here: questions about rounds that the store answers. Not: what happens inside a round.
+Belongs here: questions about rounds that the store can answer. Not: what happens inside a round.
 """
 
 import json
@@ -22,11 +22,11 @@ from rsft_pipeline.store import Store
 
 
 class RoundError(RuntimeError):
-    """A round that cannot go on; the message says what is missing."""
+    """A round that cannot continue; the message says why."""
 
 
 def key(number: int) -> str:
-    """`r000`, `r001`, …: zero-padded, so that keys sort as rounds do."""
+    """`r000`, `r001`, …: zero-padded, so that keys sort in the order of the rounds."""
     return f"r{number:03d}"
 
 
@@ -44,8 +44,8 @@ def number(round_key: str) -> int:
 class Round:
     """A round that was begun: the recipe as it was then, and the weights it samples from.
 
-    Every later step goes by this record and not by the recipe's file, so that an edit in the middle
-    of a round cannot mix two recipes. Beginning the round again takes the edit up.
+    Every later step uses this record and not the recipe's file, so that an edit in the middle of a
+    round cannot mix two recipes. Beginning the round again picks up the edit.
     """
 
     recipe: Recipe
@@ -54,14 +54,14 @@ class Round:
     policy_source: str
     drawn_from: str  # the weights that candidates come from: the policy's, or a teacher's
     mlflow_run_id: str
-    answers: str | None = None  # digest of the reference answers it began with, where they are its candidates
+    answers: str | None = None  # digest of the reference answers it began with, if they are its candidates
 
 
 def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
-    """Raise RoundError when later rounds stand on this one: neither it nor a step of it can be done again then.
+    """Raise RoundError if later rounds build on this one: neither it nor a step of it can then be run again.
 
-    Nothing stands on a revoked round but what was revoked with it; nor, once that has begun again, do the rounds
-    that were there before.
+    Only what was revoked with it builds on a revoked round. Once such a round has begun again, the later rounds that
+    started before that do not build on it either.
     """
     now = raw(store, recipe, round_key)
     if now and now["state"] == "revoked":
@@ -77,7 +77,7 @@ def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
 
 
 def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
-    """Record that a round has begun, in place of an earlier attempt and of what that decided."""
+    """Record that a round has begun, replacing an earlier attempt with its decisions and evaluations."""
     record = {
         "recipe": round_.recipe.name,
         "round": round_.key,
@@ -115,7 +115,7 @@ def finish(store: Store, round_: Round, **outcome) -> None:
 
 
 def record(store: Store, recipe: Recipe, round_key: str) -> Round:
-    """The record of a round that was begun. Raises RoundError where it was not, or by settings refused since."""
+    """The record of a round that was begun. Raises RoundError if it was not, or its settings are refused by now."""
     row = raw(store, recipe.name, round_key)
     if row is None:
         raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
@@ -125,14 +125,14 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
         round_key,
         row["policy"],
         row["policy_source"],
-        row["drawn_from"] or row["policy"],  # rounds from before there were teachers have none
+        row["drawn_from"] or row["policy"],  # rounds older than teachers have none
         row["mlflow_run_id"],
         row["answers"],
     )
 
 
 def recorded(store: Store, file: Path, round_key: str) -> Recipe:
-    """A recipe as a round recorded it, whatever its file has become. Raises RoundError as `record` does."""
+    """A recipe as a round recorded it, whatever its file says now. Raises RoundError as `record` does."""
     row = raw(store, file.stem, round_key)
     if row is None:
         raise RoundError(f"{file.stem} {round_key} was not begun")
@@ -150,7 +150,7 @@ def _as_recorded(row: dict, make: Callable[[dict], Recipe]) -> Recipe:
 
 
 def resume(store: Store, recipe: Recipe, round_key: str) -> Round:
-    """The record of a round, for a step of it that is to be done now. Raises RoundError also where it is too late."""
+    """The record of a round whose next step is about to run. Also raises RoundError if later rounds build on it."""
     check_nothing_stands_on(store, recipe.name, round_key)
     return record(store, recipe, round_key)
 
@@ -162,7 +162,7 @@ def raw(store: Store, recipe: str, round_key: str) -> dict | None:
 
 
 def last_begun(store: Store, recipe: str) -> str:
-    """The last round that was begun. Raises RoundError where none was."""
+    """The last round that was begun. Raises RoundError if none was."""
     if last := store.value("SELECT max(round) FROM rounds WHERE recipe = ?", [recipe]):
         return last
     raise RoundError(f"no round of {recipe} was begun yet")
@@ -174,7 +174,7 @@ def history(store: Store, recipe: str) -> list[dict]:
 
 
 def champion(store: Store, recipe: str) -> str:
-    """The champion in use, or an empty string where no round is finished."""
+    """The champion in use, or an empty string if no round is finished."""
     finished = history(store, recipe)
     return finished[-1]["champion"] if finished else ""
 
@@ -186,20 +186,20 @@ def following(store: Store, recipe: str) -> str:
 
 
 def in_use(store: Store, recipe: str, round_key: str, left: str) -> str:
-    """The champion in use once a round has left one: an earlier round that is run again has no say in it."""
+    """The champion in use after a round that left `left`: if later rounds are finished, the last one's counts."""
     later = [row["champion"] for row in history(store, recipe) if row["round"] > round_key]
     return later[-1] if later else left
 
 
 def why_stop(store: Store, recipe: Recipe) -> str | None:
-    """Why no further round is due, in words; None while one is, or one that was begun or revoked is to be finished."""
+    """Why no further round is due, in words; None while one is due, or a begun or revoked one is not yet finished."""
     if _any_unfinished(store, recipe.name):
         return None
     return _stop_reason(recipe.stop, recipe.promotion.metric, history(store, recipe.name))
 
 
 def why_stopped(store: Store, recipe: str) -> str | None:
-    """The same for a recipe's name, by the stop rules that its last finished round was run with."""
+    """The same for a recipe's name, by the stop rules of its last finished round; None also if there is none."""
     finished = history(store, recipe)
     if not finished or _any_unfinished(store, recipe):
         return None
@@ -243,7 +243,7 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
         choice: `champion`, `previous` (the last round's checkpoint) or `base`.
 
     Raises:
-        RoundError: when an earlier round is not finished, or the weights are gone or revoked.
+        RoundError: an earlier round is not finished, or the weights are gone or revoked.
     """
     finished = history(store, recipe.name)
     earlier = [row for row in finished if row["round"] < round_key]
@@ -263,7 +263,7 @@ def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, c
 
 
 def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:
-    """The weights that a round's candidates come from. Raises RoundError when they are gone or have changed."""
+    """The weights that a round's candidates come from. Raises RoundError if they are gone or have changed."""
     policy = locate(store, round_.recipe, home, round_.policy)
     if round_.recipe.sampling.teacher is None:
         return policy
@@ -277,20 +277,20 @@ def drawing_weights(store: Store, round_: Round, home: Home) -> Weights:
 
 
 def locate(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights:
-    """Where the weights that a round went by are.
+    """Where the weights that a round used are.
 
     Raises:
-        RoundError, or of a base model ModelError: they are gone, or are not what they were.
+        RoundError, or for a base model ModelError: they are gone or have changed.
     """
     if weights := _trained(store, recipe, home, digest):
         return weights
-    if base := models.made(models.bases(home.path), digest):  # no need to find out what it is made of
+    if base := models.made(models.bases(home.path), digest):  # no need to resolve `model:`
         return Weights(digest, base.path, "base")
     return _base(recipe, home, digest)
 
 
 def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights | None:
-    """Weights that a round of the recipe made; None for those that it did not."""
+    """Weights that a round of the recipe made; None if no round made them."""
     made = store.query(
         "SELECT round FROM checkpoints WHERE recipe = ? AND checkpoint = ? ORDER BY round", [recipe.name, digest]
     )
@@ -305,7 +305,7 @@ def _trained(store: Store, recipe: Recipe, home: Home, digest: str) -> Weights |
 
 
 def _base(recipe: Recipe, home: Home, digest: str | None) -> Weights:
-    """The base model, which has to be the one that the recipe's rounds started from, where they did already."""
+    """The base model, which must be the one that the recipe's rounds started from, if any did."""
     base = models.base(recipe, home.path)
     if digest not in (None, base.digest):
         raise RoundError(

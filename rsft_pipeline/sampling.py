@@ -1,8 +1,8 @@
 """Sampling: which candidates a round draws, in which waves and passes, and the backend that draws them.
 
 A candidate's id is known before it is drawn (lineage.candidate_id), so a wave that was persisted is
-never drawn again and one that was not is drawn whole. Not here: how tokens come out of a model
-(decoding/) and where candidates are kept (store.py).
+never drawn again, and one that was not is drawn whole. Not: how tokens come out of a model (decoding/),
+nor where candidates are kept (store.py).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -17,12 +17,12 @@ from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.training import Sample
 
-EVALUATION = "evaluation"  # the scope of held-out draws: the same weights are drawn from once
+EVALUATION = "evaluation"  # the scope of held-out draws, which rounds share: each policy is drawn from once
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, as the policy reads it."""
+    """A prompt as the policy reads it."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate drawn. `token_ids` are kept as sampled, the stop token included."""
+    """A drawn candidate. `token_ids` are kept as sampled, including the stop token."""
 
     request: Request
     text: str
@@ -63,10 +63,10 @@ class Session(Protocol):
 
 
 def settings(sampling: Sampling, seed: int, answers: str | None = None) -> str:
-    """Hash of what shapes a draw. How many are drawn, and how they are batched, does not.
+    """Hash of the settings that determine a draw; how many are drawn, and how they are batched, is not among them.
 
     Args:
-        answers: digest of the reference answers, see Round; only where these are the candidates does it count.
+        answers: digest of the reference answers, see Round; it counts only if these are the candidates.
     """
     shaping = sampling.model_dump(include={"source", "temperature", "top_p", "top_k", "max_tokens", "stop"})
     given = {"answers": answers} if answers and sampling.source == "reference" else {}
@@ -74,14 +74,14 @@ def settings(sampling: Sampling, seed: int, answers: str | None = None) -> str:
 
 
 def evaluation_sampling(recipe: Recipe) -> Sampling:
-    """How held-out candidates are drawn: as the round's, but from the weights evaluated, and as `evaluation` says."""
+    """How held-out candidates are drawn: like the round's, but from the evaluated weights and as `evaluation` says."""
     how = recipe.evaluation
     changed = {"source": "policy", "teacher": None, "until": None, "temperature": how.temperature, "draws": how.draws}
     return recipe.sampling.model_copy(update=changed | ({"top_k": 1} if how.greedy else {}))
 
 
 def choose(prompts: Sequence[dict], number: int | None, salt: str) -> list[dict]:
-    """`number` of the prompts, by hash with the salt: another salt chooses others; order plays no part."""
+    """`number` of the prompts, by hash with the salt: another salt chooses others; their order plays no part."""
     if number is None or number >= len(prompts):
         return list(prompts)
     return sorted(prompts, key=lambda prompt: lineage.digest([salt, prompt["prompt_id"]]))[:number]
@@ -96,15 +96,15 @@ def waves(
     draws: range,
     answers: str | None = None,
 ) -> list[list[Request]]:
-    """The candidates of a scope, in waves: all draws of a prompt together, prompts of like length together.
+    """The candidates of a scope, in waves: all draws of a prompt together, prompts of similar length together.
 
-    With `until`, which may end a pass early, waves are made of prompts in an order by hash instead: those that
-    are drawn for are then a random sample of all.
+    With `until`, which may end a pass early, prompts are assigned to waves in the order of a hash instead: those that
+    were drawn for are then a random sample of all.
 
     Args:
         scope: the round's key, or EVALUATION.
         policy: digest of the weights.
-        draws: which of each prompt.
+        draws: which draws of each prompt.
         answers: see `settings`.
     """
     name, seed, hashed = recipe.name, recipe.seed, settings(sampling, recipe.seed, answers)
@@ -127,21 +127,21 @@ def waves(
 
 
 def passes(sampling: Sampling) -> list[range]:
-    """The draws of each pass over the prompts: all at once, or with `until` some at a time."""
+    """The draws of each pass over the prompts: one pass, or with `until` several."""
     return [
         range(i, min(i + sampling.draws, sampling.most_draws)) for i in range(0, sampling.most_draws, sampling.draws)
     ]
 
 
 def pending(plan: Sequence[Sequence[Request]], there: Collection[str]) -> Iterator[tuple[int, list[Request]]]:
-    """The waves that still miss candidates: their number and what is missing."""
+    """The waves that still miss candidates: each wave's number and its missing requests."""
     for number, wave in enumerate(plan):
         if missing := [request for request in wave if request.candidate_id not in there]:
             yield number, missing
 
 
 class InProcess:
-    """The backend that draws in this process, with Transformers: loads the policy, gives its memory back."""
+    """The backend that draws in this process, with Transformers: loads the policy, and releases its memory later."""
 
     def __init__(self, policy: Path, recipe: Recipe, task: ModuleType, device: Device):
         self.policy, self.recipe, self.task, self.device = policy, recipe, task, device

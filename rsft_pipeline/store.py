@@ -1,10 +1,10 @@
 """The store: the lineage tables of schema.sql in DuckLake (a catalog and Parquet files).
 
-Belongs here: opening the lake, whole-or-nothing writes, reads, compaction. Not the meaning of any
-table: that is said in schema.sql, and its queries stand beside the step that needs them.
+Belongs here: opening the lake, all-or-nothing writes, reads, compaction. Not: the meaning of any
+table, which schema.sql explains, nor queries, which are beside the steps that need them.
 
-Readers and writers in other processes are welcome at any time: every commit is a snapshot, and a
-writer that meets another retries. Only files are not merged while somebody reads.
+Other processes may read and write at any time: every commit is a snapshot, and a writer that
+conflicts with another retries. Only merging files needs a moment when nobody reads or writes.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from typing import IO, Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-INTERRUPTED = "Query interrupted"  # what DuckDB says where a signal comes while it works, in an error of its own
+INTERRUPTED = "Query interrupted"  # in the error that DuckDB raises when a signal arrives while it works
 NEWEST_SNAPSHOT = "SELECT id FROM lake.current_snapshot()"
 SCHEMA = Path(__file__).with_name("schema.sql")
 T = TypeVar("T")
@@ -42,8 +42,8 @@ class Store:
     Args:
         catalog: what DuckLake attaches: `sqlite:/path/catalog.sqlite` or `postgres:dbname=…`.
         data: folder or object-store prefix of the Parquet files.
-        memory: most memory that DuckDB takes, e.g. `4GB`; beyond that it spills to a folder beside the catalog (of one
-            in Postgres, to the system's temporary folder).
+        memory: the most memory that DuckDB may use, e.g. `4GB`; beyond that it spills to a folder beside the catalog
+            (with a Postgres catalog, to the system's temporary folder).
     """
 
     def __init__(self, catalog: str, data: str, *, memory: str | None = None):
@@ -79,11 +79,11 @@ class Store:
         self._prepare(SCHEMA.read_text(encoding="utf-8"))
 
     def _prepare(self, schema: str) -> None:
-        """Make the tables and columns that are not there yet."""
+        """Create the tables and columns that do not exist yet."""
         listed = "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
         rows = self.query(listed)
         if not rows and (others := self._any_file()):
-            rows = self.query(listed)  # again: another process may have made them since, and written
+            rows = self.query(listed)  # again: another process may have created and filled them meanwhile
         if not rows and others:
             self.close()
             raise StoreError(
@@ -98,7 +98,7 @@ class Store:
             self.commit(lambda connection: (connection.execute(schema), _touch(connection, tables)))
 
     def _any_file(self) -> str | None:
-        """One of the data folder's Parquet files, whoever's; None where there is none."""
+        """Any Parquet file in the data folder, of whatever catalog; None if there is none."""
         listed, data = "SELECT file FROM glob(?) LIMIT 1", self.data.rstrip("/")
         try:
             found = self._connection.execute(listed, [f"{data}/**/*.parquet"]).fetchone()
@@ -127,7 +127,7 @@ class Store:
     def arrow(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> pa.Table:
         """The rows of a query, as an Arrow table."""
         with self._not_merging(), self._connection.cursor() as cursor:
-            cursor.execute("BEGIN READ ONLY; USE lake")  # outside a transaction USE would be one more of its own
+            cursor.execute("BEGIN READ ONLY; USE lake")  # outside it, USE would be another transaction
             return cursor.execute(sql, parameters or None).to_arrow_table()
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
@@ -141,14 +141,14 @@ class Store:
         return value
 
     def snapshot(self) -> int:
-        """The number of the newest snapshot: `SELECT … FROM t AT (VERSION => n)` reads it for ever."""
+        """The number of the newest snapshot, for `SELECT … FROM t AT (VERSION => n)`."""
         return self.value(NEWEST_SNAPSHOT)
 
     @contextmanager
     def connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection of one's own, for temporary tables of many rows, outside any transaction.
+        """A separate connection for large temporary tables, outside any transaction.
 
-        All threads read such a table; one that the transaction under way has made is read by a single thread.
+        Such a table is read by all threads; one made in the current transaction is read by a single thread.
         """
         with self._not_merging(), self._connection.cursor() as cursor:
             cursor.execute("USE lake")
@@ -156,11 +156,11 @@ class Store:
 
     @contextmanager
     def _not_merging(self, how: int = fcntl.LOCK_SH) -> Iterator[None]:
-        """Keep files from being merged; or with LOCK_EX, readers and writers from coming in. Raises BlockingIOError.
+        """Keep files from being merged or, with LOCK_EX, keep readers and writers out. Raises BlockingIOError.
 
-        DuckLake reads a SQLite catalog by several connections. Of these one may see the files from before a merge, and
-        another their statistics from after it, of which there are none any more: a table then seems empty, and no
-        error says so. A Postgres catalog is read as of one moment.
+        DuckLake reads a SQLite catalog through several connections. One of them may see the files from before a merge,
+        and another the statistics from after it, where these files have none any more: a table then seems empty,
+        without an error. A Postgres catalog is read as of one moment.
         """
         if self._readers is None:
             yield
@@ -171,7 +171,7 @@ class Store:
 
     @contextmanager
     def _alone(self, patience: float) -> Iterator[None]:
-        """With readers and writers gone, and none let in. Raises BlockingIOError where some stay longer, in seconds."""
+        """Wait up to `patience` seconds until nobody reads or writes, and keep all out. Raises BlockingIOError."""
         with ExitStack() as stack:
             deadline = time.monotonic() + patience
             while True:
@@ -192,7 +192,7 @@ class Store:
         """Run `work` in one transaction: all of it, or nothing. It may run again after a conflict.
 
         Args:
-            connection: one of one's own, whose temporary tables the work reads.
+            connection: a separate connection, whose temporary tables the work reads.
         """
 
         def attempt() -> T:
@@ -210,7 +210,7 @@ class Store:
         return self._patiently(attempt)
 
     def replace(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, **where: Any) -> None:
-        """Delete the rows that equal `where`, and insert `rows`, in one transaction."""
+        """Delete the rows that match `where`, and insert `rows`, in one transaction."""
         self.commit(lambda connection: replace(connection, table, rows, **where))
 
     def append(self, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table) -> None:
@@ -223,23 +223,23 @@ class Store:
         Snapshots are never expired here: each checkpoint names the one that it was trained from.
 
         Args:
-            patience: seconds to wait for readers; where they read for longer nothing is merged: there is a next time.
+            patience: seconds to wait for readers and writers; if they take longer, nothing is merged this time.
         """
         with suppress(BlockingIOError), self._alone(patience):
             self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
         for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
             sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
-            with suppress(duckdb.IOException):  # another process tidies up too, and was there first
+            with suppress(duckdb.IOException):  # another process deleted the file first
                 self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
 
     def forget(self, patience: float = 60.0) -> list[str]:
-        """Make the present all that can be read: what was replaced or deleted is gone from the files too.
+        """Leave only the present state readable: what was replaced or deleted is removed from the files too.
 
-        Every older snapshot goes, those that checkpoints name too. No other process may be writing: its files, not
-        yet committed, would be taken for a killed writer's. Returns local files that are there all the same.
+        Every older snapshot goes, including those that checkpoints name. No other process may be writing: its
+        uncommitted files would be taken for a killed writer's. Returns local files that are left over nevertheless.
 
         Raises:
-            StoreError: somebody reads for longer than these seconds, and nothing was forgotten.
+            StoreError: somebody read the store for longer than `patience` seconds, and nothing was forgotten.
         """
         try:
             with self._alone(patience):
@@ -257,7 +257,7 @@ class Store:
                 "command. What was revoked and erased stays so; do it again when they are done"
             ) from None
         backend, _, catalog = self.catalog.partition(":")
-        if backend == "sqlite":  # what SQLite deletes stays in its file until that is written anew
+        if backend == "sqlite":  # what SQLite deletes stays in its file until that is rewritten
             with closing(sqlite3.connect(catalog, timeout=60, isolation_level=None)) as connection:
                 connection.execute("VACUUM")
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -283,10 +283,10 @@ class Store:
 
 
 def _touch(connection: duckdb.DuckDBPyConnection, tables: Iterable[str]) -> None:
-    """Put an empty row into each table and take it out again, inside the caller's transaction.
+    """Insert an empty row into each table and delete it again, inside the caller's transaction.
 
-    DuckLake keeps statistics of a table's columns from its first row on. Before, it looks for each column's again
-    in every query, which takes several times as long as to read a round's rows.
+    DuckLake keeps statistics of a table's columns from its first row on. Until then it looks for each column's in
+    every query, which takes several times as long as reading a round's rows.
     """
     for table in sorted(tables):
         connection.execute(f"INSERT INTO {table} DEFAULT VALUES")
@@ -297,35 +297,35 @@ LOCK = ".lock"
 
 
 def _spill(folder: Path) -> IO[bytes]:
-    """Name a folder for what does not fit into memory, and remove those that killed processes left: texts are in them.
+    """Choose a folder to spill to, and remove those that killed processes left, since texts are in them.
 
     By default every process would spill into the same files of the current folder.
 
     Returns:
-        A locked file beside the folder, which DuckDB makes when it needs it: with `.lock` behind its name.
+        A locked file named like the folder, with `.lock` appended; DuckDB makes the folder when it needs it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for lock in folder.glob(f"*{LOCK}"):
         with suppress(OSError), open(lock, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not while its process goes on
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process is alive
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink()
     while True:
         own = open(folder / f"{uuid.uuid4().hex}{LOCK}", "wb")  # noqa: SIM115 (locked while the store is open)
         fcntl.flock(own, fcntl.LOCK_EX)
-        if Path(own.name).exists():  # else another process has swept it before it was locked
+        if Path(own.name).exists():  # else another process removed it before it was locked
             return own
         own.close()
 
 
 def without_password(words: str) -> str:
-    """What names a catalog, without the password in it."""
+    """A text that names a catalog, with passwords replaced by `…`."""
     words = re.sub(r"(?i)(password\s*=\s*)('(?:\\.|[^'\\])*'|(?:\\.|\S)+)", r"\1…", words)
     return re.sub(r"(://[^/\s:@]*:)\S*@", r"\1…@", words)
 
 
 def columns(number: int, **values: Any) -> pa.Table:
-    """So many rows, by column: a list or array of their values, or the one value that all of them have."""
+    """`number` rows by column: each a list or array of values, or one value that all rows share."""
     several = list, pa.Array, pa.ChunkedArray
     return pa.table(
         {name: value if isinstance(value, several) else pa.repeat(value, number) for name, value in values.items()}
@@ -344,7 +344,7 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Map
 def replace(
     connection: duckdb.DuckDBPyConnection, table: str, rows: Iterable[Mapping[str, Any]] | pa.Table, **where: Any
 ) -> None:
-    """Delete what equals `where` and insert rows, inside the caller's transaction."""
+    """Delete what matches `where` and insert rows, inside the caller's transaction."""
     condition = " AND ".join(f"{column} = ?" for column in where)
     connection.execute(f"DELETE FROM lake.{table} WHERE {condition}", list(where.values()))
     insert(connection, table, rows)
@@ -361,7 +361,7 @@ def _roll_back(cursor: duckdb.DuckDBPyConnection) -> None:
 
 
 def _load(connection: duckdb.DuckDBPyConnection, extension: str) -> None:
-    """Load a signed extension from its PyPI wheel, or, where there is no wheel, from DuckDB's own repository."""
+    """Load a signed extension from its PyPI wheel or, if there is no wheel, from DuckDB's own repository."""
     spec = importlib.util.find_spec(f"duckdb_extension_{extension}")
     folder = Path(spec.submodule_search_locations[0]) / "extensions" / f"v{duckdb.__version__}" if spec else None
     file = folder / f"{extension}.duckdb_extension" if folder else None

@@ -1,16 +1,16 @@
 """Training: one loop from weights and accepted samples to better weights.
 
 Belongs here: the order of the samples, a step's loss, the optimiser and its schedule, and saved
-states that a killed run goes on from. Does not: which samples were accepted (acceptance.py), the
+states from which a killed run continues. Not: which samples were accepted (acceptance.py), the
 likelihood of one (tasks/), or where weights are kept (models/).
 
-A loop of our own and not transformers' Trainer, for four guarantees that can be read off the code:
-a sample's weight scales its gradient exactly; a step is normalised by the tokens of the whole step,
-so accumulation changes nothing; the order follows from the seed alone; and a run killed at any
-moment ends, when repeated on a CPU, in the very weights of a run that was not.
+This is a loop of our own and not Transformers' Trainer, for four guarantees that can be read off the
+code: a sample's weight scales its gradient exactly; a step is normalised by the tokens of the whole
+step, so accumulation changes nothing; the order depends only on the samples and the seed; and a run
+killed at any moment and repeated on a CPU ends in exactly the weights of an uninterrupted run.
 
-Left out: several processes, gradient checkpointing, loss scaling for float16 (such devices train in
-float32).
+Not supported: several processes, gradient checkpointing, loss scaling for float16 (such devices
+train in float32).
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from rsft_pipeline.recipe.training import Training
 
 log = logging.getLogger(__name__)
 
-GROUPS = 8  # that a step is made of, at least, where samples of one prompt are kept together
-WORTH_SHARING = 32  # tokens of a prompt from which it is worth keeping its samples together
+GROUPS = 8  # the fewest groups in a step, if samples of one prompt are kept together
+WORTH_SHARING = 32  # from this many prompt tokens on, keeping a prompt's samples together is worth it
 
 
 class TrainingError(RuntimeError):
@@ -45,11 +45,11 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sample:
-    """What one accepted candidate is trained on: the token ids that were drawn, never text encoded again."""
+    """An accepted candidate as it is trained on: the token ids that were drawn, never re-encoded text."""
 
     candidate_id: str
     prompt_ids: list[int]
-    completion_ids: list[int]  # the EOS included, where it was drawn
+    completion_ids: list[int]  # including the EOS, if it was drawn
     weight: float = 1.0
 
 
@@ -65,15 +65,15 @@ class Step(NamedTuple):
 
 @dataclass
 class History:
-    """What the training did; a resumed run's earlier steps are in it too."""
+    """What the training did, including the earlier steps of a resumed run."""
 
     steps: list[Step] = field(default_factory=list)
     seconds: float = 0.0
-    resumed_from: int = 0  # the step that a saved state was read at; 0: trained from the start
+    resumed_from: int = 0  # the last step of the saved state that was resumed; 0: trained from the start
 
     @property
     def tokens(self) -> int:
-        """Completion tokens trained on, counted each time."""
+        """Completion tokens trained on, counted again in each epoch."""
         return sum(step.tokens for step in self.steps)
 
     @property
@@ -101,16 +101,16 @@ def fit(
 
     Args:
         model: on the device, its parameters in float32; `requires_grad` says which train.
-        task: the module that knows the model's kind: `collate(samples, pad_id)` and `token_losses(model, batch)`.
-        start: names the untrained model in full (its digest and what was made trainable): a state saved
-            from another start, other samples, settings or seed is not resumed.
-        scratch: folder of the saved state. A repeated call with the same arguments goes on from it; the
+        task: the module for the model's kind: `collate(samples, pad_id)` and `token_losses(model, batch)`.
+        start: identifies the untrained model completely (its digest and what was made trainable): a state
+            saved from another start, other samples, settings or seed is not resumed.
+        scratch: folder of the saved state. A repeated call with the same arguments continues from it; the
             caller deletes it once the checkpoint is safe.
-        on_step: called after each step with its number, their count, its loss and its tokens.
+        on_step: called after each step with its number, the number of steps, its loss and its tokens.
 
     Raises:
         TrainingError: no samples, one without prompt or completion or longer than the model's context,
-            nothing trainable, or a loss or gradient that is not finite; the candidates are named.
+            nothing trainable, or a loss or gradient that is not finite; the message names the candidates.
     """
     import torch
 
@@ -167,13 +167,13 @@ def fit(
 
 
 def plan(prompts: Sequence[Hashable], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
-    """Which samples each step is made of: positions in `prompts`, which says what prompt each sample has.
+    """Which samples each step consists of: positions in `prompts`, which holds each sample's prompt.
 
-    Every epoch is a new shuffle, the last one cut short where `epochs` is not whole; steps run on
-    over the seam between two, so that all but one have `batch_size` samples. What is shuffled are groups
-    of samples of one prompt, each at most 1 / GROUPS of a step, because what a group has in common need be
-    computed only once. Length has no say in the order: in a step of short samples a token would count
-    for more than in a step of long ones.
+    Every epoch is a new shuffle, the last one cut short if `epochs` is not whole; steps may span two
+    epochs, so that all but the last have `batch_size` samples. Shuffled are groups of samples of one
+    prompt, each at most 1 / GROUPS of a step, because what a group has in common is computed only once.
+    Length plays no part in the order: in a step of short samples a token would count for more than in a
+    step of long ones.
     """
     rng = random.Random(seed)
     of_prompt: dict[Hashable, list[int]] = {}
@@ -193,9 +193,9 @@ def plan(prompts: Sequence[Hashable], batch_size: int, epochs: float, seed: int)
 
 
 def _shareable(samples: Sequence[Sample], task: ModuleType) -> list[Hashable]:
-    """What prompt each sample has, where the task reads a prompt once for all its samples and that saves something.
+    """Each sample's prompt, if the task computes a prompt once for all its samples and that is worth it.
 
-    Else each sample stands alone: several of one prompt in a step make the step less varied.
+    Otherwise each sample is its own group: several of one prompt make a step less varied.
     """
     shares = getattr(task, "SHARES_PROMPTS", False)
     return [
@@ -222,11 +222,11 @@ def factor(step: int, steps: int, training: Training) -> float:
 def parts(batch: Sequence[Sample], count: int, tokens: int) -> list[list[Sample]]:
     """A step's samples in parts that are computed one after another.
 
-    Samples of one prompt are neighbours (a task may read what they share once), and so are those of like length.
+    Samples of one prompt are neighbours (a task may compute what they share once), and so are those of similar length.
 
     Args:
-        count: a part has one `count`th of the samples at most, rounded up.
-        tokens: it has so many at most, padding included; a longer sample is a part of its own.
+        count: a part has at most 1 / `count` of the samples, rounded up.
+        tokens: a part has at most this many, padding included; a longer sample is a part of its own.
     """
     of_prompt: dict[tuple[int, ...], list[Sample]] = {}
     for sample in sorted(batch, key=_length):
@@ -245,7 +245,7 @@ def parts(batch: Sequence[Sample], count: int, tokens: int) -> list[list[Sample]
 
 
 def part_tokens(device: str) -> int:
-    """Most tokens of a part on this kind of device."""
+    """The most tokens in a part on this kind of device."""
     return 1024 if device == "cpu" else 8192
 
 
@@ -254,7 +254,7 @@ def _length(sample: Sample) -> int:
 
 
 def _optimizer(parameters, training: Training):
-    """AdamW; vectors (norms and biases) do not decay."""
+    """AdamW; vectors (norms and biases) have no weight decay."""
     import torch
 
     parameters = list(parameters)
@@ -284,20 +284,20 @@ def _check(samples: Sequence[Sample], model) -> None:
 
 
 def room(sample: Sample, model) -> int:
-    """Tokens that a sample takes of the model's context.
+    """Tokens of the model's context that a sample takes up.
 
-    An encoder-decoder has its context twice, for the prompt and for the completion; a classifier's label takes none.
+    An encoder-decoder has its context twice, for the prompt and for the completion; a classifier's label needs none.
     """
     lengths = len(sample.prompt_ids), len(sample.completion_ids)
     apart = model.config.is_encoder_decoder or not model.can_generate()
     return max(lengths) if apart else sum(lengths)
 
 
-# --- going on after a kill --------------------------------------------------------------------
+# --- continuing after a kill ------------------------------------------------------------------
 
 
 class State:
-    """A training's saved state: one file, replaced whole, that only the very same training reads."""
+    """A training's saved state: one file, replaced atomically, that only the same training resumes."""
 
     def __init__(self, path: Path, fingerprint: str):
         self.path, self.fingerprint = path, fingerprint
@@ -327,7 +327,7 @@ class State:
         temporary.replace(self.path)
 
     def restore(self, parameters: dict, optimizer) -> History | None:
-        """Put the saved state back, or change nothing and return None where there is none of this training."""
+        """Restore the saved state; if there is none of this training, change nothing and return None."""
         import torch
 
         if not self.path.exists():
@@ -353,7 +353,7 @@ class State:
 
 
 def _fingerprint(samples, training: Training, start: str, seed: int, device: Device, parameters: dict) -> str:
-    """Everything that the weights after a given step follow from."""
+    """Digest of everything that the weights after a given step depend on."""
     drawn = hashlib.sha256()
     for sample in samples:
         drawn.update(repr((sample.candidate_id, sample.weight, len(sample.prompt_ids))).encode())

@@ -1,13 +1,13 @@
-"""One way to train, as a process of its own that trains when told to. benchmarks/training.py starts and times them.
+"""One way to train, as a process that trains on request. benchmarks/training.py starts it and compares the times.
 
     <interpreter> benchmarks/peers/train.py WAY FOLDER
 
-Runs in the peers' environment (requirements.txt) and imports nothing of this project, but for the way
-`ours`, which runs in the project's. FOLDER holds the cases. Reads a request a line from standard input,
-`{"case": …, "epochs": …, "batch_size": …, "learning_rate": …, "evaluate": …}`, trains the case's model from
-its first weights and answers with a line of JSON: seconds and processor seconds of the training, the most
-memory that the process has taken, loss of each step and, if asked, the loss on all samples afterwards, computed
-in the same way for everybody.
+Runs in the peers' environment (requirements.txt) and imports nothing from this project, except for the way
+`ours`, which runs in the project's. FOLDER holds the cases. Reads one request per line from standard input,
+`{"case": …, "samples": …, "epochs": …, "batch_size": …, "learning_rate": …, "seed": …, "evaluate": …}`, trains
+the case's model from its initial weights and answers with a line of JSON: seconds and processor seconds, the
+process's peak memory, the loss of each step and, if asked, the loss on all samples afterwards, computed in
+the same way for all.
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 
 class Clock(TrainerCallback):
-    """Times the steps alone: what a Trainer does before the first and after the last is not counted."""
+    """Times only the steps: what a Trainer does before the first and after the last is not counted."""
 
     def on_train_begin(self, *_, **__):
         self.start()
@@ -62,7 +62,7 @@ def ours(model, samples: list[dict], request: dict, folder: str, clock: Clock) -
 
 
 def arguments(request: dict, folder: str) -> dict:
-    """What all Trainers get; everything else is at its default (so AdamW, and the largest gradient norm 1)."""
+    """What all Trainers get; everything else has its default (such as AdamW, and gradients clipped to norm 1)."""
     return {
         "output_dir": folder,
         "num_train_epochs": request["epochs"],
@@ -131,7 +131,7 @@ def trl(model, samples: list[dict], request: dict, folder: str, clock: Clock, **
         eos_token="<eos>",
         unk_token="<unk>",
     )
-    # By default it computes every layer twice to save memory, and in bf16, which CPUs are slow at.
+    # By default it computes every layer twice to save memory, and in bf16, which is slow on CPUs.
     told = SFTConfig(
         **arguments(request, folder),
         gradient_checkpointing=False,
@@ -151,7 +151,7 @@ WAYS = {way.__name__: way for way in (ours, trainer, trainer_by_length, trl, trl
 
 
 def loss_of(model, samples: list[dict]) -> float:
-    """Nats per completion token over all samples, each read alone."""
+    """Nats per completion token over all samples, each computed alone."""
     total, tokens = 0.0, 0
     model.eval()
     with torch.no_grad():
@@ -165,7 +165,7 @@ def loss_of(model, samples: list[dict]) -> float:
 
 def main() -> None:
     way, cases = WAYS[sys.argv[1]], Path(sys.argv[2])
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with answers
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for line in sys.stdin:
         request = json.loads(line)

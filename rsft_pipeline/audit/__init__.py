@@ -3,6 +3,6 @@
 Belongs here: following, proving, replaying and revoking what rounds have recorded. Not: anything that a
 round needs in order to run, nor how an answer is shown (cli/audit.py, web/).
 
-Every answer is data (dataclasses of plain values), read in one transaction, so that it is of one
-snapshot of the store while rounds go on. Only `revoke` writes.
+Every answer is data (dataclasses of plain values) from one snapshot of the store (reading.py), even while
+rounds go on. Only `revoke` writes.
 """

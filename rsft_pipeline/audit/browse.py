@@ -1,11 +1,11 @@
 """Browse: lists of what the store holds, filtered, ordered, and read page by page.
 
-Belongs here: the SQL behind lists that people leaf through. Not: what became of one thing (trace.py, impact.py),
+Belongs here: the SQL behind lists that people page through. Not: what became of one thing (trace.py, impact.py),
 nor how a list is shown (web/).
 
-A page is found by the key of the last row before it, never by counting rows, so the thousandth costs what the
-first does. Texts are cut in the store: what is long never travels. A few rows are looked up by their prompt as well
-as by their own id: ids are hashes, in no order, but a prompt's rows stand together, and DuckDB skips the others.
+A page is found by the key of the last row before it, never by counting rows, so the thousandth page costs as much as
+the first. Long texts are truncated in the query. Rows are looked up by their prompt as well as by their own id: ids
+are hashes in no order, but the rows of a prompt are stored together, so DuckDB can skip the others.
 """
 
 import functools
@@ -22,15 +22,15 @@ from rsft_pipeline.audit.trace import EARLIER, REVOKED
 from rsft_pipeline.revocations import EVERY, OF, said
 from rsft_pipeline.store import Query, Store
 
-ROWS = 25  # of a page
+ROWS = 25  # on a page
 SNIPPET = 240  # characters of a text in a list
-BINS = 30  # of a distribution of scores
+BINS = 30  # in a distribution of scores
 
 # --- rounds ----------------------------------------------------------------------------------
 
 
 def rounds(store: Store, recipe: str | None = None) -> dict[str, list[dict]]:
-    """Every round by recipe, in order, with the metric that its gate looked at in `metric`."""
+    """Every round by recipe, in order, with its promotion metric in `metric`."""
     rows = store.query(
         """SELECT * EXCLUDE (settings), settings::JSON ->> '$.promotion.metric' AS metric,
                 settings::JSON ->> '$.acceptance.rule' AS rule
@@ -58,11 +58,11 @@ class Decisions:
     """A round's decisions in numbers."""
 
     reasons: dict[str, int]  # most frequent first; `accepted` is one of them
-    scores: Distribution | None  # None: not one finite score
+    scores: Distribution | None  # None: there is no finite score
 
 
 def decisions(store: Store, recipe: str, round_key: str) -> Decisions:
-    """A round's decisions in numbers. Asked again before anything was written, it answers from memory."""
+    """A round's decisions in numbers, cached until the store is written to."""
     return _decisions(store, store.snapshot(), recipe, round_key)
 
 
@@ -94,11 +94,11 @@ def _decisions(store: Store, snapshot: int, recipe: str, round_key: str) -> Deci
 
 # --- a round's candidates --------------------------------------------------------------------
 
-_LOWEST = "CASE WHEN isfinite(score) THEN score ELSE '-infinity'::DOUBLE END"  # not judged comes last either way
+_LOWEST = "CASE WHEN isfinite(score) THEN score ELSE '-infinity'::DOUBLE END"  # unjudged ones come last either way
 _HIGHEST = "CASE WHEN isfinite(score) THEN score ELSE 'infinity'::DOUBLE END"
-ORDERS = {  # what it is called → key, direction; the candidate's id decides between equals
+ORDERS = {  # name → key, direction; ties are broken by the candidate's id
     "prompt": ("prompt_id", "ASC"),
-    "u": ("coalesce(u, 1)", "ASC"),  # every u is below 1: what is not decided comes last
+    "u": ("coalesce(u, 1)", "ASC"),  # every u is below 1: undecided ones come last
     "best": (_LOWEST, "DESC"),
     "worst": (_HIGHEST, "ASC"),
     "longest": ("tokens", "DESC"),
@@ -110,13 +110,13 @@ DECIDED = ("", "accepted", "rejected", "undecided")
 
 @dataclass(frozen=True)
 class Asked:
-    """Which of a round's candidates, and in what order. Raises AuditError for words that mean nothing here."""
+    """Which of a round's candidates to list, and in what order. Raises AuditError for unknown values."""
 
     decision: str = ""  # one of DECIDED
     reason: str = ""
     split: str = "train"  # or `eval`: held out, never decided on
     prompt: str = ""  # a prompt's id
-    text: str = ""  # a piece of the completion, in any case
+    text: str = ""  # a part of the completion, in upper or lower case
     order: str = "prompt"
 
     def __post_init__(self):
@@ -126,12 +126,12 @@ class Asked:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What to order by, and which way. Held-out candidates have no decision to be ordered by."""
+        """Key and direction of the order. Held-out candidates have no decision, and so are not ordered by it."""
         return ORDERS["prompt" if self.split == "eval" and self.order in _OF_DECISIONS else self.order]
 
     @property
     def source(self) -> str:
-        """The narrowest tables that can answer: a join of all candidates with all decisions takes seconds."""
+        """The fewest tables that can answer: joining all candidates with all decisions takes seconds."""
         of_candidates = self.split == "eval" or self.text or self.order in ("longest", "shortest")
         of_decisions = self.decision or self.reason or (self.order in _OF_DECISIONS and self.split == "train")
         if self.decision == "undecided" or (of_candidates and of_decisions):
@@ -141,7 +141,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Page:
-    """Some rows, and where the next page begins; None: there is none."""
+    """Some rows, and where the next page begins; None: this is the last page."""
 
     rows: list[dict]
     following: str | None
@@ -150,12 +150,12 @@ class Page:
 def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: str | None = None) -> Page:
     """A page of a round's candidates.
 
-    Rows: candidate_id, prompt_id, round, accepted, reason, score, log_a, u (NULL: not decided), text, prompt (both cut
-    to SNIPPET; NULL: erased), characters, tokens, draw, finish_reason, split, policy, revoked (itself, its prompt, its
-    policy, or a scorer that it was decided by).
+    Rows: candidate_id, prompt_id, round, accepted, reason, score, log_a, u (NULL: not decided), text, prompt (both
+    truncated to SNIPPET; NULL: erased), characters, tokens, draw, finish_reason, split, policy, revoked (itself, its
+    prompt, its policy, or a scorer that decided on it).
 
     Raises:
-        AuditError: `after` is not what an earlier page gave as `following`.
+        AuditError: `after` is not the `following` of an earlier page.
     """
     of = {"recipe": recipe, "round": round_key, "split": asked.split}
     where = {
@@ -188,7 +188,7 @@ _BOTH = f"""
 
 
 def trained_on(store: Store, recipe: str, checkpoint: str, after: str | None = None) -> Page:
-    """A page of a checkpoint's training set, as `candidates` gives rows, with `weight`."""
+    """A page of a checkpoint's training set: rows as from `candidates`, with `weight`."""
     of = {"recipe": recipe, "checkpoint": checkpoint, "id": "" if after is None else _place(after, str)[0]}
     rows = store.query(
         f"""SELECT candidate_id, weight FROM training_samples
@@ -208,7 +208,7 @@ _ASKED_BY = """SELECT candidate_id, prompt_id, round FROM candidates
 
 
 def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = None) -> Page:
-    """A page of what was ever drawn for a prompt, by round and draw, as `candidates` gives rows."""
+    """A page of everything ever drawn for a prompt, by round and draw: rows as from `candidates`."""
     of = {"recipe": recipe, "prompt": prompt_id, "key": "", "id": ""}
     if after is not None:
         of["key"], of["id"] = _place(after, str)
@@ -223,11 +223,11 @@ def drawn_for(store: Store, recipe: str, prompt_id: str, after: str | None = Non
 
 
 def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
-    """The rows with what the tables say of them. A held-out candidate's score is the last combined one."""
+    """The rows with the other columns from the tables. A held-out candidate's score is the last combined one."""
     if not rows:
         return []
     ids, prompts = [row["candidate_id"] for row in rows], list({row["prompt_id"] for row in rows})
-    # For few prompts DuckDB skips by Bloom filter what holds none of them; for many it is quicker to look at all.
+    # For few prompts DuckDB skips row groups by Bloom filter; for many it is faster to scan everything.
     near = "prompt_id IN (SELECT unnest($prompts))" if len(prompts) <= 4 else "list_contains($prompts, prompt_id)"
     rounds = [row["round"] for row in rows if row["round"]] or [""]
     of = {"recipe": recipe, "prompts": prompts, "first": min(rounds), "last": max(rounds), "ids": ids}
@@ -291,7 +291,7 @@ _JUDGED = """
 
 
 def prompt(store: Store, recipe: str, prompt_id: str) -> dict | None:
-    """A prompt's row, and as `earlier` where it was read from before under other names; or None."""
+    """A prompt's row, with the earlier sources that it was read from in `earlier`; None if there is no such prompt."""
     of = {"recipe": recipe, "prompt": prompt_id}
     rows = store.query("SELECT * FROM prompts WHERE recipe = $recipe AND prompt_id = $prompt", of)
     return {**rows[0], "earlier": store.query(EARLIER, of)} if rows else None
@@ -305,12 +305,12 @@ def revoked(store: Store, recipe: str, prompt_id: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a recipe, whether a round of it, of another recipe's or none made them, and their relations."""
+    """Weights that a recipe uses, whether made by one of its rounds, by another recipe's or by none, and relations."""
 
     digest: str
     row: dict | None  # of `checkpoints`; None: no round made them
-    line: list[dict | str]  # from the base model's digest, by rows of `checkpoints`, to these weights
-    later: dict[str, tuple[dict, str]]  # digest → its row, and how it came of these weights
+    line: list[dict | str]  # the base model's digest, then rows of `checkpoints` down to these weights
+    later: dict[str, tuple[dict, str]]  # digest → its row, and how it came from these weights
     sampled_by: list[str]  # rounds
     reigned: list[str]  # rounds that left them as the champion
     champion: bool  # now
@@ -318,7 +318,7 @@ class Weights:
 
 
 def weights(store: Store, recipe: str, digest: str) -> Weights:
-    """What is recorded of weights. Raises AuditError where no round knows them."""
+    """What is recorded of weights. Raises AuditError if no round of the recipe knows them."""
     return at_once(store, lambda query: _weights(query, recipe, digest))
 
 
@@ -351,7 +351,7 @@ def _weights(query: Query, recipe: str, digest: str) -> Weights:
     )
 
 
-# --- prompts, and rows that were refused -------------------------------------------------------
+# --- prompts and refused rows ------------------------------------------------------------------
 
 
 def quarantine(store: Store, recipe: str | None, reason: str | None, after: str | None = None) -> Page:
@@ -372,7 +372,7 @@ def refusals(store: Store) -> list[dict]:
 
 
 def prompts_with(store: Store, text: str) -> list[dict]:
-    """The first prompts, of whatever recipe, that contain a text, in any case: recipe, prompt_id, prompt, split."""
+    """The first prompts of any recipe that contain a text, ignoring case: recipe, prompt_id, prompt, split."""
     return store.query(
         f"""SELECT recipe, prompt_id, text[:{SNIPPET}] AS prompt, split FROM prompts
             WHERE contains(lower(text), lower($text)) ORDER BY recipe, prompt_id LIMIT {2 * ROWS}""",
@@ -384,8 +384,8 @@ def prompts_with(store: Store, text: str) -> list[dict]:
 
 
 def revocations(store: Store, after: str | None = None) -> Page:
-    """A page of what was revoked, the newest first: rows of `revocations` but for those that another one caused, and
-    how many these are, in `caused`."""
+    """A page of what was revoked, the newest first: rows of `revocations` without those that another one caused, whose
+    number is in `caused`."""
     key, name = _place(after, float) if after is not None else (math.inf, "")
     rows = store.query(
         f"""SELECT r.*, epoch_us(r.revoked_at)::DOUBLE AS key, concat(r.recipe, ' ', r.kind, ' ', r.what) AS name,
@@ -405,7 +405,7 @@ def revocations(store: Store, after: str | None = None) -> Page:
 
 
 def _page(shown: list[dict], read: list[dict], key: str) -> Page:
-    """One row more was read than is shown: its being there says that a page follows."""
+    """A page of the shown rows. `read` has one row more if another page follows."""
     if len(read) <= ROWS:
         return Page(shown, None)
     last = read[ROWS - 1]
@@ -413,7 +413,7 @@ def _page(shown: list[dict], read: list[dict], key: str) -> Page:
 
 
 def _place(after: str, kind: type) -> tuple[Any, str]:
-    """The key and the id that a page begins behind."""
+    """The key and the id after which a page begins."""
     try:
         key, candidate_id = json.loads(after)
         if not isinstance(candidate_id, str) or isinstance(key, str) != (kind is str):
@@ -424,5 +424,5 @@ def _place(after: str, kind: type) -> tuple[Any, str]:
 
 
 def _used(sql: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """DuckDB refuses parameters that a query does not name."""
+    """Only the parameters that a query names: DuckDB refuses others."""
     return {name: value for name, value in parameters.items() if f"${name}" in sql}

@@ -1,7 +1,7 @@
-"""Closer: what the rows of candidates say when they are looked at one by one.
+"""Closer: checks of the rows of candidates, one by one.
 
-Belongs here: whether ids and seeds are what they hash to, prompts likewise, texts what their tokens spell, and scores
-what the scorers of today give. Not: which candidates (replay.py those to train on, held_out.py those to evaluate).
+Belongs here: whether ids, seeds and prompts match their hashes, texts their tokens, and scores what the present
+scorers give. Not: which candidates are checked (replay.py: those to train on, held_out.py: those to evaluate).
 """
 
 import json
@@ -19,10 +19,10 @@ from rsft_pipeline.steps.score import accepted_before, judged_sample
 from rsft_pipeline.store import Store
 from rsft_pipeline.tasks import writing
 
-# Scorers that ask a model, whose answers are the same only nearly: judged again on as many as are forced.
+# Scorers that ask a model, whose outputs repeat only approximately: only `forced` candidates are judged again.
 ASK_A_MODEL = {"reward", "likelihood", "relevance", "consistency", "novelty"}
 
-# lineage.candidate_id and lineage.seed_of: ids and names need no escaping in JSON.
+# lineage.candidate_id and lineage.seed_of in SQL; ids and names need no escaping in JSON.
 _ID = """substr(sha256(concat($scope, policy, '","', prompt_id, '",', draw, ',"', settings, '"]')), 1, 32)"""
 _SEED = """concat('0x', substr(sha256(concat('["seed","', candidate_id, '",', $seed, ']')), 1, 15))::BIGINT"""
 
@@ -30,15 +30,15 @@ _SEED = """concat('0x', substr(sha256(concat('["seed","', candidate_id, '",', $s
 def ids(
     connection: duckdb.DuckDBPyConnection, table: str, recipe: Recipe, scope: str, note: Notes, of: str = ""
 ) -> None:
-    """Ids and seeds of all rows of a table, hashed again.
+    """Check the ids and seeds of all rows of a table by hashing them again.
 
     Args:
         scope: of the ids, see lineage.candidate_id.
-        of: whose they are, in the name of the check.
+        of: whose rows they are, for the name of the check.
     """
     given = {"scope": f'["{recipe.name}","{scope}","', "seed": str(recipe.seed)}
     (candidates,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-    # Into a table: what is only fetched is worked out by the thread that fetches it.
+    # Into a table, which uses all threads; a query whose result is fetched is computed by the fetching thread alone.
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE wrong AS SELECT * FROM (
             SELECT candidate_id, candidate_id IS DISTINCT FROM {_ID} AS id, seed IS DISTINCT FROM {_SEED} AS seed
@@ -57,11 +57,11 @@ def ids(
 
 
 def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM scores WHERE recipe = $recipe") -> str:
-    """SQL of the rows with all that a scorer sees of them and what each scorer said, in the order of their ids.
+    """SQL of the rows with everything that a scorer sees and what each scorer gave, in the order of their ids.
 
     Args:
         looked_at: a table of candidate_id, content (of the prompt as it was judged) and now (its content now).
-        candidates: SQL of the candidates that they are among; `scores`: of the scores that theirs are among.
+        candidates, scores: SQL of candidates and scores that include theirs.
     """
     return f"""
         WITH single AS (
@@ -82,7 +82,7 @@ def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM score
 
 
 def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
-    """Whether the lengths of draws are those of their tokens, and their origin is what the round drew from."""
+    """Check that draws have as many tokens as recorded, and come from the source that the round drew from."""
     lengths = [row["candidate_id"] for row in rows if row["tokens"] != len(row["token_ids"] or ())]
     origins = [row["candidate_id"] for row in rows if row["origin"] not in (None, source)]
     for name, found, what in (
@@ -93,7 +93,7 @@ def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
 
 
 def known(vocabulary: float, rows: list[dict], note: Notes, of: str = "") -> list[dict]:
-    """Those of the rows whose token ids the model has. The others are named."""
+    """The rows whose token ids all exist in the model. The others are noted."""
 
     def has(token: int | None) -> bool:
         return token is not None and 0 <= token < vocabulary
@@ -106,8 +106,8 @@ def known(vocabulary: float, rows: list[dict], note: Notes, of: str = "") -> lis
 
 
 def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
-    """Whether texts are what their tokens spell."""
-    ids = [row["token_ids"] or [] for row in rows]  # the store's are never missing, but here nothing is taken for sure
+    """Check that texts are what their tokens decode to."""
+    ids = [row["token_ids"] or [] for row in rows]  # normally never missing, but nothing is taken for granted here
     written = [own[:-1] if row["finish_reason"] == "stop" else own for row, own in zip(rows, ids, strict=True)]
     spelt = writing.spelt(tokenizer, written)
     wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
@@ -116,7 +116,7 @@ def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
 
 
 def readable(rows: list[dict], note: Notes, of: str = "") -> list[dict]:
-    """Those of the rows that a scorer could be shown. The others, of prompts whose JSON is none, are named."""
+    """The rows that a scorer can be shown. The others, whose prompt's JSON is invalid, are noted."""
 
     def can_be_read(row: dict) -> bool:
         try:
@@ -133,12 +133,12 @@ def readable(rows: list[dict], note: Notes, of: str = "") -> list[dict]:
 
 
 def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
-    """Whether prompts are what their ids and digests say, and are still what they were judged by."""
+    """Check that prompts match their ids and digests, and are still as they were when judged."""
     asked = {row["prompt_id"]: row for row in rows}
     wrong = [
         prompt_id
         for prompt_id, row in asked.items()
-        # An id from before every space of a text counted is that of the text normalised.
+        # Ids from before exact spaces counted are hashes of the normalised text.
         if prompt_id not in (lineage.prompt_id(row["prompt"]), lineage.same_text(row["prompt"]))
         or row["content"] != lineage.digest([row["prompt"], row["reference"], json.loads(row["fields"])])
         or row["same_text"] not in (None, lineage.same_text(row["prompt"]))
@@ -159,13 +159,13 @@ def scorers(
     note: Notes,
     of: str = "",
 ) -> None:
-    """What today's scorers give, where they are those of then."""
+    """Judge again with those scorers whose version is still the recorded one."""
     before = accepted_before(store, round_)
     rows = [row for row in rows if row["unchanged"]]
     for config in round_.recipe.scoring.scorers:
         name, then = f"scorer {config.label}{of}", version_of.get(config.label)
         if then is None:
-            continue  # said already
+            continue  # noted elsewhere
         if config.kind in ASK_A_MODEL and not forced:
             note(Check(name, 0, None, "it asks a model, and none is to be loaded"))
             continue

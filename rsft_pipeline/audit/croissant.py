@@ -1,4 +1,4 @@
-"""Croissant: exported rows described as a data set (https://mlcommons.org/croissant, 1.1), for those who load it.
+"""Croissant: a description of exported rows as a data set (https://mlcommons.org/croissant, 1.1).
 
 Not: which rows are exported, and what their columns mean (export.py).
 """
@@ -20,14 +20,14 @@ def write(
     """Describe exported rows, and read the description and the first row back with Croissant's own reader.
 
     Args:
-        rows: the file, Parquet or JSON lines by its name.
+        rows: the file; its name tells whether it is Parquet or JSON lines.
         made: the checkpoint's row of `checkpoints`.
-        columns: what each column is, in the order of the file. `numbers`: those that may have a fraction.
+        columns: what each column is, in the order of the file. `numbers`: those that may have fractions.
     """
     import mlcroissant as mlc
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a licence and a citation, which are not ours to give
-    context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")  # the first with arrays
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of no licence and citation, not ours to give
+    context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")  # the first version with arrays
     kinds = {
         "chat": mlc.DataType.BOOL,
         "line": mlc.DataType.INT64,

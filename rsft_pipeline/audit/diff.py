@@ -1,7 +1,7 @@
 """Diff: what changed between two rounds of a recipe.
 
 Belongs here: comparing the rounds prompt by prompt, on the prompts that both asked, with intervals. Not: whether a
-checkpoint beats its champion, which each round's own evaluation has decided (evaluation.py).
+checkpoint beats its champion, which each round's own evaluation decides (evaluation.py).
 """
 
 import itertools
@@ -24,7 +24,7 @@ from rsft_pipeline.store import Store
 
 @dataclass(frozen=True)
 class Change:
-    """A prompt, and its share of successes in either round."""
+    """A prompt and its share of successes in each round."""
 
     prompt_id: str
     text: str
@@ -34,13 +34,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Shift:
-    """A mean over prompts less the same in the earlier round, paired per prompt, with its interval."""
+    """A mean over prompts minus the earlier round's, paired per prompt, with its interval."""
 
     what: str
     before: float
     after: float
     difference: float
-    low: float | None  # None: open, where all prompts moved alike and nothing bounds the value
+    low: float | None  # None: unbounded, if all prompts moved by the same amount and the value has no bounds
     high: float | None
     prompts: int
 
@@ -50,11 +50,11 @@ class Compared:
     """The prompts that both rounds asked."""
 
     shared: int
-    only_before: int  # prompts that the earlier round alone asked
+    only_before: int  # prompts that only the earlier round asked
     only_after: int
     solved: int  # no success before, some after
     lost: int  # some before, none after
-    solved_first: tuple[Change, ...]  # of those the largest changes
+    solved_first: tuple[Change, ...]  # the largest changes among the solved
     lost_first: tuple[Change, ...]
     most_changed: tuple[Change, ...]
     shifts: tuple[Shift, ...]
@@ -62,15 +62,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two rounds. `drawn`: candidates to train on, a success is one that the rule accepts, before `distinct` and `cap`.
-    `held_out`: the checkpoints' evaluations, a success is a passing draw; None where a round was not evaluated."""
+    """Two rounds. `drawn`: training candidates; a success is one that the rule accepts, before `distinct` and `cap`.
+    `held_out`: the checkpoints' evaluations; a success is a passing draw; None if a round was not evaluated."""
 
     recipe: str
     before: str
     after: str
     drawn: Compared
     held_out: Compared | None
-    notes: tuple[str, ...]  # why numbers of the two may not mean the same
+    notes: tuple[str, ...]  # why numbers of the two may not be comparable
 
 
 def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
@@ -78,7 +78,7 @@ def diff(store: Store, recipe: Recipe, before: str, after: str) -> Diff:
 
     Raises:
         AuditError: there is no such round.
-        RoundError: one ran with settings that are refused by now.
+        RoundError: one ran with settings that are now refused.
     """
     for key in (before, after):
         ids.check_round(store, recipe.name, key)
@@ -102,7 +102,7 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
         return store.commit(lambda c: [recorded.versions(c, round_, held_out=held_out) for held_out in (False, True)])
 
     notes = []
-    pairs = [pair for pair in zip(versions(before), versions(after), strict=True) if all(pair)]  # else none decided yet
+    pairs = [pair for pair in zip(versions(before), versions(after), strict=True) if all(pair)]  # else one has none yet
     for label in sorted(set().union(*itertools.chain(*pairs))):
         if any(was.get(label) != now.get(label) for was, now in pairs):
             notes.append(f"scorer {label} is not of the same version in both: its scores may not compare")
@@ -118,10 +118,10 @@ def _notes(store: Store, before: Round, after: Round) -> list[str]:
 
 
 def _drawn(store: Store, round_: Round) -> list[PromptResult]:
-    """The round's candidates by prompt, as evaluation has results: `passes` are those that the rule accepted.
+    """The round's candidates per prompt, in the form of evaluation results; `passes` counts those the rule accepted.
 
-    How many are left once equal texts are folded says little of the policy: of a prompt that has one right answer
-    that is one, however often it is drawn.
+    Counts after `distinct` would say little about the policy: for a prompt with a single right answer that is 1,
+    however often it is drawn.
     """
     ruled = efficiency.ruled(round_.recipe.acceptance.model_dump(mode="json"))
     rows = store.query(
@@ -163,7 +163,7 @@ def _compared(
 
 
 def _shifts(before: Sequence[PromptResult], after: Sequence[PromptResult], level: float, success: str) -> list[Shift]:
-    """How success, score and length moved."""
+    """How success, distinct texts, score and length moved."""
     shares = {
         success: lambda r: r.passes / r.draws,
         "distinct texts per draw": lambda r: r.distinct / r.draws,

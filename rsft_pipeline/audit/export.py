@@ -1,10 +1,10 @@
-"""Export: a checkpoint's training set, row by row with where each came from, in forms that others read.
+"""Export: a checkpoint's training set, row by row with where each came from, in standard formats.
 
-Belongs here: the rows, Parquet or JSON lines, and what their columns are. Beside them are written a description
-(croissant.py) and the runs that led to them (openlineage.py). Not: publishing any of it.
+Belongs here: the rows, Parquet or JSON lines, and what their columns are. A description (croissant.py) and the
+runs that led to them (openlineage.py) are written beside them. Not: publishing any of it.
 
-What was erased is not brought back: prompts are read as of the checkpoint's snapshot, since references may have
-changed since, but without the texts that are gone now.
+Erased texts are not brought back: prompts are read as of the checkpoint's snapshot, since references may have
+changed since, but without the texts that are erased by now.
 """
 
 import json
@@ -21,7 +21,7 @@ from rsft_pipeline.store import Query, Store
 
 EXTRA = "pip install 'rsft-pipeline[audit]'"
 
-# Column → what it is, in the order of the file.
+# Column → its description, in the order of the file.
 COLUMNS = {
     "prompt": "The prompt, as the tokenizer got it.",
     "chat": "Whether the recipe has messages: then a chat template's special tokens are in the prompt.",
@@ -52,7 +52,7 @@ COLUMNS = {
     "candidate_id": "Hash of recipe, round, policy, prompt, draw and settings.",
     "leaf": "The row's hash, of which the checkpoint's Merkle root is made.",
 }
-NUMBERS = ("weight", "score", "log_a", "u", "log_q", "log_p")  # those that may have a fraction
+NUMBERS = ("weight", "score", "log_a", "u", "log_q", "log_p")  # columns that may have fractions
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Exported:
     checkpoint: str
     samples: int
     files: list[str]
-    notes: list[str]  # what a reader should know: revoked, erased, or not written
+    notes: list[str]  # what a reader should know: what was revoked, erased, or not written
 
 
 def export(
@@ -79,11 +79,11 @@ def export(
 
     Args:
         checkpoint: its digest, or the beginning of it.
-        to: is made, and must be empty.
-        recipe, round_key: whose training set, where several came to the same weights; None: of the first.
+        to: the folder; it is created if missing, and must be empty.
+        recipe, round_key: whose training set, if several gave the same weights; None: the first one's.
 
     Raises:
-        AuditError: no round made such weights, or the folder holds something.
+        AuditError: no round made such weights, or the folder is not empty.
     """
     digest = _checkpoint(store, checkpoint, recipe)
     to = Path(to).expanduser().resolve()
@@ -117,7 +117,7 @@ def export(
 
 
 def _checkpoint(store: Store, typed: str, recipe: str | None) -> str:
-    """The digest of the one checkpoint that is meant, whatever else begins so."""
+    """The digest of the one checkpoint that is meant, even if ids of other kinds begin the same."""
     sql = "SELECT DISTINCT checkpoint FROM checkpoints WHERE starts_with(checkpoint, ?)"
     if len(found := store.query(sql, [typed])) == 1:
         return found[0]["checkpoint"]
@@ -162,8 +162,8 @@ def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, dict[str,
 
 
 def _scorers(query: Query, made: dict[str, Any], at: str) -> list[str]:
-    """The scorers that the decisions rest on, by round, name and version: one that was renamed has only the name by
-    which the round recorded it."""
+    """The scorers behind the decisions, as round, name and version: a renamed scorer counts only under the name that
+    the round recorded."""
     if not made["scorers"]:  # from before they were recorded
         return []
     rows = query(f"SELECT round, scorers FROM rounds {at} WHERE recipe = $recipe AND round <= $round", made)

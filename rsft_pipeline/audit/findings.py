@@ -1,4 +1,4 @@
-"""Findings: what an audit of stored rows compared, and what it found different.
+"""Findings: what an audit of stored rows compared, and which differences it found.
 
 Belongs here: the form of the answer that replay and verify share, and reading a store whose files were changed
 behind its back. Not: what is compared with what (replay.py, verify.py).
@@ -17,7 +17,7 @@ import duckdb
 
 from rsft_pipeline.store import Store
 
-NAMED = 20  # ids that a finding names; it counts all
+NAMED = 20  # the most ids that a finding names; it counts all
 
 Kind = Literal["data", "rule", "scorer", "weights", "file"]
 T = TypeVar("T")
@@ -29,17 +29,17 @@ class Finding:
 
     kind: Kind  # what differs: stored rows, the rule, what a scorer gives, the weights, or one of the store's files
     what: str
-    count: int  # how many rows are concerned
-    ids: tuple[str, ...] = ()  # the first of them: of candidates, unless `what` says otherwise
+    count: int  # how many rows are affected
+    ids: tuple[str, ...] = ()  # the first of them: candidate ids, unless `what` says otherwise
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison, whatever came of it."""
+    """One comparison, whatever its result."""
 
     name: str
     compared: int
-    differing: int | None  # None: it was not made, for the reason in `note`
+    differing: int | None  # None: it was not made; `note` says why
     note: str = ""
 
 
@@ -56,7 +56,7 @@ class Notes:
 
 
 def named(kind: Kind, what: str, ids: Iterable[str]) -> Finding:
-    """A finding about these ids, of which the first in order are named."""
+    """A finding about these ids; it names the first NAMED in order."""
     ids = sorted(ids)
     return Finding(kind, what, len(ids), tuple(ids[:NAMED]))
 
@@ -71,20 +71,20 @@ def read(
     work: Callable[[duckdb.DuckDBPyConnection, Notes], T],
     snapshot: int | None = None,
 ) -> T | None:
-    """Do the work on a connection of its own, and add what it notes.
+    """Run `work` on a connection of its own, and add what it notes.
 
-    Where one of the tables' files cannot be read, that is noted, and the answer is None. Where one was written anew
-    but can be read, that is noted too, and the work is done on what it holds now: it can then say which rows changed.
+    If one of the tables' files cannot be read, that is noted and the answer is None. If one was rewritten but can be
+    read, that is noted too, and the work runs on its present content: it can then say which rows changed.
 
     Args:
         snapshot: one that the work reads besides the newest.
 
     Raises:
-        duckdb.Error: the work failed though each file is the one that the catalog knows.
+        duckdb.Error: the work failed although each file is the one that the catalog knows.
     """
 
     def attempt(store: Store) -> tuple[T, Notes]:
-        found = Notes()  # of this attempt: what it noted before it failed does not count
+        found = Notes()  # of this attempt alone: notes of a failed attempt do not count
         with store.connection() as connection:
             return work(connection, found), found
 
@@ -112,7 +112,7 @@ def read(
 
 @dataclass(frozen=True)
 class _File:
-    """A Parquet file of a table: how it is, and how the catalog knows it."""
+    """A Parquet file of a table as it is, and how it differs from what the catalog knows."""
 
     table: str
     path: str
@@ -156,7 +156,7 @@ _SIZES = "SELECT file_size_bytes, footer_size FROM parquet_file_metadata(?)"
 def _finding(store: Store, file: _File) -> Finding:
     try:
         rows = store.query("SELECT DISTINCT candidate_id FROM read_parquet(?)", [file.path])
-    except duckdb.Error:  # it has no such column, or that is the one that cannot be read
+    except duckdb.Error:  # there is no such column, or it cannot be read
         rows = []
     what = f"{file.path} of the table {file.table} {file.wrong}. Candidates in it"
     return named("file", what, (row["candidate_id"] for row in rows))
@@ -164,7 +164,7 @@ def _finding(store: Store, file: _File) -> Finding:
 
 @contextmanager
 def _knowing(store: Store, files: Sequence[_File]) -> Iterator[Store]:
-    """The same store by a copy of its catalog (SQLite) that knows these files as they are now."""
+    """The same store through a copy of its catalog (SQLite) in which these files are as they are now."""
     catalog = store.catalog.removeprefix("sqlite:")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "catalog.sqlite"

@@ -1,4 +1,4 @@
-"""Held out: whether a round's verdict follows from what the weights it compared answered to held-out prompts.
+"""Held out: whether a round's verdict follows from the held-out answers of the weights that it compared.
 
 Belongs here: the results of each held-out prompt from stored candidates and scores, and the verdict from these
 results. Not: candidates to train on (replay.py).
@@ -29,13 +29,13 @@ from rsft_pipeline.steps.rows import (
 )
 from rsft_pipeline.store import Query
 
-OF = " of held-out candidates"  # what its checks are called beside those of candidates to train on
+OF = " of held-out candidates"  # in the names of checks, to distinguish them from those of training candidates
 
 
 def check(
     connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], judged: int, note: Notes
 ) -> list[dict]:
-    """Compute results and verdict again. Returns `judged` rows to look at closer."""
+    """Compute results and verdict again. Returns up to `judged` rows to look at more closely."""
     query = on(connection)
     of = {"recipe": round_.recipe.name, "round": round_.key}
     asked = query("SELECT DISTINCT role, checkpoint FROM evaluations WHERE recipe = $recipe AND round = $round", of)
@@ -58,7 +58,7 @@ def check(
     return rows
 
 
-# A candidate is judged once for each content that its prompt has had.
+# A candidate is judged once for each content that its prompt has had; take that of its present content if there is one.
 _CANDIDATES = f"""
     SELECT c.candidate_id, c.prompt_id, c.draw, c.policy, c.settings, c.seed, c.text,
         coalesce(max(s.content) FILTER (s.content = p.content), max(s.content)) AS content, p.content AS now,
@@ -69,14 +69,14 @@ _CANDIDATES = f"""
         AND s.version = $version
     GROUP BY c.candidate_id, c.prompt_id, c.draw, c.policy, c.settings, c.seed, c.text, p.content
 """
-# Prompts that have another reference than when they were judged, or whose texts were erased.
+# Prompts whose content changed after they were judged, or whose candidates' texts were erased.
 _UNSURE = "SELECT DISTINCT prompt_id FROM held_out WHERE text IS NULL OR content <> now OR contents > 1"
 
 
 def _results(
     query: Query, round_: Round, roles: dict[str, str], version_of: dict[str, str], unsure: set[str], note: Notes
 ) -> None:
-    """The result of each prompt, for each of the weights compared, from its candidates and their scores."""
+    """Check the result of each prompt, for all weights compared, against its candidates and their scores."""
     name = "held-out results, counted again"
     if COMBINED not in version_of:
         note(Check(name, 0, None, "by which scorers they were judged is not recorded"))
@@ -99,10 +99,10 @@ def _by_prompt(found: Iterable[PromptResult]) -> dict[str, PromptResult]:
 
 
 def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
-    """Whether two results are the same; means are, whatever the order that their terms were added in."""
+    """Whether two results are the same; means may differ by rounding, from adding in another order."""
     if was is None or now is None:
         return was is now
-    if was.eligible is None:  # a result from before that was written down
+    if was.eligible is None:  # a result from before `eligible` was recorded
         now = replace(now, eligible=None)
     return all(
         math.isclose(one, other, rel_tol=1e-12) if isinstance(one, float) and isinstance(other, float) else one == other
@@ -111,7 +111,7 @@ def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
 
 
 def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, str], note: Notes) -> None:
-    """What the gate said, and what the round's record says it came to, from recorded results and decisions."""
+    """Check the gate's verdict and the outcome in the round's record against recorded results and decisions."""
     (row,) = query("SELECT * FROM rounds WHERE recipe = $recipe AND round = $round", of)
     name, recipe, how = "the verdict of the gate", round_.recipe, round_.recipe.evaluation
     if row["verdict"] is None:
@@ -127,7 +127,7 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
             role: finite(asdict(summarise(found[role], k=how.k, confidence=how.confidence)))
             for role in ("policy", "checkpoint", "champion")
         }
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:  # of a role they are gone, or are no numbers
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:  # a role's are missing or not numbers
         what = f"the recorded results give no verdict ({error!r}), and the round has «{row['verdict']}»"
         note(Check(name, 1, 1), Finding("data", what, 1))
         return
@@ -159,7 +159,7 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
 
 
 def _recorded(was, now) -> bool:
-    """Whether a column has this value: the same text or number, or of a summary all that was recorded of it."""
+    """Whether a column has this value: the same text or number or, for a summary, every field that it recorded."""
     if not isinstance(now, dict):
         return was == now
     try:

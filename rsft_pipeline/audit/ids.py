@@ -1,4 +1,4 @@
-"""Ids: what a person typed, as what the store calls it.
+"""Ids: from what a person typed to the thing in the store.
 
 Belongs here: finding the one candidate, prompt, round … that an id, the beginning of one, or a position
 means. Not: what is then asked about it.
@@ -14,17 +14,17 @@ from rsft_pipeline.revocations import unspoken
 from rsft_pipeline.store import Query, Store
 
 Kind = Literal["candidate", "prompt", "source", "scorer", "checkpoint", "text"]
-SHORTEST = 4  # hex digits of an id that are looked up at all
-NAMED = 8  # of several that could be meant
-MATCHES = 20  # candidates that contain a text: the first
+SHORTEST = 4  # the fewest hex digits that are looked up as the beginning of an id
+NAMED = 8  # the most possibilities that a message names
+MATCHES = 20  # the most candidates that `containing` returns
 
 
 class AuditError(ValueError):
-    """A question that cannot be answered: the message says what was looked for and what is there."""
+    """A question that cannot be answered: the message says what was looked for and what exists."""
 
 
 class Ambiguous(AuditError):
-    """Several things are called so: the message names them."""
+    """Several things match: the message names them."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Thing:
     """Something that can be asked about, or revoked."""
 
     kind: Kind
-    what: str  # its id, digest, version or name; of a text: the text itself
-    recipes: tuple[str, ...]  # where it is
-    everywhere: bool = False  # no recipe was named: of a prompt or a text, recipes to come are meant too
+    what: str  # its id, digest, version or name; for a text, the text itself
+    recipes: tuple[str, ...]  # those that have it
+    everywhere: bool = False  # no recipe was named: for a prompt or a text, future recipes are meant too
 
     @property
     def words(self) -> str:
@@ -42,18 +42,18 @@ class Thing:
 
     @property
     def unspoken(self) -> str:
-        """What it is called where a text must not stand: that by its hash, anything else by `what`."""
+        """Its name, without quoting text: the hash of a text, `what` for anything else."""
         return unspoken(self.kind, self.what)
 
 
 def recipes(store: Store) -> list[str]:
-    """The recipes that have left anything in the store."""
+    """The recipes of which there is anything in the store."""
     rows = store.query("SELECT DISTINCT recipe FROM rounds UNION SELECT DISTINCT recipe FROM prompts ORDER BY 1")
     return [row["recipe"] for row in rows]
 
 
 def check_recipe(store: Store, recipe: str) -> None:
-    """Raise AuditError, naming those there are, where no recipe here is called so."""
+    """Raise AuditError, naming the known recipes, if there is no such recipe."""
     there = recipes(store)
     if recipe not in there:
         near = reading.nearest(recipe, there)
@@ -61,14 +61,14 @@ def check_recipe(store: Store, recipe: str) -> None:
 
 
 def check_round(store: Store, recipe: str, round_key: str) -> None:
-    """Raise AuditError, naming those there are, where the recipe has no such round, or there is no such recipe."""
+    """Raise AuditError, naming the known ones, if there is no such recipe, or it has no such round."""
     if round_key not in (there := rounds(store, recipe)):
         check_recipe(store, recipe)
         raise AuditError(f"{recipe} has no round {round_key!r}; there is {_named(there)}")
 
 
 def check_not_recipe(store: Store, typed: str) -> None:
-    """Raise AuditError, naming its rounds, where what was typed for a checkpoint is a recipe's name."""
+    """Raise AuditError, naming its rounds, if what was typed for a checkpoint is a recipe's name."""
     if typed in recipes(store):
         raise AuditError(f"{typed} is a recipe: give a round, too; there is {_named(rounds(store, typed))}")
 
@@ -83,11 +83,11 @@ def _named(rounds: list[str]) -> str:
 
 
 def thing(store: Store, typed: str, recipe: str | None = None) -> Thing:
-    """What was meant: a candidate, prompt, checkpoint or scorer's version by its id or the beginning of one; a
-    scorer by its name where it has one version; or a source of prompts by its name.
+    """What was meant: a candidate, prompt, checkpoint or scorer's version by its id or the beginning of it; a
+    scorer by its name if it has only one version; or a source of prompts by its name.
 
     Raises:
-        AuditError: when nothing is called that, or several things are.
+        AuditError: nothing matches, or several things do.
     """
     return at_once(store, lambda query: _thing(query, typed, recipe))
 
@@ -97,7 +97,7 @@ def _thing(query: Query, typed: str, recipe: str | None) -> Thing:
     for kind, sql in [*(_BY_ID.items() if _hex(typed) else ()), *_NAMED.items()]:
         for row in query(sql, {**_range(typed), "recipe": recipe}):
             found.setdefault((kind, row["what"]), set()).add(row["recipe"])
-        if kind in _BY_ID and _hex(typed) and (kind, typed) in found:  # the whole of a hash: nothing else has the same
+        if kind in _BY_ID and _hex(typed) and (kind, typed) in found:  # a complete hash is unique
             found = {(kind, typed): found[kind, typed]}
             break
     (kind, what), there = _only(found, typed)
@@ -132,7 +132,7 @@ def _hex(typed: str) -> bool:
 
 
 def _range(typed: str) -> dict[str, str]:
-    """From the first id that begins so to behind the last: a range, which the files' statistics can be asked for."""
+    """Ids that begin with `typed` as a range, because the files' statistics let DuckDB skip by ranges."""
     return {"typed": typed, "first": typed, "last": typed + "g"}
 
 
@@ -150,7 +150,7 @@ def _only(found: dict[tuple[str, str], Any], typed: str) -> tuple[tuple[str, str
 
 
 def text(store: Store, words: str, recipe: str | None = None) -> Thing:
-    """A text, which any prompt or completion may contain. Raises AuditError for an empty one."""
+    """A text that prompts or completions may contain. Raises AuditError for an empty one."""
     if not words.strip():
         raise AuditError("an empty text is in everything: give some words")
     if recipe:
@@ -162,10 +162,10 @@ def text(store: Store, words: str, recipe: str | None = None) -> Thing:
 
 
 def candidate(query: Query, typed: str, recipe: str | None = None) -> dict[str, Any]:
-    """The row of the one candidate that an id, or the beginning of one, means. Raises AuditError."""
+    """The row of the one candidate that an id, or the beginning of one, means. Raises AuditError if not exactly one."""
     if not _hex(typed):
         raise AuditError(f"{typed!r} is no candidate's id: {SHORTEST} to 32 of the digits 0-9 and a-f")
-    meant = _RANGE if len(typed) < 32 else "= $typed"  # sooner
+    meant = _RANGE if len(typed) < 32 else "= $typed"  # faster
     sql = f"SELECT * FROM candidates WHERE candidate_id {meant} AND {_IN} LIMIT {NAMED + 1}"
     rows = query(sql, {**_range(typed), "recipe": recipe})
     if not rows:
@@ -177,7 +177,7 @@ def candidate(query: Query, typed: str, recipe: str | None = None) -> dict[str, 
 
 
 def accepted(store: Store, recipe: str, round_key: str, place: int) -> str:
-    """The id of a row of a round's accepted set, counted from 1 in the order of ids. Raises AuditError."""
+    """The id at a position in a round's accepted set, from 1 in the order of ids. Raises AuditError if it has none."""
     check_round(store, recipe, round_key)
     of = [recipe, round_key]
     those = "FROM decisions WHERE recipe = ? AND round = ? AND accepted"
@@ -194,14 +194,14 @@ class Match:
     recipe: str
     round: str
     candidate_id: str
-    split: str | None  # of its prompt; `eval`: it is held out, and nobody decides on it. None: the prompt is gone
+    split: str | None  # of its prompt; `eval`: held out, never decided on. None: the prompt is gone
     accepted: bool | None  # None: it was not decided on
     text: str
 
 
 def containing(store: Store, words: str, recipe: str | None = None) -> tuple[list[Match], int]:
-    """The first candidates whose completion contains the text, to the letter, accepted ones before others; and how many
-    there are."""
+    """The first candidates whose completion contains exactly this text, accepted ones first, and how many there are in
+    all."""
     words = text(store, words, recipe).what
     rows = store.query(
         f"""WITH found AS (SELECT recipe, round, candidate_id, prompt_id, text FROM candidates

@@ -1,15 +1,15 @@
-"""Impact: what came of something, and which rounds to run again to be rid of it.
+"""Impact: what something has affected, and which rounds to run again to be rid of it.
 
 Belongs here: following a candidate, prompt, source, text, scorer version or checkpoint forward. Not: taking it
 out of use (revoke.py), nor the way back from a candidate (trace.py).
 
-What is followed is what weights have learned from. A checkpoint is touched when it was trained on a touched
-candidate, when its training started from touched weights, or when the round it belongs to sampled from touched
-weights, by which its samples are theirs. A held-out prompt touches no weights; the verdicts that counted it are
-named. Not followed: what a rejected candidate did to the numbers of a rule (an estimated M, a quantile's cut).
+Impact follows what weights have learned from. A checkpoint is touched if it was trained on a touched candidate,
+if its training started from touched weights, or if its round sampled from touched weights, because its samples
+then come from them. A held-out prompt touches no weights; the verdicts that counted it are named. Not followed:
+the effect of a rejected candidate on the parameters of a rule (an estimated M, a quantile's cut).
 
-A round has to be run again when its checkpoint is touched, or when the champion that it left in use is. Rounds
-that only came later, but neither started nor sampled from touched weights, can stay: so this is the least set.
+A round has to be run again if its checkpoint is touched, or the champion that it left in use is. Later rounds
+that neither started nor sampled from touched weights can stay, so this is the smallest such set.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ class Touched:
     round: str
     checkpoint: str
     role: str  # 'checkpoint' of its round, 'superseded' by a later attempt at the round, or a control's name
-    samples: int  # of the thing itself, that it was trained on; 0: reached through other weights alone
+    samples: int  # how many samples of the thing it was trained on; 0: reached only through other weights
     how: str  # in words
     revoked: bool
     mlflow_run_id: str | None
@@ -44,34 +44,34 @@ class Again:
     recipe: str
     round: str
     why: str
-    state: str  # `revoked`: `rsft run` will
+    state: str  # `revoked`: `rsft run` will run it again
 
 
 @dataclass(frozen=True)
 class Impact:
-    """Everything downstream of a thing."""
+    """Everything that a thing has affected."""
 
     thing: Thing
-    snapshot: int  # of the store, that all of this was read from
-    prompts: int  # the thing itself, or what it brought
-    candidates: int  # drawn for it, from it, or judged by it: to be trained on
-    held_out: int  # the same, to evaluate
-    accepted: int  # of `candidates`, by the decisions as they are now
-    evaluated: list[tuple[str, str]]  # recipe and round, whose verdict counted it
+    snapshot: int  # of the store, from which all of this was read
+    prompts: int  # the prompt itself, those from the source, or those with the text
+    candidates: int  # training candidates drawn for it, drawn from it, or judged by it
+    held_out: int  # the same for held-out candidates
+    accepted: int  # of `candidates`, by the present decisions
+    evaluated: list[tuple[str, str]]  # recipe and round whose verdict counted it
     checkpoints: list[Touched]  # in the order they were made
-    later_candidates: int  # drawn from these checkpoints, beside those above
+    later_candidates: int  # drawn from these checkpoints, in addition to those above
     later_accepted: int
-    champions: list[tuple[str, str]]  # recipe and checkpoint: touched, and in use
+    champions: list[tuple[str, str]]  # recipe and checkpoint: touched champions in use
     again: list[Again]  # in the order to run them
 
 
 def impact(store: Store, thing: Thing) -> Impact:
-    """What came of a thing."""
+    """What a thing has affected."""
     return at_once(store, lambda query: follow(query, thing))
 
 
 def follow(query: Query, thing: Thing) -> Impact:
-    """The same, inside a transaction that is open already. Leaves the temporary table `touched`."""
+    """The same, inside an open transaction. Leaves the temporary tables `touched` and `touched_prompts`."""
     counts, samples = _touch(query, thing)
     made = query(MADE)
     reached = _direct(query, thing, samples, made)
@@ -130,14 +130,14 @@ _PROMPTS = {
 }
 
 
-# Prompts that differ from those only in their spaces. (Those from before this was told apart have it as their id.)
+# Prompts that differ from those only in spaces. (Prompts from before exact spaces counted have this hash as their id.)
 _OF_THE_SAME_TEXT = f"""SELECT recipe, prompt_id FROM prompts WHERE recipe = $recipe AND prompt_id NOT IN ({_ASKED})
     AND coalesce(same_text, prompt_id) IN (
         SELECT coalesce(same_text, prompt_id) FROM prompts WHERE recipe = $recipe AND prompt_id IN ({_ASKED}))"""
 
 
 def _touch(query: Query, thing: Thing) -> tuple[dict[str, Any], dict[tuple[str, str], int]]:
-    """Counts of the candidates and prompts, and how many of them each checkpoint was trained on.
+    """Counts of touched candidates and prompts, and how many of the candidates each checkpoint was trained on.
 
     Makes the temporary tables `touched_prompts` and `touched`.
     """
@@ -175,8 +175,8 @@ _COUNTS = """SELECT
     (SELECT count(*) FROM touched_prompts WHERE recipe = $recipe) AS prompts,
     (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'train') AS candidates,
     (SELECT count(*) FROM touched WHERE recipe = $recipe AND split = 'eval') AS held_out"""
-# Which decisions are about it, by what `decisions` itself has where that will do: ids of candidates are the widest
-# column, and in no order. Of a scorer, those that rest on this version: another may have judged the same since.
+# Which decisions are about it, by other columns of `decisions` where possible: candidate ids are the widest column and
+# in no order. For a scorer, those made by this version: another may have judged the same candidates since.
 _DECIDED = {
     "candidate": "candidate_id = $what",
     "prompt": f"(prompt_id = $what OR prompt_id IN ({_ASKED}))",
@@ -187,8 +187,8 @@ _DECIDED = {
 _ROUND_BY_ROUND = "round IN (SELECT DISTINCT round FROM touched WHERE recipe = $recipe)"
 _TRAINED = f"""SELECT round, checkpoint, count(*) AS samples FROM training_samples
     WHERE recipe = $recipe AND candidate_id IN ({_TOUCHED}) GROUP BY round, checkpoint ORDER BY round"""
-# The rounds whose verdict counted it: the prompt, whichever weights answered, or the answer, by the weights that gave
-# it. Of a scorer, those that went by this version.
+# The rounds whose verdict counted it: a prompt, whichever weights answered it, or an answer, by the weights that gave
+# it. For a scorer, those whose verdict used this version.
 _VERDICTS = f"""SELECT DISTINCT round FROM evaluations WHERE recipe = $recipe AND (
         prompt_id IN ({_ASKED})
         OR (checkpoint, prompt_id) IN (
@@ -204,7 +204,7 @@ _EVALUATED = {
 
 
 def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping]) -> dict[str, str]:
-    """The checkpoints reached at first hand, and how."""
+    """The checkpoints reached directly, and how."""
     if thing.kind == "scorer":
         by = [row for row in made if thing.what in row["scorers"]]
         return {row["checkpoint"]: f"trained on {row['samples']:,} samples accepted by it" for row in by}
@@ -217,9 +217,9 @@ def _direct(query: Query, thing: Thing, samples: Mapping, made: Iterable[Mapping
     return reached
 
 
-# --- and what of it came further ----------------------------------------------------------------
+# --- what is touched through other weights ------------------------------------------------------
 
-# A checkpoint from before `drawn_from` was written down came of what its round was drawn from, as that is known.
+# For a checkpoint from before `drawn_from` was recorded, take that of its round if it is known, else the policy.
 MADE = """SELECT k.recipe, k.round, k.checkpoint, k.parent, k.policy, k.trained_on, k.samples, k.snapshot, k.path,
         k.accepted_digest,
         coalesce(k.drawn_from, r.drawn_from, k.policy) AS drawn_from,
@@ -232,7 +232,7 @@ _ROUNDS = """SELECT recipe, round, state, policy, drawn_from, checkpoint, champi
 
 
 def descend(made: list[dict], reached: Mapping[str, str]) -> dict[str, str]:
-    """All weights reached, and how: those given, and those that came of them.
+    """All weights reached, and how: the given ones, and those that came from them.
 
     Args:
         made: rows of `MADE`.
@@ -247,7 +247,7 @@ def descend(made: list[dict], reached: Mapping[str, str]) -> dict[str, str]:
 
 
 def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
-    """The weights that a checkpoint came of, and how."""
+    """The weights that a checkpoint came from, and how."""
     if row["parent"] == row["drawn_from"]:
         edges = [(row["parent"], f"starts from {row['parent']} and learned from its draws")]
     else:
@@ -258,7 +258,7 @@ def _edges(row: Mapping[str, Any], made: list[dict]) -> list[tuple[str, str]]:
 
 
 def earlier(row: Mapping[str, Any], made: list[dict]) -> dict[str, dict]:
-    """By round, the last attempt there was then at each earlier one, where a checkpoint learned from all rounds.
+    """Earlier rounds that a checkpoint also learned from (`data: all_rounds`): round → its last attempt at that time.
 
     Args:
         made: rows of `MADE`, which are in the order of snapshots.
@@ -275,14 +275,14 @@ def earlier(row: Mapping[str, Any], made: list[dict]) -> dict[str, dict]:
 
 
 def role(row: Mapping[str, Any], round_: Mapping[str, Any] | None) -> str:
-    """What a row of `checkpoints` is to its round, a row of `rounds`."""
+    """The role of a checkpoint (a row of `checkpoints`) in its round (a row of `rounds`)."""
     if row["trained_on"] not in (None, "accepted"):
         return f"control {row['trained_on']}"
     return "checkpoint" if round_ and round_["checkpoint"] == row["checkpoint"] else "superseded"
 
 
 def _later(query: Query, thing: Thing, through: set[str]) -> dict[str, int]:
-    """What was drawn from the weights reached, but for what is touched itself; of a checkpoint, that came of it."""
+    """Counts of what was drawn from the reached weights, without what is touched itself."""
     weights = sorted(through - {thing.what})
     (drawn,) = query(
         f"""SELECT count(*) AS n FROM candidates

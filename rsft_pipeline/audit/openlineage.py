@@ -1,4 +1,4 @@
-"""OpenLineage: the rounds that a checkpoint came of, as the events of their runs (https://openlineage.io).
+"""OpenLineage: the rounds that a checkpoint came from, as events of their runs (https://openlineage.io).
 
 Belongs here: which rounds these are, and the events. Not: sending them; they are written to a file.
 """
@@ -18,12 +18,11 @@ NAMESPACE = "rsft"
 
 
 def history(query: Query, made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A checkpoint and all that it started or learned from, oldest first: rows of MADE with the rounds that its samples
-    are of in `learned`, the sources of the prompts that were asked, and when and how much was drawn, as far as is
-    known.
+    """A checkpoint and all that it started or learned from, oldest first: rows of MADE with the rounds of its samples
+    in `learned`, the sources of the prompts that were asked, and when and how much was drawn, as far as is known.
 
     Args:
-        made: its row of `checkpoints`.
+        made: the checkpoint's row of `checkpoints`.
     """
     snapshots = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
     return [
@@ -39,7 +38,7 @@ def history(query: Query, made: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sources(query: Query, made: Mapping[str, Any], there: bool) -> list[str]:
-    """Where the prompts of a round came from, by the names that the sources had then, or have now."""
+    """The sources of a round's prompts, by their names at its snapshot, or by the present ones if that is gone."""
     sql = """SELECT DISTINCT source FROM prompts {at} WHERE recipe = $recipe AND prompt_id IN (
         SELECT prompt_id FROM candidates WHERE recipe = $recipe AND round = $round AND split = 'train')
         ORDER BY source"""
@@ -47,14 +46,14 @@ def _sources(query: Query, made: Mapping[str, Any], there: bool) -> list[str]:
     return [row["source"] for row in query(sql.format(at=at), {"recipe": made["recipe"], "round": made["round"]})]
 
 
-# Of an older snapshot no columns are asked that a store of then may lack.
+# From an older snapshot, only columns that every store then had are selected.
 _ROUND = """SELECT {more} candidates, epoch_ms(started_at) AS started, epoch_ms(finished_at) AS finished
     FROM rounds {at} WHERE recipe = $recipe AND round = $round"""
 
 
 def _attempt(query: Query, made: dict[str, Any], there: bool) -> dict[str, Any]:
-    """The round's record of the attempt that made a checkpoint: that of now, or where the round was begun again since,
-    that of when training read it, before it ended. Empty where neither is there."""
+    """The round's record of the attempt that made a checkpoint: the present one or, if the round was begun again since,
+    the one that training read, from before the attempt ended. Empty if there is neither."""
     for now in query(_ROUND.format(more="checkpoint, controls,", at=""), made):
         if made["checkpoint"] in (now["checkpoint"], *json.loads(now["controls"] or "{}").values()):
             return now
@@ -64,8 +63,8 @@ def _attempt(query: Query, made: dict[str, Any], there: bool) -> dict[str, Any]:
 
 
 def _ancestors(of: Mapping[str, Any], made: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
-    """The rows of a checkpoint and of all that it started or learned from, each with those of the earlier rounds whose
-    samples it has too."""
+    """The rows of a checkpoint and of all that it started or learned from, each with the rows of earlier rounds whose
+    samples it also has."""
     by_digest = {row["checkpoint"]: row for row in reversed(made)}
     itself = ("recipe", "round", "checkpoint")
     found, open_ = {}, [next(row for row in made if all(row[name] == of[name] for name in itself))]
@@ -80,10 +79,10 @@ def _ancestors(of: Mapping[str, Any], made: list[dict]) -> list[tuple[dict, dict
 
 
 def write(path: Path, rows: Path, history: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
-    """Events of every round that a checkpoint came of, oldest first, and of this export of the last one's samples.
+    """Write the events of every round that a checkpoint came from, oldest first, and of this export of its samples.
 
     Args:
-        history: what `history` gives. `columns`: what each of the exported rows' columns is.
+        history: the result of `history`. `columns`: what each of the exported rows' columns is.
     """
     from openlineage.client.serde import Serde
 
@@ -95,7 +94,7 @@ def write(path: Path, rows: Path, history: list[dict[str, Any]], columns: Mappin
 
 
 def _events(made: dict[str, Any]) -> Iterator[Any]:
-    """A start and an end for each step of a round, where it is known when; else one event that is neither."""
+    """A start and an end event for each step of a round, if the times are known; else one event that is neither."""
     from openlineage.client.event_v2 import Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import output_statistics_output_dataset, parent_run
 
@@ -121,7 +120,7 @@ def _events(made: dict[str, Any]) -> Iterator[Any]:
 
 
 def _steps(made: dict[str, Any]) -> Iterator[tuple[str, list[Any], str, dict[str, Any], int | None]]:
-    """Each step of a round: its name, what it read, what it wrote, facets of that, and of how many rows it is."""
+    """Each step of a round: its name, what it read, what it wrote, with facets and number of rows."""
     from openlineage.client.event_v2 import InputDataset
     from openlineage.client.facet_v2 import dataset_version_dataset
 
@@ -134,7 +133,7 @@ def _steps(made: dict[str, Any]) -> Iterator[tuple[str, list[Any], str, dict[str
     sources = [InputDataset(NAMESPACE, f"sources/{source}") for source in made["sources"]]
     learned = [InputDataset(NAMESPACE, name) for name in _learned(made)]
     drawn, judged, taken = (f"{made['recipe']}/{made['round']}/{name}" for name in ("candidates", "scores", "accepted"))
-    own = [taken] == _learned(made)  # then the digest and number of its samples are that table's
+    own = [taken] == _learned(made)  # then digest and number of its samples are those of that table
     yield "candidates", [*sources, weights(made["drawn_from"])], drawn, {}, made["candidates"]
     yield "scores", [InputDataset(NAMESPACE, drawn)], judged, {}, None
     chosen = version(made["accepted_digest"]) if own else {}
@@ -144,7 +143,7 @@ def _steps(made: dict[str, Any]) -> Iterator[tuple[str, list[Any], str, dict[str
 
 
 def _learned(made: dict[str, Any]) -> list[str]:
-    """The tables that a checkpoint was trained on: of its rounds, what was accepted, or of a control what was drawn."""
+    """The tables that a checkpoint was trained on: its rounds' accepted sets or, for a control, their candidates."""
     table = "accepted" if made["trained_on"] in (None, "accepted") else "candidates"
     return [f"{made['recipe']}/{key}/{table}" for key in made["learned"]]
 
@@ -166,7 +165,7 @@ def _exported(rows: Path, made: dict[str, Any], columns: Mapping[str, str]) -> A
 
 
 def _uuid(given: str | None, *otherwise: str) -> str:
-    """A run's id as OpenLineage wants it."""
+    """A run's id as a UUID, which OpenLineage requires."""
     try:
         return str(uuid.UUID(given))
     except (ValueError, TypeError):

@@ -1,8 +1,8 @@
 """Reading: an answer from one snapshot of the store, however many queries it takes.
 
-Belongs here: that alone, in two ways. `at_once` asks in one transaction, in which DuckLake looks up its catalog once:
-for answers of a few rows. `as_of` names the snapshot and needs none: for answers that make temporary tables of
-millions, which all threads read then (see Store.connection).
+Belongs here: only that, in two ways. `at_once` queries in one transaction, in which DuckLake reads its catalog once:
+for answers of a few rows. `as_of` names the snapshot and needs no transaction: for answers with temporary tables of
+millions of rows, which all threads can then read (see Store.connection).
 """
 
 import re
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def at_once(store: Store, work: Callable[[Query], T]) -> T:
-    """What `work` makes of its queries, all of them answered as of the same moment. It may run again."""
+    """The result of `work`, whose queries are all answered as of the same moment. It may run more than once."""
 
     def attempt(connection):
         return work(on(connection))
@@ -27,7 +27,7 @@ def at_once(store: Store, work: Callable[[Query], T]) -> T:
 
 
 def on(connection) -> Query:
-    """Queries inside a transaction that is open already; a parameter that a query does not name is left out."""
+    """Queries inside an open transaction; parameters that a query does not name are left out."""
 
     def query(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         used = {name: value for name, value in (parameters or {}).items() if re.search(rf"\${name}\b", sql)}
@@ -40,7 +40,7 @@ def on(connection) -> Query:
 def as_of(connection: duckdb.DuckDBPyConnection, tables: Sequence[str], snapshot: int | None = None) -> Iterator[None]:
     """These tables as they were at a snapshot, the newest by default, under their own names.
 
-    A temporary view is found before a table.
+    They become temporary views, which take precedence over tables.
     """
     if snapshot is None:
         (snapshot,) = connection.execute(NEWEST_SNAPSHOT).fetchone()

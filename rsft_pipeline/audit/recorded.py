@@ -1,8 +1,8 @@
-"""Recorded: a round's candidates with the scores that they were decided by, as the store has them.
+"""Recorded: a round's candidates with the stored scores that they were decided by.
 
-Belongs here: which versions of its scorers a round went by, and its rows in the form that acceptance.decisions_sql
-reads. decide.scored gives the same for a round under way, by the scorers of today. Not: what is then asked of the
-rows (replay.py, whatif.py, diff.py).
+Belongs here: which versions of its scorers a round used, and its rows in the form that acceptance.decisions_sql reads.
+decide.scored gives the same for a round in progress, by the present scorers. Not: what is then asked of the rows
+(replay.py, whatif.py, diff.py).
 """
 
 import json
@@ -22,10 +22,10 @@ DECISIONS = "SELECT * FROM decisions WHERE recipe = $recipe AND round = $round"
 
 
 def versions(connection: duckdb.DuckDBPyConnection, round_: Round, *, held_out: bool = False) -> dict[str, str]:
-    """The version of each scorer that the round's decisions rest on, `combined` among them; none before them.
+    """The version of each scorer behind the round's decisions, including `combined`; empty if nothing was decided.
 
     Args:
-        held_out: of those that its verdict rests on instead, which are later: a scorer may have changed between.
+        held_out: those behind its verdict instead, which comes later: a scorer may have changed in between.
     """
     named = "coalesce(evaluation_scorers, scorers)" if held_out else "scorers"
     rows = connection.execute(
@@ -47,10 +47,10 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
     it was judged; NULL where nothing was) and now (its content now; NULL where there is no such prompt).
 
     Returns:
-        The ids that are in the store more than once, which they ought not to be.
+        The ids that are in the store more than once, which should not happen.
     """
     rule = round_.recipe.acceptance
-    # What an erased text was the same as is not known: it counts as one of its own.
+    # What an erased text was equal to is unknown: it counts as distinct.
     hashed = same_text("coalesce(c.text, c.candidate_id)") if rule.distinct else "NULL"
     target, joined = "c.log_p", ""
     if isinstance(rule, RejectionRule) and rule.target != "policy":
@@ -78,7 +78,7 @@ def load(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[
     repeated = "SELECT candidate_id FROM recorded GROUP BY candidate_id HAVING count(*) > 1"
     twice = connection.execute(repeated).fetchall()
     if twice:
-        # Judged twice, by a reference that was changed before the round ended: the later one decided.
+        # Judged twice, because the reference changed before the round ended: the later judgement decided.
         connection.execute(
             """DELETE FROM recorded WHERE content <> now AND candidate_id IN (
                 SELECT candidate_id FROM recorded GROUP BY ALL HAVING bool_or(content = now))"""

@@ -1,8 +1,8 @@
-"""Replay: whether a round's decisions follow from what the store says they followed from.
+"""Replay: whether a round's decisions follow from the rows in the store that they were made from.
 
-Belongs here: computing again, from stored rows, all that can be: ids and seeds, the rule's numbers, every decision,
-combined scores, what the scorers give, the texts that the tokens spell, and the log-probabilities under the stored
-weights; and naming what comes out different. Not: the verdict of the gate (held_out.py), nor whether the rows are
+Belongs here: computing again, from stored rows, whatever can be: ids and seeds, the rule's parameters, every decision,
+combined scores, what the scorers give, the texts that the tokens decode to, and log-probabilities under the stored
+weights; and naming what comes out differently. Not: the verdict of the gate (held_out.py), nor whether the rows are
 those that were trained on (verify.py).
 
 The rows are read as they are now, at one snapshot; the recipe is the one that the round recorded. Nothing is
@@ -32,24 +32,24 @@ from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round, of_scorers
 from rsft_pipeline.store import Store
 from rsft_pipeline.training import Sample
 
-FORCED = 64  # candidates whose log-probabilities are computed again
+FORCED = 64  # candidates whose log-probabilities are computed again, by teacher forcing
 JUDGED = 20_000  # candidates whose texts are read and judged again
-TOLERANCE = 1e-3  # nats per token: float32 in batches of other shapes differs by 1e-5; see docs/audit.md
+TOLERANCE = 1e-3  # nats per token; float32 results in batches of other shapes differ by 1e-5; see docs/audit.md
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of replaying a round."""
+    """The result of replaying a round."""
 
     recipe: str
     round: str
     policy: str  # digest of the weights that candidates were drawn from
     decisions: int
-    replayed: int  # how many of them came out the same, in every column and to the bit
+    replayed: int  # how many of them came out the same in every column, bit for bit
     parameters: dict[str, Any]  # of the rule, as recorded
     checks: list[Check]
     findings: list[Finding]
-    ok: bool  # nothing came out different; a check that could not be made is no difference
+    ok: bool  # nothing came out differently; a check that could not be made is not a difference
     seconds: float
 
 
@@ -64,18 +64,18 @@ def replay(
     judged: int = JUDGED,
     tolerance: float = TOLERANCE,
 ) -> Replay:
-    """Compute a round's decisions again, and what they rest on.
+    """Compute a round's decisions again, and what they are based on.
 
     Args:
-        recipe: as its file is now; the round's own fields come from its record.
-        lease: gives what models run on, for the length of a `with`; the stored rows are read without it.
+        recipe: as its file is now; the round's own settings come from its record.
+        lease: gives the device for models, for the length of a `with`; stored rows are read without it.
         forced: how many candidates to teacher-force, chosen by id, which is a hash; 0 for none.
-        judged: how many candidates to decode and to judge again, chosen so too.
+        judged: how many candidates to decode and judge again, chosen in the same way.
         tolerance: nats per token by which a log-probability may differ.
 
     Raises:
         AuditError: there is no such round.
-        RoundError: it ran with settings that are refused by now.
+        RoundError: it ran with settings that are now refused.
     """
     began = time.perf_counter()
     ids.check_round(store, recipe.name, round_key)
@@ -116,17 +116,17 @@ def replay(
 
 @dataclass(frozen=True)
 class Stored:
-    """What the stored rows gave."""
+    """What was found in the stored rows."""
 
     facts: dict[str, Any]
-    rows: list[dict]  # to look at closer: to train on
-    held_out: list[dict]  # the same: to evaluate
-    version_of: dict[str, str]  # of the scorers that the decisions rest on
-    evaluated_by: dict[str, str]  # of those that the verdict rests on
+    rows: list[dict]  # to look at more closely: training candidates
+    held_out: list[dict]  # the same: held-out candidates
+    version_of: dict[str, str]  # of the scorers behind the decisions
+    evaluated_by: dict[str, str]  # of the scorers behind the verdict
 
 
 def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, note: Notes) -> Stored:
-    """What needs the stored rows alone."""
+    """The checks that need only the stored rows."""
     version_of = recorded.versions(connection, round_)
     twice = recorded.load(connection, round_, version_of)
     (candidates,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
@@ -147,7 +147,7 @@ def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, n
 
 
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes) -> dict[str, Any]:
-    """The rule's numbers, and with those that were recorded every decision."""
+    """Check the rule's parameters and, with the recorded ones, every decision."""
     of = {"recipe": round_.recipe.name, "round": round_.key}
     counted = f"SELECT count(*), count(*) FILTER (reason = '{REASON}') FROM ({recorded.DECISIONS})"
     decided, revoked = connection.execute(counted, of).fetchone()
@@ -168,7 +168,7 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
         note(Check("decisions replayed", decided, None, "the recorded rule is none"), Finding("rule", what, decided))
         return facts
     facts["parameters"] = rule
-    if revoked:  # the rule saw nothing of them
+    if revoked:  # the rule never saw them
         aside = f"SELECT candidate_id FROM ({recorded.DECISIONS}) WHERE reason = '{REASON}'"
         connection.execute(f"DELETE FROM recorded WHERE candidate_id IN ({aside})", of)
     _parameters(connection, round_, rule, note)
@@ -195,8 +195,8 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round, note: Notes
 
 
 def _unsure(connection: duckdb.DuckDBPyConnection, rule: dict[str, Any]) -> int:
-    """Make the temporary table `unsure` of the candidates whose place hangs on texts that were erased, which may have
-    been duplicates: all of such a prompt's. Returns how many."""
+    """Make the temporary table `unsure` of the candidates whose decision may depend on erased texts, possibly their
+    duplicates: all candidates of such a prompt. Returns how many."""
     erased = "SELECT prompt_id FROM recorded WHERE text IS NULL" if rule.get("distinct") else "SELECT NULL WHERE false"
     touched = f"SELECT candidate_id FROM recorded WHERE prompt_id IN ({erased})"
     connection.execute(f"CREATE OR REPLACE TEMP TABLE unsure AS {touched}")
@@ -223,7 +223,7 @@ _DIFFERENCE = f"""CASE
 
 
 def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dict[str, Any], note: Notes) -> None:
-    """Those that were estimated are estimated again; those of the rule are compared with the recorded recipe."""
+    """Check parameters: estimated ones are estimated again, the rule's are compared with the recorded recipe."""
     try:
         again = acceptance.parameters(connection, "recorded", round_.recipe.acceptance, rounds.number(round_.key))
     except ValueError as error:
@@ -242,9 +242,9 @@ def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dic
 
 
 def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Notes) -> None:
-    """The combined scores from the single ones.
+    """Check the combined scores against the single ones.
 
-    SQL cannot add as math.fsum does, so it takes the different combinations of scores, and Python combines these.
+    SQL cannot add like math.fsum, so it selects the distinct combinations of scores, and Python combines these.
     """
     labels = [config.label for config in round_.recipe.scoring.scorers]
     name = "combined scores, from single ones"
@@ -302,7 +302,7 @@ def _weights(
     tolerance: float,
     note: Notes,
 ) -> None:
-    """The weights' own hash, the texts that the stored tokens spell, and the log-probabilities of some."""
+    """Check the weights' own hash, the texts that the stored tokens decode to, and some log-probabilities."""
     try:
         weights = rounds.drawing_weights(store, round_, home)
     except (RoundError, models.ModelError) as error:
@@ -310,21 +310,21 @@ def _weights(
         return
     note(Check("weights, hashed again", 1, 0, str(weights.path)))
     recipe, tokenizer = round_.recipe, models.tokenizer(weights.path)
-    # A classifier's one token is a label.
+    # A classifier's single token is a label.
     there = len(recipe.model.labels) if recipe.task == "classification" else configuration.vocabulary(weights.path)
     rows = closer.known(there, stored.rows, note)
     of_held_out = closer.known(there, stored.held_out, note, held_out.OF)
     if recipe.task != "classification":
         if rows and recipe.sampling.source != "reference":
             closer.texts(tokenizer, rows, note)
-        if of_held_out and recipe.sampling.source != "teacher":  # whose tokens are not the policy's
+        if of_held_out and recipe.sampling.source != "teacher":  # else this tokenizer is the teacher's
             closer.texts(tokenizer, of_held_out, note, held_out.OF)
     if some := [row for row in rows if row["token_ids"]][:forced]:
         _forced(weights.path, tokenizer, round_, device, some, tolerance, note)
 
 
 def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], tolerance: float, note: Notes) -> None:
-    """log p of the drawn tokens by teacher forcing; log q is the same number where nothing was reshaped or cut."""
+    """Check log p of drawn tokens by teacher forcing; log q must equal it at temperature 1 without truncation."""
     task, how = tasks.of(round_.recipe), round_.recipe.sampling
     samples = [
         Sample(

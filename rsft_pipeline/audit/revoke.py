@@ -1,10 +1,10 @@
-"""Revoke: take something out of use, with who, when and why, and say what has to be made again without it.
+"""Revoke: take something out of use, recording who, when and why, and say what has to be made again without it.
 
 Belongs here: writing revocations, marking the rounds to run again, and removing texts. Not: what a revocation
-reaches (impact.py), nor how rounds keep to it (revocations.py).
+reaches (impact.py), nor how rounds comply with it (revocations.py).
 
-Nothing is deleted but, with `erase`, texts: ids, hashes, scores and decisions stay, and so do the rows of rounds
-that are run again, in older snapshots of the store.
+Nothing is deleted except, with `erase`, texts: ids, hashes, scores and decisions stay, and so do, in older snapshots
+of the store, the rows of rounds that are run again.
 """
 
 import hashlib
@@ -18,26 +18,26 @@ from rsft_pipeline.audit.impact import Impact, follow
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.store import Store, insert
 
-ERASABLE = ("candidate", "prompt", "source", "text")  # what people wrote, or a model made of it
+ERASABLE = ("candidate", "prompt", "source", "text")  # what people wrote, or a model wrote in answer
 
 
 @dataclass(frozen=True)
 class Revoked:
     """What a revocation did."""
 
-    impact: Impact  # as it was found
+    impact: Impact  # as found before the revocation
     who: str
     why: str
-    marked: list[tuple[str, str]]  # recipe and round: those that `rsft run` runs again
+    marked: list[tuple[str, str]]  # recipe and round: those that `rsft run` will run again
     erased: dict[str, int]  # table → rows whose text was removed
-    keeping: list[int]  # snapshots that the erased texts can still be read from: `Store.forget` ends them
+    keeping: list[int]  # snapshots from which the erased texts can still be read; `Store.forget` removes them
 
 
 def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = False) -> Revoked:
-    """Record a revocation of a thing and of what it reached. Done twice, the second finds what came since.
+    """Record a revocation of a thing and of what it reached. Doing it again covers what has been added since.
 
     Raises:
-        AuditError: nobody or no reason is given, or a scorer or checkpoint is to be erased.
+        AuditError: no person or no reason is given, or a scorer or checkpoint is to be erased.
     """
     if not who.strip() or not why.strip():
         raise AuditError("a revocation needs somebody who answers for it and a reason: give both")
@@ -70,7 +70,7 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
 def _record(
     connection: duckdb.DuckDBPyConnection, found: Impact, refused: list[str], who: str, why: str, erased: bool
 ) -> None:
-    """Write down who said what of the thing, each time, and of all that has to be known by its id what is not yet."""
+    """Record who revoked the thing and why, every time, and each thing reached by it that is not yet recorded."""
     thing = found.thing
     what = thing.unspoken if erased else thing.what
     name = f"{thing.kind} {what}"
@@ -97,7 +97,7 @@ def _record(
     if erased:
         said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
         connection.execute(said, [recipes, thing.kind, what])
-    if what != thing.what:  # it may have been revoked before, and not erased
+    if what != thing.what:  # an erased text, which may have been revoked in plain words before
         recipes = [*thing.recipes, revocations.EVERY]
         hashed = f"UPDATE revocations SET what = ?, erased = true WHERE {_OF} AND kind = 'text' AND what = ?"
         connection.execute(hashed, [what, recipes, thing.what])
@@ -114,10 +114,10 @@ _OF = "list_contains(?, recipe)"
 
 
 def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> tuple[dict[str, int], list[str]]:
-    """Remove the texts of all that is in the temporary tables `touched` and `touched_prompts`, and refused copies.
+    """Remove the texts of everything in the temporary tables `touched` and `touched_prompts`, and of refused copies.
 
     Returns:
-        How many rows of each table, and the SHA-256 of the refused ones: a source that still has them is read again.
+        How many rows of each table, and the SHA-256 of the refused rows, to recognise them if the source is read again.
     """
     done, refused = {"prompts": 0, "candidates": 0, "quarantine": 0}, []
     for recipe in thing.recipes:
@@ -137,7 +137,7 @@ def _erase(connection: duckdb.DuckDBPyConnection, thing: Thing) -> tuple[dict[st
 
 
 def _erase_refused(connection: duckdb.DuckDBPyConnection, thing: Thing, recipe: str) -> list[str]:
-    """The same of rows that were refused: of the source, with the text, or as copies of a prompt."""
+    """The same for refused rows: those of the source, with the text, or that are copies of a prompt."""
     of = {"recipe": recipe}
     copies = connection.execute(
         """SELECT concat('the same text as line ', p.line, ' of ', p.source) FROM prompts p WHERE p.recipe = $recipe

@@ -1,7 +1,7 @@
-"""Trace: one candidate, from the row of the source that asked for it to the weights that learned from it.
+"""Trace: one candidate, from the source row of its prompt to the weights that learned from it.
 
 Belongs here: the chain, link by link, from the store alone, and where a link is missing. Not: what else a prompt
-or checkpoint reached (impact.py), nor what MLflow and Dagster know of the runs named here (assets/outside.py).
+or checkpoint reached (impact.py), nor what MLflow and Dagster know about the runs named here (assets/outside.py).
 """
 
 import json
@@ -26,28 +26,28 @@ from rsft_pipeline.store import NEWEST_SNAPSHOT, Query, Store
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was asked, and where that came from."""
+    """What was asked, and where it came from."""
 
     prompt_id: str
     split: str
-    source: str  # as it was read last, and so is the line
+    source: str  # as last read, and so is the line
     line: int
-    earlier: list[dict[str, Any]]  # source, line and dagster_run_id, by which it was read under other names before
+    earlier: list[dict[str, Any]]  # source, line and dagster_run_id of earlier readings from other sources
     text: str | None  # None: erased
     reference: str | None
     fields: dict[str, Any] | None
     content: str | None  # digest of what scorers see of it
     active: bool  # still in the sources
     dagster_run_id: str | None
-    snapshot: int | None  # of the store, in which it is as the candidate was judged by; None: it is as it is now
+    snapshot: int | None  # of the store, in which it is as when the candidate was judged; None: it is shown as now
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that a candidate came of."""
+    """Weights that a candidate came from."""
 
     digest: str
-    recipe: str  # whose round made them, or whose rounds know them
+    recipe: str  # the recipe whose round made them, or whose rounds use them
     source: str  # the recipe and round that made them, or the model that the recipe names
     samples: int | None  # that they were trained on; None: no round made them
     parent: str | None
@@ -71,21 +71,21 @@ class Draw:
     finish_reason: str
     log_q: float | None
     log_p: float | None
-    sampling: dict[str, Any] | None  # the settings, from the round's record; None: that is not of this draw
+    sampling: dict[str, Any] | None  # the settings, from the round's record; None: no record has this draw's
     settings: str  # their hash
     dagster_run_id: str | None
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a scorer said."""
+    """What a scorer gave."""
 
     scorer: str
     version: str
-    content: str | None  # of the prompt as it was judged by
+    content: str | None  # of the prompt as it was when judged
     value: float | None
-    passed: bool | None  # of `combined`: every gate was reached
-    decided_by: bool  # the decision rests on it, and not on another version's, or by another content
+    passed: bool | None  # for `combined`: every gate was passed
+    decided_by: bool  # the decision was made by this score, not by one of another version or content
     dagster_run_id: str | None
 
 
@@ -100,8 +100,8 @@ class Decision:
     log_a: float | None
     u: float
     weight: float
-    parameters: dict[str, Any]  # of the rule, M among them
-    dagster_run_id: str | None  # None: it follows from a revocation, and is not made yet
+    parameters: dict[str, Any]  # of the rule, including M
+    dagster_run_id: str | None  # None: it follows from a revocation and is not recorded yet
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Learned:
     checkpoint: str
     role: str  # as in impact.py
     how: str
-    weight: float | None  # of the sample; None: reached through other weights alone
+    weight: float | None  # of the sample; None: reached only through other weights
     champion: bool  # in use now
     revoked: bool
     mlflow_run_id: str | None
@@ -129,20 +129,20 @@ class Trace:
     candidate_id: str
     snapshot: int  # of the store
     prompt: Prompt | None
-    weights: list[Weights]  # that it was drawn from, then what those were trained from, back to the base
+    weights: list[Weights]  # those it was drawn from, then those they were trained from, back to the base
     draw: Draw
-    of_round: bool  # it is among the draws of the round as it ran; else an earlier attempt at the round left it
+    of_round: bool  # it is among the draws of the round as it ran; else it is left from an earlier attempt
     scores: list[Score]
-    decision: Decision | None  # of now; None: it was not decided on, as held-out candidates never are
-    decision_then: Decision | None  # where it was trained on by a decision that is not the present one
-    evaluated: list[tuple[str, str]]  # of a held-out candidate: recipe and round whose verdict counted it
-    learned: list[Learned]  # at first hand, then through weights
+    decision: Decision | None  # the present one; None: it was not decided on, as held-out candidates never are
+    decision_then: Decision | None  # the one by which it was trained on, if that is not the present one
+    evaluated: list[tuple[str, str]]  # for a held-out candidate: recipe and round whose verdict counted it
+    learned: list[Learned]  # directly, then through weights
     revoked: list[str]  # in words
     gaps: list[str]  # links that are missing, in words
 
     @property
     def complete(self) -> bool:
-        """Whether every link that such a candidate should have is there."""
+        """Whether no link that such a candidate should have is missing."""
         return not self.gaps
 
 
@@ -174,7 +174,7 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     decision = _decision(_first(query(_DECIDED.format(at=""), of)))
     settings = _settings(query, drawn, round_)
     its_own = decision is not None or _of_round(query, drawn, round_)
-    expected = gaps if its_own or trained else []  # of what was only left over nothing has to be there
+    expected = gaps if its_own or trained else []  # a left-over need not have these links
     prompt, scores = _first(query(_PROMPT.format(at=""), of)), query(_SCORES, of)
     named = "evaluation_scorers" if drawn["split"] == "eval" else "scorers"
     versions = set(json.loads((round_ and round_[named]) or "{}").values())
@@ -219,12 +219,12 @@ _ROUNDS = """SELECT recipe, round, state, policy, policy_source, drawn_from, che
 def _prompt(
     query: Query, of: dict[str, Any], now: dict | None, content: str | None, made: list[dict], gaps: list[str]
 ) -> Prompt | None:
-    """The prompt as it was judged by: as it is now, or as it was when a checkpoint of the round was trained."""
+    """The prompt as it was when judged, from the present rows or from those that a checkpoint of the round had."""
     if now is None:
         gaps.append("its prompt is not in the store")
         return None
     row = {**now, "snapshot": None}
-    if content not in (None, now["content"]) and now["text"] is not None:  # what was erased is not brought back
+    if content not in (None, now["content"]) and now["text"] is not None:  # erased texts are not brought back
         trained = {one["snapshot"] for one in made if (one["recipe"], one["round"]) == (of["recipe"], of["round"])}
         judged_by = (
             {**then, "active": now["active"], "snapshot": snapshot}
@@ -239,20 +239,20 @@ def _prompt(
 
 
 def _snapshots(query: Query) -> set[int]:
-    """Those that are still there."""
+    """The snapshots that still exist."""
     return {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
 
 
 def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Weights]:
-    """The weights that were drawn from, and what each was trained from, back to those that no round made."""
-    by_digest = {row["checkpoint"]: row for row in reversed(made)}  # the first that made them
+    """The weights that were drawn from, and those each was trained from, back to weights that no round made."""
+    by_digest = {row["checkpoint"]: row for row in reversed(made)}  # the first round that made them
     chain, digest, recipe = [], drawn["policy"], drawn["recipe"]
     while (row := by_digest.get(digest)) and digest not in {weights.digest for weights in chain}:
         recipe = row["recipe"]
         more = (row[name] for name in ("samples", "parent", "policy", "path", "mlflow_run_id", "dagster_run_id"))
         chain.append(Weights(digest, recipe, f"{recipe} {row['round']}", *more))
         digest = row["parent"]
-    own = [row for row in rounds if row["recipe"] == recipe]  # of what came of these weights
+    own = [row for row in rounds if row["recipe"] == recipe]  # of the recipe at the chain's end
     outside = {row["drawn_from"]: row["teacher"] for row in own if row["drawn_from"] != row["policy"]}
     outside |= {row["policy"]: row["base"] for row in own if row["policy_source"] == "base"}
     started = (row for row in made if row["recipe"] == recipe and row["parent"] not in {*outside, *by_digest})
@@ -271,7 +271,7 @@ def _base(made: Mapping, rounds: list[dict]) -> str | None:
 
 
 def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | None:
-    """The recipe that the candidate was drawn by: as the round recorded it, now or at an earlier attempt."""
+    """The recipe that the candidate was drawn by, as the round recorded it now or at an earlier attempt."""
     if round_ and (found := _shapes(round_, drawn)):
         return found
     (there,) = query("SELECT min(snapshot_id) AS first, max(snapshot_id) AS last FROM lake.snapshots()")
@@ -284,7 +284,7 @@ def _settings(query: Query, drawn: Mapping, round_: Mapping | None) -> Recipe | 
 
 
 def _shapes(recorded: Mapping, drawn: Mapping) -> Recipe | None:
-    """The recipe of a round's record, where the candidate's hash of settings is of its, and its draw one of as many."""
+    """The recipe of a round's record, if the candidate's hash of settings and its draw number fit; else None."""
     recipe = _recipe(recorded["settings"], drawn["recipe"])
     if recipe is None:
         return None
@@ -296,14 +296,14 @@ def _shapes(recorded: Mapping, drawn: Mapping) -> Recipe | None:
 def _recipe(recorded: str, name: str) -> Recipe | None:
     try:
         return Recipe.of_file(Path(name), json.loads(recorded), RECORDED)
-    except ValidationError:  # of another version of this program
+    except ValidationError:  # from another version of this program
         return None
 
 
 def _of_round(query: Query, drawn: Mapping, round_: Mapping | None) -> bool:
-    """Whether a candidate is among the draws of its round as that ran, as far as its record can be read."""
+    """Whether a candidate is among the draws of its round as it ran; True if the record cannot be read."""
     recipe = round_ and _recipe(round_["settings"], drawn["recipe"])
-    if recipe is None or drawn["split"] == "eval":  # held-out draws are of every round that evaluates their policy
+    if recipe is None or drawn["split"] == "eval":  # held-out draws belong to all rounds that evaluate their policy
         return True
     policy = round_["policy"]
     drawn_from = round_["drawn_from"] or policy
@@ -335,9 +335,9 @@ _EVALUATED = """SELECT DISTINCT round FROM evaluations
 
 
 def _content(rows: list[dict], versions: set[str], prompt: Mapping | None) -> str | None:
-    """The content that the prompt had as it was judged for the decision; None: that is not recorded.
+    """The content that the prompt had when it was judged for the decision; None if that is not recorded.
 
-    Judged twice, before and after its reference was changed, the later one decided.
+    If it was judged twice, before and after its reference was changed, the later judgement decided.
     """
     by = [row["content"] for row in rows if row["scorer"] == COMBINED and row["version"] in versions]
     return prompt["content"] if prompt and prompt["content"] in by else by[-1] if by else None
@@ -360,7 +360,7 @@ def _decision(row: Mapping | None) -> Decision | None:
 
 
 def _set_aside(made: Decision | None) -> Decision | None:
-    """The decision of now on a candidate that was revoked, or came of what was, and is trained on no more."""
+    """The present decision on a candidate that was revoked, or came from what was: it is no longer trained on."""
     if made is None or not made.accepted:
         return made
     words = "it was revoked, or what it came of was; the round was not decided again since"
@@ -376,9 +376,9 @@ def _then(
     aside: bool,
     gaps: list[str],
 ) -> Decision | None:
-    """The decision by which it was first trained on, where the present one rejects it or is missing.
+    """The decision by which it was first trained on, if the present one rejects it or is missing.
 
-    A control learns what was rejected, too: that rests on no decision.
+    Controls also learn rejected candidates, regardless of the decision.
     """
     samples = {row["checkpoint"] for row in trained}
     by_decision = [row for row in made if row["checkpoint"] in samples and row["trained_on"] in (None, "accepted")]
@@ -428,8 +428,8 @@ def _learned(query: Query, trained: list[dict], made: list[dict], rounds: list[d
     return sorted(found, key=lambda one: one.weight is None)
 
 
-# Revocations of things with these ids. The hash of a prompt's text is the same in every recipe that asks it, and the
-# prompt is revoked in one of them.
+# Revocations of things with these ids. A prompt has the same id in every recipe that asks it, but may be revoked in
+# only one of them.
 REVOKED = f"""SELECT DISTINCT kind, what, cause, who, why FROM revocations
     WHERE list_contains($ids, what) AND (kind <> 'prompt' OR {OF}) ORDER BY ALL"""
 

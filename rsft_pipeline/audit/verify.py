@@ -1,7 +1,7 @@
 """Verify: whether a checkpoint's weights and training set are still what they were when it was trained.
 
 Belongs here: comparing the weights with their hashes, and the training set, row by row and as one Merkle root
-(merkle.py), with the rows at the checkpoint's snapshot and with those of now. Not: whether these rows ought to have
+(merkle.py), with the rows at the checkpoint's snapshot and with the present rows. Not: whether these rows should have
 been accepted (replay.py).
 """
 
@@ -29,12 +29,12 @@ from rsft_pipeline.revocations import ALLOWED, ANY, NAMED, REASON
 from rsft_pipeline.steps.rows import training_rows
 from rsft_pipeline.store import NEWEST_SNAPSHOT, Store
 
-TABLES = ("rounds", "decisions", "candidates", "prompts", "revocations")  # what a training set is read from
+TABLES = ("rounds", "decisions", "candidates", "prompts", "revocations")  # from which a training set is read
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of verifying a checkpoint."""
+    """The result of verifying a checkpoint."""
 
     recipe: str
     round: str
@@ -42,10 +42,10 @@ class Verification:
     samples: int  # rows of the training set
     snapshot: int
     recorded_root: str | None  # None: it was trained before roots were recorded
-    root: str | None  # of the rows at the snapshot, or where that is gone, of what is left; None: they are not readable
+    root: str | None  # of the rows at the snapshot or, if that is gone, of what is left; None: unreadable
     checks: list[Check]
     findings: list[Finding]
-    ok: bool  # nothing was found different
+    ok: bool  # no difference was found
     seconds: float
 
 
@@ -53,7 +53,7 @@ def find(store: Store, checkpoint: str, round_key: str | None = None) -> dict[st
     """The row of `checkpoints` that is meant.
 
     Args:
-        checkpoint: a digest or the beginning of one; with `round_key`, the name of the recipe.
+        checkpoint: a digest or the beginning of it; with `round_key`, the name of the recipe.
         round_key: the round whose own checkpoint is meant.
 
     Raises:
@@ -86,7 +86,7 @@ def verify(
 
     Args:
         made: its row of `checkpoints`.
-        witnesses: where else its Merkle root was written down, and what stands there; None: nothing does.
+        witnesses: where else its Merkle root was recorded → what is there; None: nothing.
     """
     began = time.perf_counter()
     note = Notes()
@@ -115,7 +115,7 @@ def verify(
 
 
 def _record(made: Mapping[str, Any], home: Home, note: Notes) -> dict[str, Any]:
-    """What was recorded of the checkpoint, against what says the same; empty where it cannot be read."""
+    """Check the recorded metadata against its other copies, and return it; empty if it cannot be read."""
     name = "columns of `checkpoints`, against its record"
     try:
         meta = dict(json.loads(made["meta"]))
@@ -164,7 +164,7 @@ def _weights(made: Mapping[str, Any], home: Home, note: Notes) -> None:
 def _roots(
     made: Mapping[str, Any], meta: Mapping[str, Any], home: Home, witnesses: Mapping[str, str | None], note: Notes
 ) -> None:
-    """Whether the root stands the same in every place that it was written to."""
+    """Check that the root is the same in every place where it was recorded."""
     folder, name = home.checkpoints / made["checkpoint"], "the root, wherever it was written"
     wanted = meta.get("merkle_root")
     there = dict(witnesses)
@@ -172,7 +172,7 @@ def _roots(
         there[f"{folder / checkpoints.META}"] = _meta(folder).get("merkle_root")
         card = folder / "README.md"
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
-        # The card is for people, who may have rewritten it: only another root in its place is a difference.
+        # The card is for people, who may have edited it: only a different root in it counts.
         if found := re.search(r"Merkle root \| `([^`]*)`", text):
             there[f"{card}"] = found[1]
     if wanted is None and not any(there.values()):
@@ -187,13 +187,13 @@ def _roots(
 def _meta(folder) -> dict[str, Any]:
     try:
         return dict(checkpoints.read_meta(folder))
-    except (TypeError, ValueError):  # it is none any more; the weights' check has said so
+    except (TypeError, ValueError):  # no longer JSON; the check of the weights has noted that
         return {}
 
 
 # --- the rows ---------------------------------------------------------------------------------
 
-# What the row of now is compared with the row of then by. Of then the leaf is compared too, which is SHA-256.
+# By what present rows are compared with those at the snapshot. For the latter the leaf, a SHA-256, is compared too.
 _ROW = "hash(candidate_id, round, weight, score, token_ids, prompt, chat, text, split)"
 
 
@@ -204,10 +204,10 @@ def _rows(
     then: int | None,
     note: Notes,
 ) -> str | None:
-    """Compare the training set that was recorded with the rows at the snapshot and of now. Returns the root of then.
+    """Compare the recorded training set with the rows at the snapshot and the present rows. Returns the former's root.
 
     Args:
-        then: the snapshot that it was trained from, where that is still there.
+        then: the snapshot that it was trained from, if it still exists.
     """
     (now,) = connection.execute(NEWEST_SNAPSHOT).fetchone()
     of = {"recipe": made["recipe"], "round": made["round"]}
@@ -247,7 +247,7 @@ def _rows(
 
 
 def _counted(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], note: Notes) -> None:
-    """What the checkpoint's row says of its training set, which the table `training_samples` names."""
+    """Check what the checkpoint's row says of its training set against the table `training_samples`."""
     members = column(connection, "SELECT candidate_id FROM recorded")
     found = {"samples": len(members), "accepted_digest": set_digest(members)}
     there = {name: value for name, value in found.items() if made[name] is not None}
@@ -261,7 +261,7 @@ def _counted(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], not
 
 
 def _recorded(row: tuple[str]) -> Recipe:
-    """What a training set goes by of the recorded recipe; the rest may be refused by now."""
+    """The recorded recipe as far as it determines a training set, not validated: it may be refused by now."""
     was = json.loads(row[0])
     sections = {"training": Training, "acceptance": Rule}
     read = {name: section.model_construct(**was.get(name, {})) for name, section in sections.items()}
@@ -275,7 +275,7 @@ def _others(
     revoked: set[str],
     note: Notes,
 ) -> str:
-    """Why the rows of now are others than this checkpoint's, in words; empty where they are not."""
+    """Why the present rows are not this checkpoint's, in words; empty if they are."""
     of = {"recipe": made["recipe"], "round": made["round"]}
     result = connection.execute(_RESULT, of).fetchone()
     if result is None:
@@ -318,7 +318,7 @@ _BEGUN_SINCE = """
 
 
 def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why: str, note: Notes) -> str:
-    """The recorded leaves alone, where there are no rows to compare them with, against the root. Returns theirs."""
+    """Check the recorded leaves against the root, if there are no rows to compare them with. Returns their root."""
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "recorded")
     name, wanted = "recorded leaves, by the root", meta.get("merkle_root")
@@ -332,7 +332,7 @@ def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why:
 
 
 def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> set[str]:
-    """Which of the training set may be trained on no more, as it is now."""
+    """Which samples of the training set may no longer be trained on."""
     if not connection.execute(ANY).fetchone():
         return set()
     sql = f"""WITH {NAMED} SELECT d.candidate_id FROM recorded d
@@ -345,14 +345,14 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
 def _then(
     connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], revoked: set[str], there: bool, note: Notes
 ) -> str:
-    """The rows at the snapshot against the recorded leaves, and both against the root.
+    """Check the rows at the snapshot against the recorded leaves, and both against the root.
 
     Args:
-        revoked: rows that are none of them any more, which leaves the recorded leaves to be compared with the root.
-        there: whether the snapshot still is; else the rows are those of now.
+        revoked: rows that are no longer among these, so that only the recorded leaves can match the root.
+        there: whether the snapshot still exists; else the rows are the present ones.
 
     Returns:
-        The root: of the rows, or where some were revoked, of the recorded leaves.
+        The root of the rows or, if some were revoked, of the recorded leaves.
     """
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, r.candidate_id), CASE WHEN t.candidate_id IS NULL THEN 'gone'
@@ -360,14 +360,14 @@ def _then(
            FROM at_snapshot t FULL JOIN recorded r ON r.candidate_id = t.candidate_id
            WHERE t.leaf IS DISTINCT FROM r.leaf AND (r.leaf IS NOT NULL OR $rooted)
                OR t.weight IS DISTINCT FROM r.weight OR t.candidate_id IS NULL OR r.candidate_id IS NULL""",
-        {"rooted": "merkle_root" in meta},  # from before there were roots there are no leaves
+        {"rooted": "merkle_root" in meta},  # rows older than roots have no leaves
     ).fetchall()
     (rows,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     root = _root(connection, "at_snapshot")
     recorded = root if not different else _root(connection, "recorded")
     different = [(candidate, how) for candidate, how in different if candidate not in revoked]
     wanted, found = meta.get("merkle_root", recorded), []
-    if root == wanted:  # so it is the table of leaves that was touched
+    if root == wanted:  # so it is the table of leaves that was changed
         what = "rows of `training_samples` {}, while the rows at the snapshot still have the root"
         words = {"changed": "changed", "gone": "added", "added": "gone"}
     else:
@@ -401,7 +401,7 @@ def _now(
     revoked: set[str],
     note: Notes,
 ) -> None:
-    """The rows of now against those at the snapshot. What was revoked since is not there now, and ought not to be."""
+    """Check the present rows against those at the snapshot. What was revoked since is absent now, as it should be."""
     connection.execute(f"CREATE OR REPLACE TEMP TABLE now AS SELECT candidate_id, {_ROW} AS row FROM ({rows})", given)
     different = connection.execute(
         """SELECT coalesce(t.candidate_id, n.candidate_id), CASE WHEN n.candidate_id IS NULL THEN 'are gone'
@@ -422,7 +422,7 @@ def _now(
 
 
 def _root(connection: duckdb.DuckDBPyConnection, table: str) -> str:
-    """The root of a table's leaves. What is no hash counts as one that no row has."""
+    """The root of a table's leaves. A value that is not a hash is replaced by one that no row has."""
     leaf = "CASE WHEN regexp_full_match(leaf, '[0-9a-f]{64}') THEN leaf ELSE repeat('0', 64) END"
     sql = f"SELECT {leaf} AS leaf FROM {table} ORDER BY candidate_id"
     return merkle.root(connection.execute(sql).to_arrow_table()["leaf"])

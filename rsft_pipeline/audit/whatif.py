@@ -1,7 +1,7 @@
-"""What-if: a round's decisions under another rule, from the scores that are stored, beside those that were made.
+"""What-if: a round's decisions under another rule, from the stored scores, beside those that were made.
 
 Belongs here: changing a recorded rule, and comparing two sets of decisions on the same candidates. Not: whether the
-decisions that were made follow from the rule they were made by (replay.py). Nothing is drawn, judged or written.
+recorded decisions follow from their own rule (replay.py). Nothing is drawn, judged or written.
 """
 
 import json
@@ -30,20 +30,20 @@ from rsft_pipeline.store import Store
 class Side:
     """A set of decisions on a round's candidates."""
 
-    parameters: dict[str, Any]  # of the rule, with what was resolved from the rows
+    parameters: dict[str, Any]  # of the rule, including those resolved from the rows
     accepted: int
     rate: float
     score: float | None  # mean combined score of the accepted
     tokens: float | None  # mean length of the accepted
     prompts: int  # with at least one accepted
-    per_prompt: dict[int, int]  # accepted of a prompt → how many prompts have so many
-    largest_share: float  # of the accepted set, that one prompt has
+    per_prompt: dict[int, int]  # number of accepted → how many prompts have that many
+    largest_share: float  # the largest share of the accepted set that one prompt has
     reasons: dict[str, int]  # reason → candidates
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many candidates both would accept, either alone, or neither; and the first of those that they differ on."""
+    """How many candidates both accept, only one, or neither; and the first of those on which they differ."""
 
     both: int
     only_was: int
@@ -55,7 +55,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """A round's decisions as they were, and as they would have been."""
+    """A round's decisions as they were, and as they would be."""
 
     recipe: str
     round: str
@@ -73,12 +73,12 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
     Args:
         recipe: as its file is now; the rule that is changed is the one that the round recorded.
         changes: `acceptance.x`, or `acceptance` for several at once, → value as YAML text. Another `acceptance.rule`
-            takes over `distinct` and `cap` alone.
+            keeps only `distinct` and `cap`.
 
     Raises:
-        AuditError: there is no such round, nothing was decided in it, or the changed rule is none, or cannot decide on
-            these candidates.
-        RoundError: it ran with settings that are refused by now.
+        AuditError: there is no such round, nothing was decided in it, or the changed rule is invalid or cannot decide
+            on these candidates.
+        RoundError: it ran with settings that are now refused.
     """
     began = time.perf_counter()
     check_round(store, recipe.name, round_key)
@@ -127,7 +127,7 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         rule = {name: rule[name] for name in Rule.model_fields}
     try:
         asked = {**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}}
-        asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not be one to draw until
+        asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not allow `until`
         rule = recipe.as_recorded(asked).acceptance
         if isinstance(rule, RejectionRule) and given.keys() & {"rule", "target"}:
             recipe.check_target(rule.target)

@@ -1,6 +1,6 @@
-"""Words: a decision as a sentence, with the numbers that it rests on.
+"""Words: a decision as a sentence, with the numbers behind it.
 
-Belongs here: reading a row of `decisions` aloud. Not: deciding (acceptance.py), nor whether the decision holds
+Belongs here: putting a row of `decisions` into words. Not: deciding (acceptance.py), nor whether the decision holds
 (replay.py).
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def rule(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A rule's parameters as people read them: the rule first, and none that says nothing of these decisions."""
+    """A rule's parameters for people: the rule first, and without those that do not matter for these decisions."""
     picked = "pilot_candidates" in parameters or parameters.get("M") == "estimate"
     said = {name: value for name, value in parameters.items() if value is not None and (name != "pilot" or picked)}
     return {"rule": said.pop("rule"), **said}
@@ -21,7 +21,7 @@ def decision(row: Mapping[str, Any]) -> str:
     """Why a candidate was accepted or rejected: `p/(M·q) = 0.71 > u = 0.33`.
 
     Args:
-        row: of `decisions`: accepted, reason, score, log_a, u, parameters (JSON).
+        row: a row of `decisions`: accepted, reason, score, log_a, u, parameters (JSON).
     """
     rule = json.loads(row["parameters"])
     match row["reason"]:
@@ -50,7 +50,7 @@ def decision(row: Mapping[str, Any]) -> str:
 
 
 def _passed(row: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
-    """How the rule itself was passed; what only ranks passes by its place, which a duplicate has no more."""
+    """How the rule itself was passed. Rules that only rank pass by position, which a duplicate no longer has."""
     if rule.get("threshold") is not None:
         return f"{_weighed(row, rule)} is above the threshold {_n(rule['threshold'])}"
     if row["log_a"] is not None:
@@ -67,12 +67,12 @@ def _best(rule: Mapping[str, Any], negated: str = "") -> str:
 
 
 def _weighed(row: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
-    """What a threshold is compared with."""
+    """The number that a threshold is compared with."""
     return f"score {_n(row['score'])}" if row["log_a"] is None else _chance(row, rule)
 
 
 def _chance(row: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
-    """A, by the formula that it comes from; each is cut at 1."""
+    """A, by the rule's formula, capped at 1."""
     formula = {
         "rejection": "p/(M·q)",
         "boltzmann": f"exp((score − r_max)/β) (β = {_n(rule.get('beta'))})",

@@ -1,15 +1,15 @@
 """Decoding: many draws of token ids from a model that writes, with their log-probabilities.
 
-Each draw's randomness is its own stream, fixed by its seed, so a draw does not depend on which others
+Each draw has its own random stream, fixed by its seed, so a draw does not depend on which others
 share its batch (beyond the rounding of the matrix products). Each prompt is read once, however many
-draws it has, and those that have chosen the same tokens so far are computed once (shared_prefix.py;
+draws it has, and draws that have chosen the same tokens so far are computed once (shared_prefix.py;
 shared_encoder.py for encoder-decoders); draws that have ended make room for others. Models whose
-attention cannot be shared so are drawn from by the plain loop (plain.py).
+attention cannot be shared in this way are drawn from by the plain loop (plain.py).
 
-Belongs here: which loop draws from a model, seen by a trial, and going on with less where memory ends.
+Belongs here: choosing the loop for a model by a trial, and continuing with fewer draws when memory runs out.
 
 Left out on purpose: beam search, penalties and everything else that is not a draw from a stated
-distribution; `log_q` could not be given for them.
+distribution, because they have no `log_q`.
 """
 
 import logging
@@ -27,26 +27,26 @@ from rsft_pipeline.models import configuration
 
 log = logging.getLogger(__name__)
 
-# Tokens by which a loop is tried on a model, and nats per token by which these may be off what one pass over them all
-# gives: rounding is 1e-5 in float32 and a tenth in half precision, another attention whole nats.
+# Tokens drawn to try a loop on a model, and nats per token by which their log-probability may differ from that of one
+# pass over all of them: rounding gives 1e-5 in float32 and a tenth in half precision, a different attention whole nats.
 TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
 
 
 def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once: int | None = None) -> list[Drawn]:
     """Make the draws, in their order.
 
-    Out of memory, it goes on with half as many at once; draws already made are kept.
+    Out of memory, it continues with half as many at once; draws already made are kept.
 
     Args:
         model: a causal or an encoder-decoder language model of Transformers, in evaluation mode.
         draws: all draws to make; those of the same prompt share its prefix.
         shape: temperature, top-k, top-p (applied in this order, as in Transformers), length, stops.
         pad_id: any valid token id, for padding that is masked.
-        at_once: draws at once; default: as many as free memory holds, see `draws_at_once`.
+        at_once: the most draws at once; default: as many as free memory holds, see `draws_at_once`.
 
     Raises:
-        RuntimeError: when not even one draw fits into memory, the model's logits are no numbers, or draws do not come
-            out as the model itself rates them.
+        RuntimeError: not even one draw fits into memory, the model's logits are not numbers, or the log-probabilities
+            of draws differ from the model's own.
     """
     import torch
 
@@ -88,7 +88,7 @@ def _loop(
         log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
         try:
             wrong = _tried(model, plain.draw, asked, min(TRIAL, shape.max_tokens), pad_id)
-        except Exception as error:  # each family fails in its own way
+        except Exception as error:  # model families fail with different errors
             if devices.out_of_memory(error):
                 raise
             wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -97,17 +97,17 @@ def _loop(
         yield from plain.draw(model, draws, shape, pad_id, at_once)
 
 
-# model → loop → nats per token by which its draws are off
+# model → loop → nats per token by which the loop's draws differ from the model's own pass
 _apart: weakref.WeakKeyDictionary[Any, dict[Callable, float]] = weakref.WeakKeyDictionary()
 
 
 def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_id: int) -> str | None:
-    """Draw a few tokens, and compare their log-probability with the model's own: no list of families is complete.
+    """Draw a few tokens and compare their log-probability with the model's own, since no list of families is complete.
 
-    Two draws share the longest prompt; one has another of that length, and one a shorter, padded where loops pad.
+    Two draws share the longest prompt, one has another prompt of that length, and one a shorter, possibly padded one.
 
     Returns:
-        What is wrong, in words; None where the loop serves this model.
+        What is wrong, in words; None if the loop serves this model.
     """
     off = _apart.setdefault(model, {})
     if loop not in off:
@@ -120,14 +120,14 @@ def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_i
         for one in drawn.values():
             check_number(model, one.log_q)
         apart = [abs(drawn[i].log_p - _rated(model, one.prompt_ids, drawn[i].token_ids)) for i, one in enumerate(trial)]
-        off[loop] = float(np.max(apart)) / tokens  # one that is no number is the largest
+        off[loop] = float(np.max(apart)) / tokens  # np.max keeps a NaN, which exceeds every tolerance
     if off[loop] <= TOLERANCE.get(str(model.dtype), 0.25):
         return None
     return f"its draws came out {off[loop]:.2g} nats a token from what the model gives them"
 
 
 def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-    """Log-probability of these tokens behind the prompt, in one pass that keeps nothing."""
+    """Log-probability of these tokens after the prompt, in one pass without a cache."""
     import torch
 
     read = [*prompt] if model.config.is_encoder_decoder else [*prompt, *tokens[:-1]]
@@ -139,7 +139,7 @@ def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         given["logits_to_keep"] = len(tokens)
         if first := configuration.first_position(
             model.config
-        ):  # else it would count a padding token that was drawn as none
+        ):  # else a drawn padding token would not be counted as a position
             given["position_ids"] = torch.arange(first, first + len(read), device=model.device)[None]
     logits = model(**given).logits[0, -len(tokens) :].float()
     chosen = torch.tensor(tokens, device=model.device)[:, None]

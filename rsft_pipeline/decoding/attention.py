@@ -1,9 +1,9 @@
-"""Attention of rows to the prefix of their prompt and to their own suffix, for models as Transformers wrote them.
+"""Attention of rows to the prefix of their prompt and to their own suffix, for models in Transformers' own code.
 
-It is the sum over the two parts, each normalised by itself and weighted by its share of the normaliser (the
-log-sum-exp merge of FlashAttention, Dao et al. 2022; sharing the prefix so is Hydragen, Juravsky et al. 2024). For
-the prefix the queries of all rows of a prompt meet its keys in one matrix product. On a CPU it is compiled
-(cpu_attention.py).
+It is the sum of the two parts, each normalised separately and weighted by its share of the normaliser (the
+log-sum-exp merge of FlashAttention, Dao et al. 2022; prefixes are shared in this way in Hydragen, Juravsky et al.
+2024). For the prefix, the queries of all rows of a prompt are multiplied with its keys in one matrix product. On a
+CPU a compiled version may do all this (cpu_attention.py).
 
 Belongs here: the function that models call through `AttentionInterface`, and which models it serves. Not: what is
 attended to (cache.py).
@@ -31,7 +31,7 @@ from rsft_pipeline.decoding import cpu_attention
 from rsft_pipeline.decoding.cache import CompiledCache, SharedPrefixCache, SharedPrefixLayer
 
 NAME = "rsft_shared_prefix"
-# What models hand to their attention function that does not change its result for a single query.
+# Arguments that models pass to their attention function and that do not change its result for a single query.
 UNHEEDED = {
     *("dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position"),
     *("output_attentions", "output_router_logits"),
@@ -54,17 +54,17 @@ def shared_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one new token of each row to its prompt's prefix and its own suffix.
 
-    Without `shared_prefix` a prompt is being read: then it is Transformers' SDPA.
+    Without `shared_prefix`, a prompt is being read, with Transformers' SDPA.
 
     Args:
         query: [rows, query heads, 1, dimension].
-        key: [rows, heads, 1, dimension], and value likewise: the newest, stored already.
+        key: [rows, heads, 1, dimension], and value likewise: the newest token's, as `update` returned them.
 
     Returns:
         [rows, 1, query heads, dimension], and no weights.
 
     Raises:
-        Unsupported: the model asks for something else than softmax(scaling · q kᵀ) v.
+        Unsupported: the model asks for something other than softmax(scaling · q kᵀ) v.
     """
     if others := sorted(name for name, given in kwargs.items() if given is not None and name not in UNHEEDED):
         raise Unsupported(f"its attention takes {', '.join(others)}")
@@ -93,18 +93,18 @@ def over_suffix(query: torch.Tensor, layer: SharedPrefixLayer, bias: torch.Tenso
     """Attention of each row to its own suffix.
 
     Args:
-        query: scaled, [rows, heads, queries of a head, dimension].
-        bias: added to the scores, broadcast to [rows, heads, queries of a head, columns].
+        query: scaled, [rows, heads, queries per head, dimension].
+        bias: added to the scores, broadcast to [rows, heads, queries per head, columns].
 
     Returns:
-        The weighted values, shaped as the query, and the logarithm of their normaliser, [..., 1].
+        The weighted values, shaped like the query, and the logarithm of their normaliser, [..., 1].
     """
     keys, values = layer.keys[: len(query)], layer.values[: len(query)]
     return _weighted((query @ keys.transpose(-1, -2)).add_(bias), values)
 
 
 def over_prefix(query: torch.Tensor, layer: SharedPrefixLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of each row to its prompt's prefix: the queries of all its rows in one product."""
+    """The same for each row and its prompt's prefix: the queries of all rows of a prompt in one product."""
     cache, (_, kv_heads, group, _) = layer.cache, query.shape
     places, seats = cache.grid_shape
     keys, values = layer.prefix_keys[:places, ..., -cache.prefix :], layer.prefix_values[:places, :, -cache.prefix :]
@@ -125,14 +125,14 @@ def _weighted(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
         values: [..., tokens, dimension].
     """
     most = scores.amax(-1, keepdim=True).float()
-    # e⁻⁸⁰ of the largest weight is nothing; what underflows instead takes a CPU twenty times as long.
+    # e⁻⁸⁰ of the largest weight is negligible; numbers that underflow would take a CPU twenty times as long.
     weights = scores.float().sub_(most).clamp_(min=-80).exp_()
     total = weights.sum(-1, keepdim=True)
     return (weights.to(values.dtype) @ values).div_(total), most + total.log()
 
 
 def mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """Where prompts are read, Transformers' mask for SDPA; a step of single tokens needs none."""
+    """Transformers' mask for SDPA when prompts are read; a step of single tokens needs none."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
@@ -142,7 +142,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 @contextlib.contextmanager
 def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
-    """The model with our attention function; afterwards with its own again."""
+    """Use our attention function in the model, and afterwards its own again."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -152,10 +152,10 @@ def attention_of(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
 
 
 def windows(model: Any) -> list[int | None]:
-    """Sliding window of each of the model's layers.
+    """Sliding window of each of the model's layers; None for a layer without one.
 
     Raises:
-        Unsupported: naming what the model does that this module does not compute.
+        Unsupported: the model does something that this module does not compute; the message says what.
     """
     if not isinstance(model, PreTrainedModel) or not model.is_backend_compatible():
         raise Unsupported("it does not take its attention from Transformers' AttentionInterface")

@@ -1,8 +1,8 @@
-"""Cache: the keys and values that shared-prefix decoding keeps, and who sees what of them in a step.
+"""Cache: the keys and values that shared-prefix decoding keeps, and which of them each row sees in a step.
 
-Prompts lie at *places*, completions under way on *rows*: of a prompt its *prefix* is kept once, and of each row its
-own *suffix*, preallocated. Where the attention is compiled (cpu_attention.py) it stores the suffixes' newest tokens
-itself, each row's at its own column, and needs nobody to say who sees what.
+Prompts have *places*, completions in progress have *rows*: a prompt's *prefix* is kept once, and each row has its own
+*suffix*; both are preallocated. The compiled attention (cpu_attention.py) stores the suffixes' newest tokens itself,
+each row's in its own column, and does not need to be told what each row sees.
 
 This module imports torch and transformers; import it inside functions.
 """
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: TID253
 
 from rsft_pipeline.decoding import cpu_attention
 
-HIDDEN = -3e4  # the score of a key that must not be seen; finite in fp16 too, so that an empty prefix makes no NaN
+HIDDEN = -3e4  # the score of a key that must not be seen; finite even in fp16, so that an empty prefix gives no NaN
 BLOCK = {"cpu": 16}  # tokens by which suffixes grow, by device; 64 elsewhere
 
 
@@ -26,13 +26,13 @@ class SharedPrefixLayer(CacheLayerMixin):
 
     Shapes: prefix keys [places, heads, dimension, longest prompt], prefix values [places, heads, longest
     prompt, dimension], suffix keys and values [rows, heads, columns, dimension]. The columns are a ring
-    that all rows write at one place, whenever they began. There are as many as the longest suffix needs,
-    because what is read then lies densely in memory: memory for all that they can become is there from the
-    start, and is arranged anew as suffixes grow.
+    buffer into which all rows write at the same column, whenever they began. There are only as many columns
+    as the longest suffix needs, so that what is read is dense in memory; memory for the longest possible
+    suffixes is allocated from the start and rearranged as suffixes grow.
     """
 
     is_compileable = False
-    # Zeros, because what is masked is still multiplied by 0, and memory as it comes may hold a NaN.
+    # Zeros, because masked values are still multiplied by 0, and uninitialised memory may hold a NaN.
     new = staticmethod(torch.Tensor.new_zeros)
 
     def __init__(self, cache: "SharedPrefixCache", window: int | None):
@@ -40,7 +40,7 @@ class SharedPrefixLayer(CacheLayerMixin):
         self.cache, self.window = cache, window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate for heads and dimension like those given, each [any, heads, any, dimension]."""
+        """Allocate for the heads and dimensions of these keys and values, each [any, heads, any, dimension]."""
         places, rows, longest, tokens = self.cache.sizes
         (_, heads, _, key_size), value_size = key_states.shape, value_states.shape[3]
         self.prefix_keys = self.new(key_states, (places, heads, key_size, longest))
@@ -51,14 +51,14 @@ class SharedPrefixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def resize(self, rows: int, kept: torch.Tensor, width: int) -> None:
-        """Give the suffixes that many columns, of which the first are, in the first rows, those that are kept."""
+        """Give the suffixes `width` columns; in the first `rows` rows, the kept columns become the first ones."""
         self.keys, self.values = (_resized(states, rows, kept, width) for states in (self.keys, self.values))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
 
         Returns:
-            The same: what was stored before, the attention function takes from here.
+            The same; the attention function reads earlier ones from this layer.
         """
         rows, column = len(key_states), self.cache.newest
         self.keys[:rows, :, column] = key_states[:, :, 0]
@@ -76,17 +76,17 @@ class SharedPrefixLayer(CacheLayerMixin):
 
 
 class SharedPrefixCache(Cache):
-    """Prefixes and suffixes of all layers, and who sees what in the coming step.
+    """Prefixes and suffixes of all layers, and what each row sees in the next step.
 
     Args:
-        windows: sliding window of each layer, in tokens; None where it sees everything.
-        places: prompts kept at once.
-        rows: rows kept at once.
+        windows: sliding window of each layer, in tokens; None if it sees everything.
+        places: the most prompts kept at once.
+        rows: the most rows kept at once.
         longest: tokens of the longest prompt.
-        tokens: longest suffix.
+        tokens: tokens of the longest suffix.
     """
 
-    first = 0  # tokens that a suffix begins with, before the first that is drawn
+    first = 0  # tokens that a suffix begins with, before the first drawn one
     layer_class: type[SharedPrefixLayer] = SharedPrefixLayer
 
     def __init__(
@@ -102,11 +102,11 @@ class SharedPrefixCache(Cache):
         super().__init__(layers=[self.layer_class(self, window) for window in windows])
 
     def close(self) -> None:
-        """Let the keys and values go: cache and layers refer to each other, so they would stay for a while."""
+        """Free the keys and values: cache and layers refer to each other, so they would stay until collected."""
         self.layers.clear()
 
     def growth(self, tokens: int, device: torch.device) -> int:
-        """By how many columns suffixes grow that become so long."""
+        """By how many columns suffixes grow at a time, if they may reach `tokens` tokens."""
         return BLOCK.get(device.type, 64)
 
     def keep_prefixes(self, places: slice, read: DynamicCache, lengths: Sequence[int]) -> None:
@@ -137,7 +137,7 @@ class SharedPrefixCache(Cache):
             layer.values[target, :, : self.width] = layer.values[source, :, : self.width]
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
-        """Arrange the rows in a grid [places, most rows of a place], so that a prompt's rows lie together.
+        """Arrange the rows in a grid [places, most rows of a place], so that a prompt's rows are adjacent.
 
         Args:
             prefix: tokens of the longest prompt among the places.
@@ -145,22 +145,22 @@ class SharedPrefixCache(Cache):
         owner = np.asarray(place_of_row)
         counts = np.bincount(owner, minlength=places)
         order = np.argsort(owner, kind="stable")
-        number = np.empty(len(owner), dtype=np.int64)  # of the row among its prompt's rows
+        number = np.empty(len(owner), dtype=np.int64)  # of each row among its prompt's rows
         number[order] = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.grid_shape = (places, int(counts.max()))
         seats = owner * self.grid_shape[1] + number
-        grid = np.zeros(places * self.grid_shape[1], dtype=np.int64)  # an empty seat computes row 0 for nobody
+        grid = np.zeros(places * self.grid_shape[1], dtype=np.int64)  # empty seats compute row 0 in vain
         grid[seats] = np.arange(len(owner))
         self.grid, self.seats = torch.from_numpy(grid).to(device), torch.from_numpy(seats).to(device)
-        # Position of each prefix column in its prompt, negative where there is padding: [places, 1, prefix].
+        # Position of each prefix column in its prompt, negative for padding: [places, 1, prefix].
         prefix = self.prefix = min(self.sizes[2], _rounded(prefix))
         self.prefix_positions = (self.columns[:prefix] - prefix + self.length[:places, None])[:, None]
 
     def look(self, rows: int, oldest: int) -> None:
-        """Work out where the coming step's keys and values go, and who sees what.
+        """Determine where the next step's keys and values go, and what each row sees.
 
         Args:
-            rows: how many there are.
+            rows: the number of rows in use.
             oldest: tokens of the longest suffix so far.
         """
         position, self.length_of_row = self.position[:rows], self.age[:rows] + self.first
@@ -170,7 +170,7 @@ class SharedPrefixCache(Cache):
         self.newest = (self.newest + 1) % self.width
         self.prefix_bias: dict[int | None, torch.Tensor] = {}
         self.suffix_bias: dict[int | None, torch.Tensor] = {}
-        # Of the columns from the newest token, in tokens.
+        # How many tokens each column is older than the newest.
         self.distance = (self.newest - self.columns[: self.width]) % self.width
         for window in {layer.window for layer in self.layers}:
             early, late = self.prefix_positions < 0, self.distance > self.length_of_row[:, None]
@@ -182,7 +182,7 @@ class SharedPrefixCache(Cache):
             self.suffix_bias[window] = _bias(late)[:, None, None]  # [rows, 1, 1, columns]
 
     def _resize(self, rows: int, width: int) -> None:
-        """Give the suffixes that many columns, and lay the newest of those that there are in order."""
+        """Give the suffixes `width` columns, with the newest of the present ones first, in order of age."""
         kept = min(width, self.width)
         columns = (self.newest + 1 - kept + self.columns[:kept]) % self.width
         for layer in self.layers:
@@ -191,7 +191,7 @@ class SharedPrefixCache(Cache):
 
 
 class CompiledLayer(SharedPrefixLayer):
-    """The same where cpu_attention.py attends: a row's first token is in column 0, and nothing else is read."""
+    """The same for cpu_attention.py: a row's first token is in column 0, and nothing after its newest is read."""
 
     new = staticmethod(torch.Tensor.new_empty)
 
@@ -200,12 +200,12 @@ class CompiledLayer(SharedPrefixLayer):
 
 
 class CompiledCache(SharedPrefixCache):
-    """Prefixes and suffixes that cpu_attention.py attends to. Of the suffixes' columns the width are in use."""
+    """Prefixes and suffixes for cpu_attention.py. The first `width` of the suffixes' columns are in use."""
 
     layer_class = CompiledLayer
 
     def growth(self, tokens: int, device: torch.device) -> int:
-        return tokens  # all at once: what is read need not be dense
+        return tokens  # all at once: cpu_attention does not need dense memory
 
     def seat(self, place_of_row: Sequence[int], places: int, prefix: int, device: torch.device) -> None:
         self.rows = cpu_attention.Rows(place_of_row, places)
@@ -215,14 +215,14 @@ class CompiledCache(SharedPrefixCache):
 
 
 def _rounded(tokens: int, to: int = 16) -> int:
-    """To whole vectors: over rows of 15 numbers PyTorch's CPU kernels take up to 8 times as long as over 16."""
+    """Rounded up to whole vectors: PyTorch's CPU kernels take up to 8 times as long for 15 numbers as for 16."""
     return -(-tokens // to) * to
 
 
 def _resized(states: torch.Tensor, rows: int, kept: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, heads, width, dimension] in the memory of `states`, those columns first in its first rows.
+    """[rows, heads, width, dimension] in the memory of `states`, with the `kept` columns of its first rows first.
 
-    All else holds anything, but numbers: memory that was not written holds zeros.
+    The rest is arbitrary but finite: memory that was never written holds zeros.
     """
     (most, heads, _, size), first = states.shape, states[:rows, :, kept]
     resized = states.as_strided((most, heads, width, size), (heads * width * size, width * size, size, 1))

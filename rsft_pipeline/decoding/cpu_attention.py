@@ -1,8 +1,8 @@
-"""The attention of attention.py on a CPU, compiled: one pass over memory instead of an operation after another.
+"""The attention of attention.py on a CPU, compiled: one pass over memory instead of one operation after another.
 
-Belongs here: how cpu_attention.c is called. Does not: what is kept (cache.py), and the same in PyTorch's operations
-(attention.py), which runs on other devices, in other precisions, without AVX-512, and where the C file was not
-compiled. It is when the project is installed, if there is a C compiler.
+Belongs here: how cpu_attention.c is called. Not: what is kept (cache.py), nor the same in PyTorch's operations
+(attention.py), which runs on other devices, in other precisions, without AVX-512, and if the C file was not compiled.
+Installing the project compiles it if there is a C compiler.
 
 This module imports torch; import it inside functions.
 """
@@ -18,12 +18,12 @@ import torch  # noqa: TID253
 
 log = logging.getLogger(__name__)
 
-BLOCK = 16  # most rows of a prompt that one thread takes at once
+BLOCK = 16  # the most rows of a prompt that one thread takes at once
 WHOLE = "heads group key_size value_size longest columns window"
 ARRAYS = "query key value prefix_keys prefix_values keys values length age out"
 
 
-class _Shape(ctypes.Structure):  # as in the C file, and the next likewise
+class _Shape(ctypes.Structure):  # as in the C file, like the next one
     _fields_ = (*((name, ctypes.c_int64) for name in WHOLE.split()), ("scaling", ctypes.c_float))
 
 
@@ -52,16 +52,16 @@ def _library() -> ctypes.CDLL | None:
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether keys and values of this kind are attended to here.
+    """Whether this module serves keys and values of this kind.
 
-    Only where a vector of the C file fits a register: with half as wide ones, PyTorch's operations are twice as fast.
+    It needs registers that hold a whole vector of the C file: with half as wide ones, PyTorch is twice as fast.
     """
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return device.type == "cpu" and dtype == torch.float32 and wide and _library() is not None
 
 
 class Rows:
-    """Whose rows are whose: the rows of each prompt, in blocks that threads take in turn."""
+    """Which rows belong to which prompt, in blocks that threads take in turn."""
 
     def __init__(self, place_of_row: Sequence[int], places: int):
         owner = np.asarray(place_of_row)
@@ -91,7 +91,7 @@ def attend(
 ) -> torch.Tensor:
     """Store the newest token of each row at the end of its suffix, and attend to the row's prefix and suffix.
 
-    Of float32, but for two.
+    All tensors are float32 except `length` and `age`.
 
     Args:
         query: [rows, query heads, 1, dimension].
@@ -101,13 +101,13 @@ def attend(
         suffixes: keys and values [rows, heads, columns, dimension], each row's first token in column 0.
         length: tokens of each place's prompt, int64 [places].
         age: tokens of each suffix before this one, int64 [rows].
-        window: tokens that are seen, the newest included; None for all.
+        window: how many tokens are visible, including the newest; None for all.
 
     Returns:
         softmax(scaling · q kᵀ) v, [rows, 1, query heads, dimension].
 
     Raises:
-        TypeError: the model computes in another precision than its weights have.
+        TypeError: the model computes in another precision than float32.
     """
     if {query.dtype, key.dtype, value.dtype} != {torch.float32}:
         raise TypeError(f"attention of {query.dtype} queries to {key.dtype} keys, where float32 was expected")

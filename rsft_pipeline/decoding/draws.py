@@ -1,4 +1,4 @@
-"""Draws: what is asked of a model, what comes of it, and how each token is chosen.
+"""Draws: what is asked of a model, what it returns, and how each token is chosen.
 
 Belongs here: the distribution sampled from, and the random numbers. Not: where the logits come from (the loops beside
 this file, and tasks/classification.py).
@@ -22,12 +22,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw made. `token_ids` end with the stop token where it stopped by itself."""
+    """One draw made. `token_ids` end with the stop token if it stopped by itself."""
 
     token_ids: list[int]
     stopped: bool
     log_q: float  # sum of log-probabilities under the distribution sampled from
-    log_p: float  # the same under the model as it is: temperature 1, nothing cut off
+    log_p: float  # the same under the model itself: temperature 1, untruncated
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
 
 
 def check_number(model: Any, log_q: float) -> None:
-    """Raise RuntimeError where what a token was chosen by is no number: nothing that was drawn so means anything."""
+    """Raise RuntimeError if log q is not finite: the model's logits are broken, and so is what was drawn from them."""
     if not math.isfinite(log_q):
         raise RuntimeError(
             f"the logits of {type(model).__name__} in {model.dtype} are not numbers: its weights are broken, or "
@@ -58,7 +58,7 @@ def choose(logits: Any, row: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
 
     Args:
         logits: [rows, vocabulary].
-        row: of each draw, int64 [draws].
+        row: each draw's row of the logits, int64 [draws].
         u: [draws], in [0, 1).
 
     Returns:
@@ -82,8 +82,8 @@ def choose(logits: Any, row: Any, u: Any, shape: Shape) -> tuple[Any, Any, Any]:
 def softmax(scores: Any) -> tuple[Any, Any]:
     """softmax(scores) in float32, and log Σ exp(scores) as [..., 1], over the last dimension.
 
-    The largest weight is exp(largest score) / Σ exp(scores): two cheap maxima give the logarithm of
-    the sum without another pass of exponentials.
+    The largest weight is exp(largest score) / Σ exp(scores), so two cheap maxima give the logarithm of
+    the sum without a second pass of exponentials.
     """
     import torch
 
@@ -95,15 +95,15 @@ def _choose_truncated(logits: Any, row: Any, u: Any, shape: Shape, k: int = 128)
     """Token ids and log q of each draw, with only the most probable tokens kept.
 
     Args:
-        k: tokens looked at first where top-p alone decides. Nearly always they are enough, and
-            sorting the whole vocabulary costs more than everything else in a step.
+        k: tokens looked at first if only top-p applies. Nearly always they are enough, and sorting
+            the whole vocabulary costs more than everything else in a step.
     """
     import torch
 
     k = min(shape.top_k or k, logits.shape[-1])
     best, order = logits.topk(k, dim=-1)  # sorted, most probable first
     if shape.top_p < 1.0:
-        # After top-k the probabilities are those among the k; without it, those of the whole vocabulary.
+        # With top-k, probabilities are renormalised over the k; without it, over the whole vocabulary.
         probabilities = (best - softmax(best if shape.top_k else logits)[1]).exp()
         before = probabilities.cumsum(-1) - probabilities
         short = before[:, -1] + probabilities[:, -1] < shape.top_p
@@ -123,14 +123,14 @@ BLOCK = 64
 
 
 def _invert(weights: Any, row: Any, u: Any) -> Any:
-    """Index at which the cumulative weight of each draw's row first exceeds u of the total; never one of weight 0.
+    """Index at which the cumulative weight of each draw's row first exceeds u · total; never one of weight 0.
 
     First the block of entries is found, then the entry in the block: two short cumulative sums in
     float64 instead of one over the whole vocabulary.
 
     Args:
         weights: [rows, entries], not negative, not all 0.
-        row: of each draw, int64 [draws].
+        row: each draw's row of the weights, int64 [draws].
         u: float64 [draws], in [0, 1).
     """
     import torch
@@ -146,10 +146,10 @@ def _invert(weights: Any, row: Any, u: Any) -> Any:
 
 
 def _first_above(weights: Any, u: Any) -> tuple[Any, Any]:
-    """Index of the first entry whose cumulative weight exceeds u of the total, and where in the entry u falls.
+    """Index of the first entry whose cumulative weight exceeds u · total, and where within the entry that falls.
 
-    An entry of weight 0 cannot be found, however the sums are rounded: it is passed over, and u of
-    the total is kept below the largest sum.
+    An entry of weight 0 is never found, however the sums are rounded: it is skipped, and u · total is
+    kept below the largest sum.
     """
     import torch
 
@@ -165,7 +165,7 @@ def _first_above(weights: Any, u: Any) -> tuple[Any, Any]:
 def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
     """Uniform numbers in [0, 1), [seeds, steps]: each seed's from its own counter-based (Philox) stream.
 
-    The same as `Generator(Philox(key=seed)).random(steps)`. But one generator is given each key in turn: a new one
+    The same as `Generator(Philox(key=seed)).random(steps)`, but one generator is given each key in turn: a new one
     asks the system for entropy first, which took a third of the time of drawing short answers.
     """
     stream = np.random.Philox(key=0)

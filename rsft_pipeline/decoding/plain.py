@@ -1,6 +1,6 @@
 """The plain loop: draws from any model that writes, each with its own copy of its prompt's keys and values.
 
-It serves the models whose attention cannot be shared, and what the other loops are tested against.
+It serves the models whose attention cannot be shared, and the other loops are tested against it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from rsft_pipeline.models import configuration
 def draw(
     model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
-    """Make the draws in batches of prompts of one length: not every model takes padding for what it is."""
+    """Make the draws in batches of prompts of equal length: not every model ignores padding."""
     for batch in _batches(draws, min(at_once, ROWS[model.device.type])):
         yield from _alike(model, batch, shape, pad_id)
 
 
 def _batches(draws: Sequence[tuple[int, Draw]], rows: int) -> Iterator[list[tuple[int, Draw]]]:
-    """The draws by length of prompt, so many at once, and of no more different prompts than are read at once."""
+    """The draws in batches of equal prompt length, of at most `rows` draws and as many prompts as one pass can read."""
     batch: list[tuple[int, Draw]] = []
     prompts: set[tuple[int, ...]] = set()
     for one in sorted(draws, key=lambda one: (len(one[1].prompt_ids), one[1].prompt_ids)):
@@ -37,10 +37,10 @@ def _batches(draws: Sequence[tuple[int, Draw]], rows: int) -> Iterator[list[tupl
 
 
 def _alike(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int) -> Iterator[tuple[int, Drawn]]:
-    """Draw one batch for any model that writes: each row has its own copy of its prompt's keys and values.
+    """Draw one batch: each row has its own copy of its prompt's keys and values.
 
     Args:
-        draws: their prompts are of one length.
+        draws: draws whose prompts have the same length.
 
     Yields:
         Number and result of each draw.
@@ -52,7 +52,7 @@ def _alike(model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: 
     place = {prompt: i for i, prompt in enumerate(prompts)}
     kept = _kept(model)
     logits = kept.read(prompts)
-    row = torch.tensor([place[draw.prompt_ids] for _, draw in draws], device=device)  # of the logits, for each draw
+    row = torch.tensor([place[draw.prompt_ids] for _, draw in draws], device=device)  # of each draw's logits
     kept.select(row)
     u = torch.from_numpy(uniforms([draw.seed for _, draw in draws], shape.max_tokens)).to(device)
     stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=device)
@@ -91,13 +91,13 @@ def _kept(model: Any) -> "_Causal":
 
 
 class _Causal:
-    """What the plain loop keeps of a causal model's rows, which are all of one length."""
+    """What the plain loop keeps of a causal model's rows, which all have the same length."""
 
     def __init__(self, model: Any):
         self.model = model
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Any:
-        """Logits of what follows each prompt, [prompts, vocabulary]. The rows are now the prompts."""
+        """Logits of what follows each prompt, [prompts, vocabulary]. Afterwards the rows are the prompts."""
         import torch
         from transformers import DynamicCache
 
@@ -124,12 +124,12 @@ class _Causal:
 
 
 class _EncoderDecoder(_Causal):
-    """The same of an encoder-decoder's."""
+    """The same for an encoder-decoder."""
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Any:
         from rsft_pipeline.decoding.shared_encoder import read
 
-        out, self.mask = read(self.model, prompts, 0)  # of one length: nothing is padded
+        out, self.mask = read(self.model, prompts, 0)  # of equal length: nothing is padded
         self.states, self.cache = out.encoder_last_hidden_state, out.past_key_values
         return out.logits[:, -1]
 

@@ -1,15 +1,15 @@
 """Shared-encoder decoding: a prompt is encoded once, and all its draws attend to that one encoding.
 
 Belongs here: what shared_prefix.py's loop needs for an encoder-decoder. The *prefix* of a prompt is
-then what the decoder's cross-attention reads, its keys and values of the encoder's states; a row's
-*suffix* is the decoder's own, and begins with the start token. Does not: the loop itself
-(shared_prefix.py), its two products of attention (attention.py), what a draw is and how a token is chosen (draws.py).
+then what the decoder's cross-attention reads, the keys and values of the encoder's states; a row's
+*suffix* is the decoder's own, and begins with the start token. Not: the loop itself (shared_prefix.py),
+attention over prefix and suffix (attention.py), what a draw is and how a token is chosen (draws.py).
 
-Rows of different age share a batch. Models take a token's position from the length of their cache:
+Rows of different age share a batch. Models take a token's position from the length of their cache;
 ours gives each row its own, which T5's relative bias and BART's position embeddings both follow.
 
-Left out: tokens that `generate` would force, such as the language that mBART begins with; what is
-drawn is the model's own distribution after its start token.
+Not supported: tokens that `generate` would force, such as the language that mBART begins with; draws
+are from the model's own distribution after its start token.
 
 This module imports torch and transformers; import it inside functions.
 """
@@ -41,13 +41,13 @@ FAMILIES = {"t5", "mt5", "umt5", "bart", "mbart", "plbart", "marian", "pegasus",
 
 
 class SharedEncoderLayer(SharedPrefixLayer):
-    """As in cache.py. Column 0 of a prefix is no key of the prompt but the decoder's of its start token."""
+    """As in cache.py, but column 0 of a prefix holds the decoder's own key and value of the start token."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
         """Store the rows' newest keys and values, each [rows, heads, 1, dimension].
 
         Returns:
-            The same, seemingly as long as the suffixes: T5 makes its bias as wide as the keys it is given.
+            The same, expanded to the length of the suffixes: T5 makes its bias as wide as the keys it is given.
         """
         super().update(key_states, value_states)
         width = self.cache.width
@@ -100,17 +100,17 @@ class SharedEncoderCache(SharedPrefixCache):
         self.merged: tuple[torch.Tensor | None, torch.Tensor] = (None, self.suffix_bias[None])
 
     def own_bias(self, position_bias: torch.Tensor | None) -> torch.Tensor:
-        """What is added to the scores over the suffixes: who sees what, and the model's bias by distance.
+        """What is added to the scores over the suffixes: the mask, and the model's bias by distance.
 
         Args:
-            position_bias: [1, heads, rows, positions], or None. T5 hands all layers the same, so it is kept.
+            position_bias: [1, heads, rows, positions], or None. T5 passes the same to all layers, so the sum is kept.
 
         Returns:
             [rows, heads or 1, 1, columns].
         """
         if position_bias is not self.merged[0]:
             by_row = position_bias.permute(2, 1, 0, 3)
-            position = (self.length_of_row[:, None] - self.distance).clamp(min=0)  # that each column holds
+            position = (self.length_of_row[:, None] - self.distance).clamp(min=0)  # of each column's token
             by_column = by_row.gather(-1, position[:, None, None].expand(*by_row.shape))
             self.merged = (position_bias, by_column + self.suffix_bias[None])
         return self.merged[1]
@@ -132,12 +132,12 @@ def shared_encoder_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one new token of each row to its prompt's encoding, or to its own suffix.
 
-    Without `shared_prefix` prompts are being read: then it is Transformers' SDPA.
+    Without `shared_prefix`, prompts are being read, with Transformers' SDPA.
 
     Args:
         query: [rows, heads, 1, dimension].
-        key: what the layer of `cross` holds, or what `update` gave back; value likewise.
-        position_bias: of the suffix [1, heads, rows, positions]; a cross-attention's is 0.
+        key: what the layer of `cross` holds, or what `update` returned; value likewise.
+        position_bias: for the suffix [1, heads, rows, positions]; that of cross-attention is 0.
 
     Returns:
         [rows, 1, heads, dimension], and no weights.
@@ -163,7 +163,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 @contextlib.contextmanager
 def _own_positions(model: PreTrainedModel) -> Iterator[None]:
-    """Position embeddings of a single token as [rows, 1, dimension], where the decoder has any.
+    """Make the decoder's position embeddings, if it has any, [rows, 1, dimension] for a single token.
 
     Models expect one position for all rows of a batch, and add a dimension for the rows.
     """
@@ -184,10 +184,10 @@ def _own_positions(model: PreTrainedModel) -> Iterator[None]:
 def draw(
     model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
-    """Make the draws, so many at once: number and result of each, in the order in which they end.
+    """Make the draws, at most `at_once` at a time: number and result of each, in the order in which they end.
 
     Raises:
-        Unsupported: the model is of no family that this module was compared with.
+        Unsupported: the model's family is not in FAMILIES.
     """
     if model.config.model_type not in FAMILIES:
         raise Unsupported(f"its attention was compared with no {model.config.model_type}'s")
@@ -197,7 +197,7 @@ def draw(
 
 
 class Loop(shared_prefix.Loop):
-    """The loop of shared_prefix.py over an encoder-decoder."""
+    """The loop of shared_prefix.py for an encoder-decoder."""
 
     def _cache(self, longest: int) -> SharedEncoderCache:
         layers = configuration.depth_of(self.model.config)
@@ -205,7 +205,7 @@ class Loop(shared_prefix.Loop):
         return SharedEncoderCache(layers, self.places, self.capacity, longest, tokens, self.device)
 
     def _logits(self, rows: int) -> torch.Tensor:
-        # A mask of four dimensions is passed on as it is, and our attention needs none.
+        # Models pass on a mask of four dimensions unchanged, and our attention needs none.
         no_mask = torch.empty(0, 0, 0, 0, device=self.device)
         return self.model(
             encoder_outputs=BaseModelOutput(torch.empty(rows, 0, 0, device=self.device)),  # is in the cache already
@@ -223,9 +223,9 @@ class Loop(shared_prefix.Loop):
 
 
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Seq2SeqLMOutput, torch.Tensor]:
-    """The model's output for the start token after each prompt, and the prompts' mask, [prompts, longest].
+    """The model's output at the start token for each prompt, and the prompts' mask, [prompts, longest].
 
-    Padded on the right: an encoder may count its positions from the left.
+    Prompts are padded on the right, because an encoder may count its positions from the left.
     """
     ids = right_padded(prompts, pad_id).to(model.device)
     mask = right_padded([[1] * len(prompt) for prompt in prompts], 0).to(model.device)

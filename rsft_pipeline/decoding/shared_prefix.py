@@ -1,11 +1,10 @@
-"""Shared-prefix decoding: a prompt is read once, and all its draws attend to that one reading.
+"""Shared-prefix decoding: a prompt is read once, and all its draws attend to the same keys and values of it.
 
-A *row* is a completion under way, with all the draws of its prompt that have chosen the same tokens so far: they
-are computed once, and part when they choose differently. The model runs as Transformers wrote it, layer by layer:
+A *row* is a completion in progress, with all the draws of its prompt that have chosen the same tokens so far: they
+are computed once, and separate when they choose differently. The model runs Transformers' own code, layer by layer:
 only its cache (cache.py) and its attention function (attention.py) are ours.
 
-Belongs here: the loop that keeps many draws going at once. Does not: what a draw is and how a token is chosen
-(draws.py).
+Belongs here: the loop that keeps many draws going at once. Not: what a draw is and how a token is chosen (draws.py).
 
 This module imports torch and transformers; import it inside functions.
 """
@@ -27,17 +26,17 @@ from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, choose, uniforms
 from rsft_pipeline.decoding.memory import PREFILL_TOKENS, ROWS
 from rsft_pipeline.padding import left_padded
 
-PREFILL_PADDING = 1.25  # longest over shortest prompt of such a pass
-STRIDE = {"cuda": 8}  # steps between two looks at which rows have ended: a look makes the host wait; 1 elsewhere
+PREFILL_PADDING = 1.25  # largest ratio of the longest to the shortest prompt that are read in one pass
+STRIDE = {"cuda": 8}  # steps between checks which rows have ended, for which the host has to wait; 1 elsewhere
 
 
 def draw(
     model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
-    """Make the draws, so many at once: number and result of each, in the order in which they end.
+    """Make the draws, at most `at_once` at a time: number and result of each, in the order in which they end.
 
     Raises:
-        Unsupported: naming what the model does that this module does not compute.
+        Unsupported: the model does something that this module does not compute; the message says what.
     """
     loop = Loop(model, draws, shape, pad_id, at_once)
     with attention_of(model), contextlib.closing(loop.cache):
@@ -45,11 +44,11 @@ def draw(
 
 
 class Loop:
-    """Draws under way, and the rows that they are on. Those that end leave, waiting ones begin, until none waits.
+    """Draws in progress, and the rows that they are on. Finished draws leave, waiting ones begin, until none waits.
 
-    What a row is made of lies at the row's index in each tensor, a draw's random numbers at the draw's; rows, draws
-    and places are kept without holes, the last one moving into a hole. The host knows every suffix's length
-    without asking the device, so that between two looks at which rows have ended nothing waits.
+    A row's state is at the row's index in each tensor, a draw's random numbers at the draw's index. Rows, draws and
+    places are kept without holes: the last ones move into holes. The host knows every suffix's length without asking
+    the device, so that nothing waits between two checks which rows have ended.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Loop:
     ):
         """Args:
         draws: number and draw of each to make.
-        capacity: draws at once, each of which may come to need a row.
+        capacity: the most draws at once; each may eventually need a row of its own.
         """
         self.model, self.shape, self.pad_id, self.device = model, shape, pad_id, model.device
         by_prompt: dict[tuple[int, ...], deque[tuple[int, Draw]]] = {}
@@ -67,7 +66,7 @@ class Loop:
         self.capacity = capacity = min(capacity, len(draws))
         self.busy = min(capacity, ROWS[self.device.type])
         most = max(map(len, by_prompt.values()))
-        # Twice the prompts that are needed for all draws: a few prompts' stragglers must not keep others out.
+        # Twice as many prompts as capacity needs, so that the last draws of a few prompts do not keep others out.
         self.places = min(len(by_prompt), 2 * -(-capacity // most))
         longest = max(map(len, by_prompt))
         self.cache = self._cache(longest)
@@ -85,8 +84,7 @@ class Loop:
         self.tokens = zeros(capacity, shape.max_tokens, dtype=torch.long)
         self.states = [self.token, self.alive, self.stopped, self.drawn, self.log_q, self.log_p, self.tokens]
         self.stops = torch.tensor(sorted(shape.stop_ids), dtype=torch.long, device=self.device)
-        # The host's side: for each draw its number and its row; for each row its place and its age; for each place
-        # its prompt.
+        # On the host: for each draw its number and row; for each row its place and age; for each place its prompt.
         self.number: list[int] = []
         self.row: list[int] = []
         self.place: list[int] = []
@@ -94,7 +92,7 @@ class Loop:
         self.prompts: list[tuple[int, deque[tuple[int, Draw]], torch.Tensor]] = []
 
     def _cache(self, longest: int) -> SharedPrefixCache:
-        """What is kept of prompts of up to `longest` tokens and their draws."""
+        """The cache for prompts of up to `longest` tokens and their draws."""
         tokens = self.shape.max_tokens
         compiled = cpu_attention.usable(self.device, self.model.dtype)
         return (CompiledCache if compiled else SharedPrefixCache)(
@@ -114,7 +112,7 @@ class Loop:
             if self.number:
                 self._arrange()
                 left = self.shape.max_tokens - 1 - max(self.age)
-                shared = len(self.row) > len(self.place)  # then each step is looked at, because rows may part
+                shared = len(self.row) > len(self.place)  # then check after each step, because rows may split
                 for _ in range(1 if shared else min(left, STRIDE.get(self.device.type, 1))):
                     self._step()
                 yield from self._release()
@@ -122,7 +120,7 @@ class Loop:
     # --- a step -----------------------------------------------------------------------------
 
     def _arrange(self) -> None:
-        """Tell the device whose row is whose."""
+        """Tell the device which place each row has, and which row each draw."""
         longest = max(length for length, _, _ in self.prompts)
         self.cache.seat(self.place, len(self.prompts), longest, self.device)
         self.row_of_draw = torch.tensor(self.row, device=self.device)
@@ -142,7 +140,7 @@ class Loop:
         self._note(row, age, *chosen)
 
     def _logits(self, rows: int) -> torch.Tensor:
-        """What follows each row's newest token, [rows, vocabulary]."""
+        """Logits of what follows each row's newest token, [rows, vocabulary]."""
         return self.model(
             input_ids=self.token[:rows, None],
             position_ids=self.cache.position[:rows, None],
@@ -152,7 +150,7 @@ class Loop:
         ).logits[:, -1]
 
     def _part(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Leave on each row the draws that chose one token, and begin a row for each other that was chosen there.
+        """Split rows whose draws chose different tokens: one group keeps the row, each other group gets a new one.
 
         Returns:
             The row of each draw.
@@ -171,7 +169,7 @@ class Loop:
     def _note(
         self, row: torch.Tensor, age: torch.Tensor, chosen: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor
     ) -> None:
-        """Note each draw's newest token in its row, unless it has ended: draws of one row write the same."""
+        """Record each draw's newest token in its row, unless it has ended. Draws of one row write the same values."""
         alive = self.alive[row]
         self.token[row] = chosen
         self.tokens[row, age] = chosen
@@ -183,15 +181,15 @@ class Loop:
         self.alive[row] &= ~stopped & (age + 1 < self.shape.max_tokens)
 
     def _copy(self, source: list[int], target: list[int]) -> None:
-        """Make each target row what its source is."""
+        """Copy the source rows to the target rows."""
         self.cache.copy_rows(source, target)
         for state in self.states:
             state[target] = state[source]
 
-    # --- who leaves, who begins -------------------------------------------------------------
+    # --- leaving and beginning --------------------------------------------------------------
 
     def _release(self) -> Iterator[tuple[int, Drawn]]:
-        """Take out the rows that have ended with their draws, and the prompts that have no more rows."""
+        """Remove the rows that have ended, with their draws, and the prompts without rows and waiting draws."""
         alive = self.alive[: len(self.place)].tolist()  # the host waits here
         ended = [row for row, living in enumerate(alive) if not living]
         if not ended:
@@ -230,7 +228,7 @@ class Loop:
         room -= self._start(room)
         if self.unread and room >= max(1, self.busy // 8):
             wanted: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]] = []
-            # All draws of a prompt together, if it can be: what begins later shares no rows with what began before.
+            # All draws of a prompt together, if possible: draws that begin later share no rows with earlier ones.
             while self.unread and len(self.prompts) + len(wanted) < self.places and room >= self._together():
                 wanted.append(self.unread.popleft())
                 room -= len(wanted[-1][1])
@@ -239,23 +237,23 @@ class Loop:
             self._start(self._room())
 
     def _room(self) -> int:
-        """How many draws may begin: as many as keep the device busy, if they share rows as those under way do."""
+        """How many draws may begin: enough to keep the device busy, if they share rows as those in progress do."""
         draws, rows = len(self.row), len(self.place)
         return min(self.capacity - draws, (self.busy - rows) * draws // rows if rows else self.busy)
 
     def _together(self) -> int:
-        """Room that the next prompt's draws need to begin together; half of all there is has to do."""
+        """Room that the next prompt's draws need to begin together, but no more than half of the busy rows."""
         return min(len(self.unread[0][1]), max(1, self.busy // 2))
 
     def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
-        """Read prompts in one forward pass, and keep their prefixes."""
+        """Read prompts in one forward pass and keep their prefixes."""
         ids, waiting = zip(*prompts, strict=True)
         lengths, (read, logits) = list(map(len, ids)), self._forward(ids)
         self.cache.keep_prefixes(slice(len(self.prompts), len(self.prompts) + len(ids)), read, lengths)
         self.prompts += zip(lengths, waiting, logits, strict=True)
 
     def _forward(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
-        """Keys and values of the prompts, padded, and what follows each, [prompts, vocabulary]."""
+        """Keys and values of the prompts, padded, and the logits of what follows each, [prompts, vocabulary]."""
         ids, mask, positions = left_padded(prompts, self.pad_id, self.device)
         read = DynamicCache(config=self.model.config)
         logits = self.model(
@@ -269,7 +267,7 @@ class Loop:
         return read, logits
 
     def _start(self, room: int) -> int:
-        """Begin up to `room` waiting draws of the prompts that have been read: how many it were."""
+        """Begin up to `room` waiting draws of the prompts that have been read. Returns how many."""
         first, seeds, places, place_of_draw = len(self.number), [], [], []
         for place, (_, waiting, _) in enumerate(self.prompts):
             if waiting and len(seeds) < room:
@@ -278,7 +276,7 @@ class Loop:
                 number, draw = waiting.popleft()
                 self.number.append(number)
                 seeds.append(draw.seed)
-                place_of_draw.append(len(places) - 1)  # among those that begin
+                place_of_draw.append(len(places) - 1)  # index into `places`
         if not seeds:
             return 0
         u = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
@@ -301,7 +299,7 @@ class Loop:
 
 
 def _batches(prompts: list[tuple[tuple[int, ...], Any]]) -> Iterator[list[tuple[tuple[int, ...], Any]]]:
-    """Prompts to be read together: of like length, and not more tokens than fit."""
+    """Batches of prompts to read together: of similar length, and at most PREFILL_TOKENS."""
     batch: list[tuple[tuple[int, ...], Any]] = []
     for prompt in sorted(prompts, key=lambda prompt: len(prompt[0])):
         length = len(prompt[0])
@@ -314,15 +312,15 @@ def _batches(prompts: list[tuple[tuple[int, ...], Any]]) -> Iterator[list[tuple[
 
 
 def _moves(kept: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """From where to where the last kept entries move, so that the first ones are kept and no hole is left."""
+    """From where to where the last kept entries move to fill the holes in front."""
     number = sum(kept)
     holes = [i for i in range(number) if not kept[i]]
     return [i for i in range(number, len(kept)) if kept[i]], holes
 
 
 def _groups(of: Sequence[int], chosen: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Draws that are of the same and chose the same token, as groups: of what each group is, in order, and the group
-    of each draw.
+    """Groups of draws with the same `of` (row or place) that chose the same token: the `of` of each group, in order,
+    and the group of each draw.
     """
     token = chosen.cpu().numpy()
     stride = int(token.max()) + 1

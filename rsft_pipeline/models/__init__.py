@@ -1,8 +1,8 @@
 """Models: found where a recipe says that they are, and loaded.
 
-Belongs here: the base model of a first round, a teacher, and loading either; beside it what a model says of its texts
-(configuration.py), what becomes of trained ones (checkpoints.py) and which weights train (trainable.py). Does not: how
-a small model is made (bootstrap.py) or trained (training.py).
+Belongs here: the base model of a first round, a teacher, and loading either; in modules of their own, what a model's
+configuration says of its texts (configuration.py), saved weights (checkpoints.py) and which weights are trained
+(trainable.py). Not: how a small model is made (bootstrap.py) or trained (training.py).
 
 Weights are read as safetensors only, and no code that comes with a model is ever run.
 """
@@ -32,13 +32,13 @@ def base(
     """The weights that a first round starts from: bootstrapped, a local folder used in place, or from the hub.
 
     Args:
-        home: what is made on this machine is kept in its `models` folder, and made only once.
+        home: models made on this machine are kept in its `models` folder, and made only once.
         on_step: progress of a warm-up, see `training.fit`.
 
     Raises:
         ModelError: the model cannot be fetched, or has no safetensors weights.
     """
-    from rsft_pipeline import bootstrap  # it is made of this module
+    from rsft_pipeline import bootstrap  # which imports this module
 
     wanted, root = recipe.model, bases(home)
     if wanted.source == "bootstrap":
@@ -48,14 +48,14 @@ def base(
 
 
 def check(recipe: Recipe) -> int | None:
-    """See that the models that the recipe names can be had, before one is made or loaded. A hub is not asked.
+    """Check that the models that the recipe names are usable, before one is made or loaded. The hub is not asked.
 
     Returns:
-        The context in tokens of the policy or the teacher, whichever is shorter, where that can be told by now: see
+        The context, in tokens, of the policy or the teacher, whichever is shorter, as far as it is known already: see
         `context_length`.
 
     Raises:
-        ModelError: a folder that is not there or holds no weights, or what a model would be made of is not right.
+        ModelError: a folder does not exist or has no weights, or a model cannot be made from what the recipe gives.
     """
     contexts = []
     if recipe.model.bootstrap or recipe.model.warm_up:
@@ -71,12 +71,12 @@ def check(recipe: Recipe) -> int | None:
 
 
 def on_hub(recipe: Recipe) -> list[str]:
-    """The policy and the teacher, where no folder here is called so: what a misspelt folder is taken for as well."""
+    """Policy and teacher, unless they are local folders: they are taken for hub ids, and so is a misspelt folder."""
     return [source for field, source in _named(recipe).items() if local(recipe, f"{field}.source", source) is None]
 
 
 def _named(recipe: Recipe) -> dict[str, str]:
-    """The fields of the policy and the teacher, and what they name."""
+    """The fields that name policy and teacher, and their sources; a bootstrapped policy has none."""
     teacher = {"sampling.teacher": recipe.sampling.teacher.source} if recipe.sampling.teacher else {}
     return teacher if recipe.model.bootstrap else {**teacher, "model": recipe.model.source}
 
@@ -87,7 +87,7 @@ def bases(home: Path) -> Path:
 
 
 def made(root: Path, digest: str) -> Checkpoint | None:
-    """Such a model, if it is still there. Raises ModelError when it has changed since."""
+    """The model with this digest, if it is still there. Raises ModelError if it has changed since."""
     there = Checkpoint(digest, root / digest)
     if not there.path.is_dir():
         return None
@@ -103,8 +103,8 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
     """The weights of the recipe's teacher.
 
     Raises:
-        ModelError: it cannot be fetched, its token ids mean other text than the student's, or it ends what it says
-            by a token that the student would go on from.
+        ModelError: it cannot be fetched, its token ids mean other text than the student's, or it ends a completion
+            with a token after which the student would continue.
     """
     wanted = recipe.sampling.teacher
     found = fetch(recipe, "sampling.teacher", wanted.source, wanted.revision)
@@ -131,16 +131,16 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
 
 
 def fetch(recipe: Recipe, field: str, source: str, revision: str | None) -> Checkpoint:
-    """A model of a recipe's field: a local folder, or from the hub. Raises ModelError, naming the field."""
+    """The model that a recipe's field names: a local folder, or from the hub. Raises ModelError, naming the field."""
     folder = local(recipe, f"{field}.source", source) or _download(field, source, revision)
     _check_folder(folder, field)
     return Checkpoint(content_digest(folder), folder)
 
 
 def local(recipe: Recipe, field: str, source: str) -> Path | None:
-    """The folder that a field of a recipe means; None where the hub is to have it. Raises ModelError, naming the field.
+    """The folder that a recipe's field means; None if it means a hub id. Raises ModelError, naming the field.
 
-    What looks like a path is one.
+    What looks like a path is never taken for a hub id.
     """
     folder = recipe.path(source)
     if folder.is_dir():
@@ -157,7 +157,7 @@ def _download(field: str, model_id: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model_id, revision=revision, allow_patterns=list(CONTENT), ignore_patterns=["*/*", "consolidated*"]
         )
-    except (OSError, ValueError) as error:  # every error of the hub's client is one of the two
+    except (OSError, ValueError) as error:  # all errors of the hub's client are one of these
         wanted = model_id if revision is None else f"{model_id} at {revision}"
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -183,11 +183,11 @@ def _check_folder(folder: Path, field: str = "model") -> None:
 
 
 def tokenizer(path: Path):
-    """The model's tokenizer; where it has no padding token that the model can read, EOS serves (padding is masked by
-    position): one that was added, and no embedding with it, is none.
+    """The model's tokenizer. If it has no padding token, or one that the model has no embedding for, EOS serves:
+    padding is masked by position.
 
     Raises:
-        ModelError: when it has neither.
+        ModelError: it has neither.
     """
     from transformers import AutoTokenizer
 
@@ -202,11 +202,11 @@ def tokenizer(path: Path):
 def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
     """The model on the device, in evaluation mode.
 
-    Its weights are in the device's number format, or in float32 to be trained: updates smaller than
-    what bf16 can hold would be lost otherwise.
+    Its weights are in the device's number format or, for training, in float32: otherwise updates too
+    small for bf16 would be lost.
 
     Raises:
-        ModelError: it is no model for this task, or its files do not make one.
+        ModelError: it is no model for this task, or cannot be loaded from its files.
     """
     import torch
 
@@ -224,7 +224,7 @@ def load(path: Path, device: Device, train: bool = False, task: str = "causal"):
 
 
 def check_kind(model, task: str) -> None:
-    """See that a model can do what the task asks of its kind. Raises ModelError."""
+    """Check that the task can be done with this kind of model. Raises ModelError."""
     if task == "classification":
         return
     name = type(model).__name__
@@ -235,19 +235,18 @@ def check_kind(model, task: str) -> None:
 
 
 def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: Any):
-    """A model read from safetensors, every weight of it: Transformers would make those that are missing from nothing.
+    """A model with all of its weights read from safetensors: Transformers would initialise missing ones at random.
 
     Args:
         made_with: a class of transformers.
         source: local folder, or hub id.
-        new_head: whether what stands above the encoder may be random. So may a pooler: nobody trains one before.
+        new_head: whether the head may be random, and a pooler, which nobody has trained before either.
         how: for `from_pretrained`.
 
     Raises:
         ModelError: weights are missing, or of another shape than the configuration says. OSError: no such model.
     """
-    # It tells what is missing, as is told below. A level in place of this would make it say what a tensor-parallel
-    # model, which this is not, leaves whole.
+    # Its load report would repeat the error below; raised to ERROR instead, it would warn about tensor parallelism.
     reporting = logging.getLogger("transformers.modeling_utils")
     reporting.disabled = True
     try:
@@ -256,7 +255,7 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
+            ignore_mismatched_sizes=True,  # an error below
             **how,
         )
     except ValueError as error:
@@ -280,7 +279,7 @@ def whole(made_with: Any, source: Path | str, *, new_head: bool = False, **how: 
 def with_head(path: Path, labels: Sequence[str], seed: int):
     """A classification model on the CPU, to be trained: the encoder's weights, and a head for these labels.
 
-    A head that is there and has as many outputs is kept; a new one is random, and follows from the seed.
+    An existing head with as many outputs is kept; a new one is random, determined by the seed.
 
     Raises:
         ModelError: the model has these labels in another order.
@@ -298,7 +297,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
 
 
 def _check_order(path: Path, labels: Sequence[str]) -> None:
-    """Raise ModelError where the labels would be given to each other's outputs."""
+    """Raise ModelError if the model has the same labels in another order."""
     from transformers import AutoConfig
 
     named = AutoConfig.from_pretrained(path, trust_remote_code=False).id2label
@@ -312,21 +311,21 @@ def _check_order(path: Path, labels: Sequence[str]) -> None:
 
 
 def _pad_as_the_tokenizer(model, path: Path) -> None:
-    """Decoder models find a text's last token, where they classify, by the padding behind it, which is the tokenizer's.
+    """Set the model's padding id to the tokenizer's: decoder models classify at the last token before the padding.
 
-    Others count positions by their own.
+    Models that count positions from their padding id keep their own.
     """
     if model.config.model_type not in configuration.BEHIND_PADDING:
         model.config.pad_token_id = tokenizer(path).pad_token_id
 
 
 def head(labels: Sequence[str]) -> dict:
-    """What a model's configuration says of its labels."""
+    """The entries for labels in a model's configuration."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
 def auto_class(task: str):
-    """The transformers class that models of a task are made with."""
+    """The class of transformers that loads models for a task."""
     import transformers
 
     match task:

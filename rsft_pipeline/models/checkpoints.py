@@ -1,4 +1,4 @@
-"""Checkpoints: weights on disk, under the digest of what they are.
+"""Checkpoints: weights on disk, named by the digest of their content.
 
 A checkpoint is a folder in the Hugging Face format named after the digest of its content, with a `meta.json` (where it
 came from) and a `README.md` (the model card) that are not part of the digest. Weights are written as safetensors only.
@@ -20,7 +20,7 @@ from rsft_pipeline import lineage
 
 log = logging.getLogger(__name__)
 
-# What a model's content is: weights, configuration, tokenizer, chat template.
+# The files that are a model's content: weights, configuration, tokenizer, chat template.
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
 META = "meta.json"
 
@@ -31,22 +31,22 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, and the content digest that names them wherever they lie."""
+    """Weights, and the content digest that identifies them wherever they are."""
 
     digest: str
     path: Path
 
 
 def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
-    """Write a checkpoint to `root/<digest>`, whole or not at all; one that is there already, undamaged, is kept.
+    """Write a checkpoint to `root/<digest>`, whole or not at all; an undamaged one that exists already is kept.
 
-    What a killed process had written of one goes after a day.
+    Partial files of a killed process are deleted after a day.
 
-    Adapters are merged in float32 and the weights then rounded to the format that the base has on
-    disk. Both happen in place: the model is spent, load the checkpoint to go on.
+    Adapters are merged in float32, and the weights then rounded to the format that the base has on
+    disk. Both happen in place: the model is used up; load the checkpoint to continue.
 
     Args:
-        meta: what to record in `meta.json`, beside the digest and each file's SHA-256.
+        meta: what to record in `meta.json`, besides the digest and each file's SHA-256.
         card: text of the README.md.
     """
     stored = getattr(model, "stored_dtype", model.dtype)
@@ -54,13 +54,13 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         model = model.merge_and_unload()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored)
-    if tokenizer.is_fast:  # what the last batch was padded to is no part of a tokenizer, yet it would be saved
+    if tokenizer.is_fast:  # otherwise the padding and truncation of the last batch would be saved too
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
 
     no_bars()
     for left in Path(root).glob(".saving-*"):
-        with contextlib.suppress(FileNotFoundError):  # it was saved this moment
+        with contextlib.suppress(FileNotFoundError):  # its process has just finished saving
             if time.time() - left.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(left)
     temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
@@ -79,7 +79,7 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         except OSError:
             if not saved.path.is_dir():
                 raise
-            if not _intact(saved):  # else the same was saved before
+            if not _intact(saved):  # else the same checkpoint exists already
                 aside = saved.path.with_name(f"{saved.digest}-damaged-{uuid.uuid4().hex[:8]}")
                 saved.path.rename(aside)
                 temporary.rename(saved.path)
@@ -91,13 +91,13 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
 
 
 def describe(saved: Checkpoint, meta: dict, card: str) -> None:
-    """Write what is said of a checkpoint anew: `meta.json` and README.md. What its files were stays as it was saved."""
+    """Rewrite a checkpoint's `meta.json` and README.md; the recorded digests of its files are kept."""
     _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
     write_card(saved.path, card)
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Put a card in place of an earlier one; it is no part of the checkpoint's digest."""
+    """Replace the model card, which is not part of the checkpoint's digest."""
     _replace(folder / "README.md", text)
 
 
@@ -113,7 +113,7 @@ def _as_json(meta: dict) -> str:
 
 
 def content_digest(folder: Path) -> str:
-    """Digest of what the model in a folder is: names and bytes of its CONTENT files."""
+    """Digest of the model in a folder: names and bytes of its CONTENT files."""
     return _digest_of(_file_digests(Path(folder)))
 
 
@@ -124,12 +124,12 @@ def read_meta(path: Path) -> dict:
 
 
 def verify(saved: Checkpoint) -> list[str]:
-    """Names of the files that are not as they were saved: changed, missing or added since.
+    """Names of the files that differ from what was saved: changed, missing or added since.
 
-    `meta.json` is among them where it is the record of other weights, such as those of another folder.
+    `meta.json` is among them if it is the record of other weights, such as another folder's.
 
     Raises:
-        ModelError: when there is no record to compare with.
+        ModelError: there is no record to compare with.
     """
     match read_meta(saved.path):
         case {"files": dict(then), "digest": str(digest)}:
@@ -146,7 +146,7 @@ def verify(saved: Checkpoint) -> list[str]:
 def _intact(saved: Checkpoint) -> bool:
     try:
         return not verify(saved)
-    except (ModelError, ValueError, OSError):  # its record is gone, or is none any more
+    except (ModelError, ValueError, OSError):  # its record is gone or unreadable
         return False
 
 
@@ -160,7 +160,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
     return {name: _file_digest(folder.resolve() / name) for name in sorted(names)}
 
 
-# SHA-256 of files by device, inode, size and time: large weights are read once, also where their folder is renamed.
+# SHA-256 of files by device, inode, size and time, so that large weights are read once even if their folder is renamed.
 _digests: dict[tuple[int, int, int, int], str] = {}
 
 
@@ -181,7 +181,7 @@ def _sync(path: Path) -> None:
 
 
 def no_bars() -> None:
-    """Progress is ours to show (progress.py): bars for single files only get in its way."""
+    """Turn off Transformers' progress bars for single files: they would disturb ours (progress.py)."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

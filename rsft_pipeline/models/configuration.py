@@ -1,4 +1,4 @@
-"""Configuration: what a model says of its texts: where they begin and end, how long they may be, which ids there are.
+"""Configuration: what a model says of its texts: where they begin and end, how long they may be, which ids exist.
 
 Not: its weights (the package itself).
 """
@@ -17,14 +17,14 @@ def stop_ids(model, tokenizer) -> set[int]:
 
 
 def ends(generation, tokenizer) -> set[int]:
-    """The same of how a model that is not loaded generates, see `generation`."""
+    """The same from a generation config alone, for a model that is not loaded; see `generation`."""
     configured = generation.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
 def start_id(model) -> int:
-    """The id that an encoder-decoder's completions follow, and that is no part of them.
+    """The id from which an encoder-decoder's decoder starts; it is not part of a completion.
 
     Raises:
         ModelError: the model's configuration has none.
@@ -36,16 +36,16 @@ def start_id(model) -> int:
 
 
 def begin_ids(model) -> list[int]:
-    """What an encoder-decoder's completions begin with, besides their text: BART was trained on texts behind its `<s>`.
+    """The ids before an encoder-decoder's text in a completion: BART was trained on texts that begin with its `<s>`.
 
-    Such a model's configuration forces the token on what it generates. Its draws write it by themselves.
+    Such a model's configuration forces the token on what it generates. Our draws do not: the model writes it itself.
     """
     forced = model.generation_config.forced_bos_token_id if model.config.is_encoder_decoder else None
     return [] if forced is None else [forced]
 
 
 def end_id(model, tokenizer) -> int:
-    """The id that a completion of the model ends with: the generation config's; of several the tokenizer's EOS.
+    """The id that ends a completion: the generation config's, or the tokenizer's EOS if that is one of several there.
 
     Raises:
         ModelError: neither has one.
@@ -59,29 +59,29 @@ def end_id(model, tokenizer) -> int:
 
 
 def generation(path: Path):
-    """How a model that is not loaded says that it generates."""
+    """The generation config of a model that is not loaded."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         return GenerationConfig.from_pretrained(path)
-    except OSError:  # it says so in its configuration, or nowhere
+    except OSError:  # then its configuration may say it
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
-# --- how long they may be, and of which ids -----------------------------------------------------
+# --- how long they may be, and which ids exist --------------------------------------------------
 
 
 def context_length(path: Path) -> int | None:
-    """Tokens that prompt and completion have room for; None where the model's configuration sets no bound.
+    """How many tokens prompt and completion may have; None if the model's configuration sets no bound.
 
     Raises:
-        ModelError: it is no configuration, or one that lacks what a position is counted from.
+        ModelError: the configuration cannot be read, or lacks the padding id from which positions are counted.
     """
     return context_of(read(path))
 
 
 def vocabulary(path: Path) -> float:
-    """Token ids that a model has, from 0 on. Raises ModelError as `context_length` does."""
+    """How many token ids a model has, from 0. Raises ModelError if its configuration cannot be read."""
     return vocabulary_of(read(path))
 
 
@@ -95,7 +95,7 @@ def read(path: Path):
         raise ModelError(f"{path}: its config.json makes no model: {error}") from error
 
 
-# RoBERTa and what was made after it: position ids begin behind that of padding, and those before are no token's.
+# RoBERTa and its descendants: position ids begin after the padding id, and no token has a smaller one.
 BEHIND_PADDING = {
     "camembert",
     "data2vec-text",
@@ -113,7 +113,7 @@ BEHIND_PADDING = {
 
 
 def first_position(config) -> int:
-    """The position id of a text's first token. Raises ModelError where it would follow from what is not there."""
+    """The position id of a text's first token. Raises ModelError if it depends on a padding id that is not set."""
     config = config.get_text_config(decoder=True)
     if config.model_type not in BEHIND_PADDING:
         return 0
@@ -123,32 +123,32 @@ def first_position(config) -> int:
 
 
 def context_of(config) -> int | None:
-    """`context_length` by a configuration.
+    """`context_length` from a configuration.
 
-    Where a row past the original context changes the frequencies of all rows beside it (Phi's `longrope`), that is the
-    context: what a draw is must not depend on its batch.
+    With `longrope` (Phi), a row beyond the original context changes the frequencies of the whole batch, so the original
+    context is the limit: a draw must not depend on its batch.
     """
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     context = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     if context is not None:
-        context = context - first_position(config) if context > 0 else None  # XLNet has -1 for none
+        context = context - first_position(config) if context > 0 else None  # XLNet has -1 for no bound
     return rope.get("original_max_position_embeddings", context) if rope.get("rope_type") == "longrope" else context
 
 
 def vocabulary_of(config) -> float:
-    """Token ids that a model has, from 0 on; infinity where it reads characters."""
+    """How many token ids a model has, from 0; infinity without a `vocab_size` (the model reads characters)."""
     return getattr(config.get_text_config(decoder=True), "vocab_size", math.inf)
 
 
 def depth_of(config) -> int:
-    """Layers of the decoder, which writes; in a causal model that is all of them."""
+    """Layers of the decoder; in a causal model that is all layers."""
     config = config.get_text_config(decoder=True)
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
 
 
 def reads_both_ways(config) -> bool:
-    """Whether what was made to fill gaps, and can be made a decoder, is none."""
+    """Whether the model is of a masked-language family such as BERT, and `is_decoder` does not make it causal."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder

@@ -1,4 +1,4 @@
-"""Trainable: which of a model's weights train: all of them, adapters, its last layers, or all but some.
+"""Trainable: which of a model's weights are trained: all, adapters, the last layers, or all but some.
 
 Not: training them (training.py).
 """
@@ -17,17 +17,17 @@ from rsft_pipeline.recipe.model import Model
 def select_trainable(model, config: Model, seed: int = 0):
     """Set `requires_grad` as `config.train` says.
 
-    With `last_layers` the last blocks, the final norm and the head train. A head whose weights are
-    also the input embedding stays fixed: training it would change what every frozen block reads.
+    With `last_layers`, the last blocks, the final norm and the head are trained. A head whose weights
+    are also the input embedding stays fixed: training it would change the input of every frozen block.
 
     Args:
-        seed: of the adapters' random start, with `lora`.
+        seed: for the random initial weights of the adapters, with `lora`.
 
     Returns:
-        The model (wrapped by peft with `lora`), the number of parameters that train, and of all.
+        The model (wrapped by peft with `lora`), the number of trainable parameters, and of all.
 
     Raises:
-        ModelError: a freeze pattern that matches nothing, nothing left to train, or peft missing.
+        ModelError: `train` does not fit this model, nothing is left to train, or peft is missing.
     """
     match config.train:
         case "all":
@@ -53,7 +53,7 @@ def _with_adapters(model, config: Model, seed: int):
     except ImportError:
         raise ModelError("`train: lora` needs peft: pip install 'rsft-pipeline[lora]'") from None
     lora, kind, heads = config.lora, "CAUSAL_LM", []
-    if not model.can_generate():  # a head may be new, and is trained whole
+    if not model.can_generate():  # a classifier's head may be new, so it is trained in full
         kind, heads = "SEQ_CLS", list(_heads(model))
     elif model.config.is_encoder_decoder:
         kind = "SEQ_2_SEQ_LM"
@@ -67,18 +67,18 @@ def _with_adapters(model, config: Model, seed: int):
         task_type=kind,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by a former name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses an old name
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, settings)
-        except ValueError as error:  # no module has one of the names
+        except ValueError as error:  # one of the names is no module's
             raise ModelError(f"`model.lora.targets` is {lora.targets!r}: {error}") from None
     _check_untied(adapted, lora.targets)
     return adapted
 
 
 def _check_untied(adapted, targets: str | list[str]) -> None:
-    """Merged into weights that are embedding and head at once, an adapter of one would change the other too."""
+    """Refuse adapters on tied embedding and head: merging an adapter of one would change the other too."""
     inner = adapted.get_base_model()
     ends = [end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None]
     weights = [getattr(end, "base_layer", end).weight for end in ends]
@@ -97,7 +97,7 @@ def _train_last_layers(model, count: int) -> None:
     whole = model.get_decoder() if model.config.is_encoder_decoder else model
     lists = {n: module for n, module in whole.named_modules() if isinstance(module, torch.nn.ModuleList)}
     path, blocks = next(((name, blocks) for name, blocks in lists.items() if len(blocks) == depth), (None, None))
-    if blocks is None:  # ALBERT has one for all of its depth
+    if blocks is None:  # ALBERT uses one block for all layers
         raise ModelError("`train: last_layers`: this model's blocks cannot be told apart: use `train: freeze`")
     decoder = whole.get_submodule(path.rpartition(".")[0])
     norms = [m for name, m in decoder.named_children() if "Norm" in type(m).__name__ and "embed" not in name]
@@ -111,8 +111,8 @@ def _train_last_layers(model, count: int) -> None:
 
 
 def _heads(model) -> dict:
-    """What stands above the blocks and has weights, by name: the pooler too, which may be as new as a head."""
-    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5 has its two halves beside its head
+    """The modules with weights above the blocks, by name, including the pooler, which may be as new as the head."""
+    body = {model.base_model_prefix, "shared", "encoder", "decoder"}  # T5's encoder and decoder are beside its head
     heads = {name: module for name, module in model.named_children() if name not in body}
     if pooler := getattr(model.base_model, "pooler", None):
         heads[f"{model.base_model_prefix}.pooler"] = pooler
@@ -120,7 +120,7 @@ def _heads(model) -> dict:
 
 
 def _freeze(model, patterns: Iterable[str]) -> None:
-    names = dict(model.named_parameters(remove_duplicate=False))  # a tied weight answers to both its names
+    names = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has both its names
     model.requires_grad_(True)
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)

@@ -1,11 +1,11 @@
 """Prompts: from the rows of a source to what the policy is asked, or to quarantine with the reason.
 
-Belongs here: making a prompt of a row, refusing what cannot be one, and `encode`, the one place that turns a prompt
-into token ids; beside it how sources are read (sources.py) and templates filled in (templates.py). Does not: which
-prompts a round uses (sampling), and where prompts and refused rows are kept (store).
+Belongs here: making a prompt of a row, refusing what cannot become one, and `encode`, the one place that turns a
+prompt into token ids; in modules of their own, reading sources (sources.py) and filling in templates (templates.py).
+Not: which prompts a round uses (sampling), and where prompts and refused rows are kept (store).
 
-Every row read becomes exactly one Prompt or one Refused; none is dropped or repaired, and none cut short but
-where the recipe says so.
+Every row read becomes exactly one Prompt or one Refused; none is dropped or repaired, and none is truncated
+unless the recipe says so.
 """
 
 import datetime
@@ -25,7 +25,7 @@ from rsft_pipeline.prompts import sources, templates
 from rsft_pipeline.prompts.sources import PromptError, Refused, Row
 from rsft_pipeline.recipe.recipe import Recipe
 
-BATCH = 256  # prompts tokenised at once, when their lengths are checked
+BATCH = 256  # prompts tokenised at once when their lengths are checked
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Prompt:
     prompt_id: str  # lineage.prompt_id(text)
     text: str  # as rendered, exactly
     messages: list[dict] | None  # of a chat prompt: {role, content} with the placeholders filled in
-    reference: str | None  # the reference answer, where the recipe names its column
-    fields: dict[str, Any]  # every column of the row under our names, as JSON has it
+    reference: str | None  # the reference answer, if the recipe names its column
+    fields: dict[str, Any]  # every column of the row under our names, as JSON values
     question: str  # lineage.question of the columns that the text is made of
     split: str  # "train" or "eval"
     source: str  # file, data set or function, as written in the recipe
-    line: int  # counted from 1: the physical line a row starts on, or its number where there are no lines
+    line: int  # counted from 1: the physical line a row starts on, or the row's number if there are no lines
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,24 @@ class Ingest:
     prompts: list[Prompt]
     refused: list[Refused]
     rows: int
-    digest: str  # of the set of prompts and their fields, whatever their order
+    digest: str  # of the set of prompts and their fields, independent of their order
 
 
 def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
-    """All prompts of the recipe's source and then of its inbox, and the rows refused.
+    """All prompts of the recipe's source and then of its inbox, and the refused rows.
 
-    A prompt whose text, normalised, was seen on an earlier row, of the source or the inbox, is a duplicate. With
+    A prompt whose normalised text occurred in an earlier row, of the source or the inbox, is a duplicate. With
     `limit`, reading stops at the row that fills it, and rows after it are not counted. The inbox need not exist; its
-    sub-folders and hidden files are not looked at.
+    sub-folders and hidden files are ignored.
 
     Args:
         tokenizer: the policy's; it renders chat prompts and measures all of them.
-        context_length: of the policy, or of a teacher where that is shorter, in tokens; prompt and completion share
-            it (an encoder-decoder has it for each, and a label takes none of it). None: without end.
+        context_length: of the policy, or of a teacher if that is shorter, in tokens; prompt and completion share
+            it (an encoder-decoder has it for each, and a label takes up none of it). None: unlimited.
 
     Raises:
         PromptError: a missing file, an unknown format or encoding, an unreadable data set, a source without
-            a usable row, or a context too short for `sampling.max_tokens`.
+            a usable row or without the column of `group_by`, or a context too short for `sampling.max_tokens`.
     """
     section, context, completion = recipe.prompts, context_length or math.inf, recipe.sampling.max_tokens
     if recipe.task == "classification":
@@ -100,12 +100,12 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
 
 
 def check(recipe: Recipe) -> None:
-    """See that a row of the source can be a prompt, as far as that can be told without a tokenizer. A hub is not asked.
+    """Check that some row of the source can be a prompt, as far as can be told without a tokenizer or the hub.
 
-    Of a good source that is seen at its first rows.
+    It reads only up to the first usable row, or with `group_by` to the first that has that column.
 
     Raises:
-        PromptError: the source is not there, no row is usable, or none of those has the column of `group_by`.
+        PromptError: the source does not exist, no row is usable, or no usable row has the column of `group_by`.
     """
     sources.check(recipe)
     templates.check(recipe.prompts)
@@ -132,10 +132,10 @@ def check(recipe: Recipe) -> None:
 
 
 def check_room(recipe: Recipe, context_length: int | None) -> None:
-    """See that a completion leaves room for a prompt. Raises PromptError.
+    """Check that a completion leaves room for a prompt. Raises PromptError.
 
     Args:
-        context_length: as `read` takes it.
+        context_length: as for `read`.
     """
     completion = 0 if recipe.task == "classification" else recipe.sampling.max_tokens
     if context_length is not None and context_length <= completion:
@@ -146,14 +146,14 @@ def check_room(recipe: Recipe, context_length: int | None) -> None:
 
 
 def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
-    """Those of the texts that ask what a held-out prompt asks.
+    """Those of the texts that ask the question of a held-out prompt.
 
-    A text is taken for a prompt as the policy reads it, for the message of a chat prompt that has all of its columns,
-    or, of a prompt with one column, for that alone. Where it can be split into columns in several ways, one that is
-    held out is enough.
+    A text may be a prompt as the policy reads it, the message of a chat prompt that has all of its columns or, if a
+    prompt has a single column, just that. If a text can be split into columns in several ways, one held-out way is
+    enough.
 
     Args:
-        tokenizer: the policy's; None where it has no chat template.
+        tokenizer: the policy's; None if it has no chat template.
     """
     fraction = recipe.prompts.eval_fraction
     columns = list(
@@ -175,22 +175,22 @@ def held_out(recipe: Recipe, texts: Iterable[str], tokenizer=None) -> set[str]:
 
 
 def encode(tokenizer, prompt_text: str, chat: bool, task: str = "causal") -> list[int]:
-    """The token ids of a prompt, for sampling and training alike: what the policy reads.
+    """The token ids of a prompt as the policy reads it, for both sampling and training.
 
-    Text from a chat template already holds its special tokens, so none are added (a second BOS would be).
-    Plain text gets those that the tokenizer adds. Of a causal model's, an EOS that it puts behind is taken off
-    again, because such a model is to continue the prompt.
+    Text from a chat template already contains its special tokens, so none are added (there would be a second BOS).
+    Plain text gets those that the tokenizer adds, except that for a causal model, which has to continue the prompt,
+    an appended EOS is removed again.
 
     Args:
         chat: whether the recipe has `messages:`. Without a chat template these are rendered as plain text.
-        task: the recipe's.
+        task: the recipe's task.
     """
     return _encode(tokenizer, [prompt_text], chat, task)[0]
 
 
 def _encode(tokenizer, texts: list[str], chat: bool, task: str) -> list[list[int]]:
     special = not (chat and tokenizer.chat_template)
-    # verbose: the tokenizer's own remark on long texts; too long is decided here
+    # verbose=False: no warning of the tokenizer about long texts; what is too long is decided here
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     if special and eos is not None and task == "causal":
@@ -209,7 +209,7 @@ class _Missing(Exception):
 
 
 def _outcome(row: Row | Refused, recipe: Recipe, tokenizer, longest: float) -> Prompt | Refused:
-    """The row as a prompt, its length and whether it is there already not yet known, or why it is none."""
+    """The row as a prompt, not yet checked for length and duplicates, or as Refused with the reason."""
     if isinstance(row, Refused):
         return row
     section = recipe.prompts
@@ -246,7 +246,7 @@ def _outcome(row: Row | Refused, recipe: Recipe, tokenizer, longest: float) -> P
 
 
 def _cut(tokenizer, text: str, longest: float) -> str:
-    """The beginning of the text that makes at most `longest` tokens, those that the tokenizer adds among them."""
+    """The beginning of the text that gives at most `longest` tokens, including those that the tokenizer adds."""
     while text and (excess := len(tokenizer(text)["input_ids"]) - longest) > 0:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         text = text[: offsets[-int(excess)][0]] if excess < len(offsets) else ""
@@ -261,9 +261,9 @@ def _measured(
     context: float,
     seen: dict[str, str],
 ) -> Iterator[Prompt | Refused]:
-    """The same outcomes in the same order, less the prompts that do not fit, or whose references do not to be rated.
+    """The same outcomes in the same order, with prompts refused that are too long, empty or duplicates.
 
-    And less those that are in `seen`, where `lineage.same_text` of each that is left is noted.
+    A reference that is to be rated must fit too. `seen` maps `lineage.same_text` of each accepted prompt to its place.
     """
     while batch := list(islice(judged, BATCH)):
         lengths = _lengths([outcome for _, outcome in batch if isinstance(outcome, Prompt)], recipe, tokenizer)
@@ -287,23 +287,23 @@ def _measured(
 
 
 def _lengths(prompts: list[Prompt], recipe: Recipe, tokenizer) -> Iterator[tuple[int, int]]:
-    """Tokens of each prompt, and of its reference with the token that ends it, where that is what is rated; else 0."""
+    """Tokens of each prompt, and of its reference with the end token if references are rated, else 0."""
     if not prompts:
         return iter(())
     ids = _encode(tokenizer, [prompt.text for prompt in prompts], recipe.prompts.messages is not None, recipe.task)
     answers = [0] * len(prompts)
     if recipe.sampling.source == "reference" and recipe.task != "classification":
         references = [prompt.reference for prompt in prompts]
-        own = recipe.task == "seq2seq"  # its tokenizer knows what stands around a text that such a model writes
+        own = recipe.task == "seq2seq"  # its tokenizer adds what surrounds a text that such a model writes
         answers = [len(each) + (not own) for each in tokenizer(references, add_special_tokens=own)["input_ids"]]
     return zip(map(len, ids), answers, strict=True)
 
 
 def _storable(value: Any) -> Any:
-    """The value as JSON keeps it: NaN and infinity become null, dates and decimals become text.
+    """The value as JSON can store it: NaN and infinity become null, dates and decimals become text.
 
     Raises:
-        TypeError: a type that JSON has nothing for.
+        TypeError: a type that JSON has no equivalent of.
         ValueError: an integer of thousands of digits.
         UnicodeEncodeError: text with half a surrogate pair, which no UTF-8 file can hold.
     """
@@ -314,7 +314,7 @@ def _storable(value: Any) -> Any:
             value.encode("utf-8")
             return value
         case numbers.Integral():
-            str(int(value))  # of too many digits Python writes none
+            str(int(value))  # raises ValueError for too many digits
             return int(value)
         case numbers.Real():
             return float(value) if math.isfinite(value) else None
@@ -328,7 +328,7 @@ def _storable(value: Any) -> Any:
 
 
 def _renamed(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names: renamed columns first, then the others as they are called."""
+    """The row under our names: renamed columns first, then the others under their own names."""
     renamed = {ours: _column(fields, theirs) for ours, theirs in columns.items()}
     taken = {*columns, *columns.values()}
     return renamed | {name: value for name, value in fields.items() if name not in taken}
@@ -343,7 +343,7 @@ def _column(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Text as it is; anything else as JSON writes it."""
+    """Text unchanged; anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

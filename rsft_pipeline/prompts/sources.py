@@ -2,7 +2,7 @@
 
 Belongs here: reading every kind of source, and the inbox. Not: what becomes of a row (the package itself).
 
-A row that cannot be read is refused with its bytes, and the rows behind it are read all the same.
+A row that cannot be read is refused with its bytes, and the rows after it are still read.
 """
 
 import csv
@@ -22,22 +22,22 @@ SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "p
 
 
 class PromptError(ValueError):
-    """A source that cannot be read, or that has no usable row: the message says what was looked for."""
+    """A source that cannot be read or has no usable row: the message says what was looked for."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that cannot be a prompt.
+    """A row that cannot become a prompt.
 
     The reason is one of: `not UTF-8` (or whichever encoding the recipe names), `broken JSON`, `broken CSV`,
     `not storable` (a value that JSON cannot keep, such as bytes or half a surrogate pair), `missing column`
-    (or null in it), `no label` (a reference that a classifier cannot give), `empty`, `too long`, `duplicate`, and
-    for a whole file of the inbox `unreadable file`.
+    (or null in it), `no label` (a reference that a classifier cannot give), `empty`, `too long`, `duplicate`,
+    `revoked`, and for a whole file of the inbox `unreadable file`.
     """
 
     source: str
     line: int  # as in Prompt; 0 for a whole file
-    raw: bytes  # the line or lines without the last line feed; where there are none, the row as JSON or as Arrow has it
+    raw: bytes  # the line or lines without the last line feed; without lines, the row as JSON or as Arrow prints it
     reason: str
     detail: str
 
@@ -63,7 +63,7 @@ class Row:
 
 
 def check(recipe: Recipe) -> None:
-    """See that the source is there, before a model is loaded or made for it. A hub is not asked.
+    """Check that the source exists, before a model is loaded or made for it. The hub is not asked.
 
     Raises:
         PromptError: a missing file or folder, an unknown format, or a function that cannot be loaded.
@@ -86,7 +86,7 @@ def check(recipe: Recipe) -> None:
 
 
 def rows(recipe: Recipe) -> Iterator[Row | Refused]:
-    """The rows of the recipe's source. Raises PromptError where it cannot be read."""
+    """The rows of the recipe's source. Raises PromptError if it cannot be read."""
     section = recipe.prompts
     name, path = section.source, recipe.path(section.source)
     match kind := kind_of(recipe):
@@ -101,7 +101,7 @@ def rows(recipe: Recipe) -> Iterator[Row | Refused]:
 
 
 def kind_of(recipe: Recipe) -> str:
-    """The recipe's format, or what `auto` makes of the source's name."""
+    """The recipe's format, or for `auto` the one that the source's name suggests."""
     if recipe.prompts.format != "auto":
         return recipe.prompts.format
     name, path = recipe.prompts.source, recipe.path(recipe.prompts.source)
@@ -120,14 +120,14 @@ def kind_of(recipe: Recipe) -> str:
 
 
 def inbox_files(recipe: Recipe) -> list[Path]:
-    """The files of the inbox, by name; hidden ones and sub-folders are not looked at."""
+    """The files of the inbox, sorted by name, without hidden ones and sub-folders."""
     if recipe.prompts.inbox is None or not (folder := recipe.path(recipe.prompts.inbox)).is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def inbox(recipe: Recipe) -> Iterator[Row | Refused]:
-    """The rows of every file in the inbox. A file that cannot be read stops no round: it is refused."""
+    """The rows of every file in the inbox. A file that cannot be read does not stop a round: it is refused."""
     for path in inbox_files(recipe):
         printable = os.fsencode(path.name).decode("utf-8", "backslashreplace")
         name = f"{recipe.prompts.inbox.rstrip('/')}/{printable}"
@@ -167,7 +167,7 @@ def _undecodable(name: str, number: int, raw: bytes, encoding: str, error: Unico
 
 
 def check_encoding(encoding: str) -> None:
-    """See that lines can be told apart before they are decoded. Raises PromptError."""
+    """Check that a text can be split into lines before it is decoded. Raises PromptError."""
     try:
         by_lines = b"\n".decode(encoding) == "\n"
     except LookupError:
@@ -197,7 +197,7 @@ def _jsonl(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of a JSON object. Of two by one name, Python would silently keep the last."""
+    """The members of a JSON object. Refuses repeated names, of which Python would silently keep the last."""
     members = dict(pairs)
     if len(members) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -214,14 +214,14 @@ def _text_lines(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]
 
 
 def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
-    """CSV with a header. A record may span lines inside quotes; one that is broken costs its first line only."""
-    csv.field_size_limit(sys.maxsize)  # by itself it is 128 KiB, past which a cell's lines would be rows
+    """CSV with a header. A record may span lines inside quotes; of a broken one only the first line is refused."""
+    csv.field_size_limit(sys.maxsize)  # the default is 128 KiB; the lines of longer cells would be read as rows
     lines = _lines(path)
     given_back: deque[tuple[int, bytes]] = deque()
     header: list[str] | None = None
 
     def take(record: list[tuple[int, bytes]]) -> Iterator[str]:
-        """Lines for csv.reader, which takes as many as a record needs; noted in `record`."""
+        """Lines for csv.reader, which takes as many as a record needs; they are added to `record`."""
         while line := given_back.popleft() if given_back else next(lines, None):
             record.append(line)
             yield _decode(*line, encoding, errors="surrogateescape") + "\n"
@@ -234,7 +234,7 @@ def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
         except StopIteration:
             return
         except csv.Error as error:
-            # A quote that is never closed takes the following lines with it: they get another chance.
+            # A quote that is never closed swallows the following lines: they are read again.
             given_back.extendleft(reversed(record[1:]))
             del record[1:]
             problem = str(error)
@@ -282,10 +282,10 @@ def _parquet(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
 
 
 def _converted(batch) -> Iterator[tuple[dict[str, Any] | Exception, bytes]]:
-    """Each row of an Arrow batch as Python has it, or why it cannot, with what Arrow writes of it."""
+    """Each row of an Arrow batch as a dict, or the error that prevents it with the row as Arrow prints it."""
     try:
         rows = batch.to_pylist()
-    except Exception:  # a date out of range, bytes that are not UTF-8, a time zone that nobody knows: in which row?
+    except Exception:  # e.g. a date out of range, bytes that are not UTF-8, an unknown time zone: find the row
         rows = [batch.slice(i, 1) for i in range(batch.num_rows)]
     for row in rows:
         if isinstance(row, dict):

@@ -1,6 +1,6 @@
-"""Templates: texts with {column} placeholders, filled in, and read back out of what they made.
+"""Templates: texts with {column} placeholders, filled in, and matched against texts that they may have made.
 
-Belongs here: the recipe's template or messages as text, the chat template among it. Not: which values fill them in
+Belongs here: the recipe's template or messages as text, including the chat template. Not: which values fill them in
 (the package itself), nor token ids.
 """
 
@@ -15,7 +15,7 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def placeholders(template: str) -> list[str]:
-    """The names of the columns, in order, as often as they stand there."""
+    """The names of the columns, in order and with repetitions."""
     return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
 
 
@@ -25,7 +25,7 @@ def parts(section: Prompts) -> list[str]:
 
 
 def check(section: Prompts) -> None:
-    """See that prompts differ at all. Raises PromptError."""
+    """Check that prompts can differ. Raises PromptError if there is no placeholder."""
     if not any(placeholders(part) for part in parts(section)):
         raise PromptError(
             f"prompts.{'template' if section.messages is None else 'messages'}: no {{column}} is in it, so that all "
@@ -34,10 +34,10 @@ def check(section: Prompts) -> None:
 
 
 def whole(section: Prompts, columns: Sequence[str], tokenizer) -> list[str]:
-    """The templates that make a text of all columns: the prompt as the policy reads it, and messages that have all."""
+    """The templates that contain all columns: the prompt as the policy reads it, and such messages of a chat."""
     if section.messages is None:
         return [section.template]
-    # Where a chat template puts the columns is seen by marks in their place.
+    # Marks in place of the columns show where the chat template puts them.
     marks = {name: f"\ue000{i}\ue001" for i, name in enumerate(columns)}
     marked = [{"role": m.role, "content": fill(m.content, marks)} for m in section.messages]
     rendered = render(tokenizer, marked).replace("{", "{{").replace("}", "}}")
@@ -49,9 +49,9 @@ def whole(section: Prompts, columns: Sequence[str], tokenizer) -> list[str]:
 def readings(template: str, text: str) -> Iterator[dict[str, str]]:
     """Every way to split a text into the columns that the template may have made it of.
 
-    `New York 3` may be `{place} {number}` of `New` and `York 3`, and of `New York` and `3`.
+    `New York 3` may be `{place} {number}` with `New` and `York 3`, or with `New York` and `3`.
     """
-    literals, columns, end = [""], [], 0  # what stands before, between and behind the columns
+    literals, columns, end = [""], [], 0  # the text before, between and after the columns
     for match in _PLACEHOLDER.finditer(template):
         literals[-1] += template[end : match.start()]
         end = match.end()
@@ -63,7 +63,7 @@ def readings(template: str, text: str) -> Iterator[dict[str, str]]:
     literals[-1] += template[end:]
     if not columns or not text.startswith(literals[0]) or not text.endswith(literals[-1]):
         return
-    latest = [len(text) - len(literals[-1])]  # where each column has to end, for what stands behind it to follow
+    latest = [len(text) - len(literals[-1])]  # the last position where each column can end so that the rest still fits
     for literal in reversed(literals[1:-1]):
         latest.insert(0, text.rfind(literal, 0, latest[0]))
         if latest[0] < 0:
@@ -90,15 +90,15 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: match[0][0] if match[1] is None else values[match[1]], template)
 
 
-# Some chat templates write today's date. With their clock stopped, a row is the same prompt on every day:
-# otherwise its id would change at midnight, and a held-out prompt could move to the training split.
+# Some chat templates write today's date. With their clock stopped, a row gives the same prompt every day;
+# otherwise its id would change at midnight.
 _STOPPED_CLOCK = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
 
 
 def render(tokenizer, messages: list[dict], finished: bool = False) -> str:
-    """The conversation up to where the assistant speaks; the whole of it where it is finished.
+    """The conversation up to where the assistant speaks or, if `finished`, the whole of it.
 
-    By the tokenizer's chat template; without one, a line `role: content` for each message and then `assistant:`.
+    Rendered by the tokenizer's chat template; without one, a line `role: content` for each message, then `assistant:`.
     """
     if tokenizer is None or not tokenizer.chat_template:
         return "\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])

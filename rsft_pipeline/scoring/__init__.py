@@ -1,10 +1,10 @@
 """Scoring: what each candidate is worth, by every scorer of the recipe, and combined.
 
-Belongs here: which scorer a recipe means, running them so that no sample can harm another, their versions,
-and the combined score. Does not: how a text is judged (the modules beside this one, on plain text), and what
-is accepted (acceptance).
+Belongs here: which scorer a recipe means, running scorers so that no sample can harm another, their versions,
+and the combined score. Not: how a text is judged (the modules beside this one, on plain text), and what is
+accepted (acceptance).
 
-A scorer takes samples and returns as many floats, or None for «cannot judge», which is never 0.
+A scorer takes samples and returns a float for each, or None for «cannot judge», which never counts as 0.
 """
 
 import importlib.metadata
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class ScoringError(ValueError):
-    """A scorer that cannot be made, or that breaks the contract: the message names it."""
+    """A scorer that cannot be loaded, or that breaks the contract: the message names it."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class Sample:
 
     prompt: str  # as rendered
     completion: str
-    reference: str | None  # the reference answer, where the recipe has one
+    reference: str | None  # the reference answer, if the recipe has one
     fields: dict[str, Any]  # every column of the prompt's row
     log_p: float | None  # the policy's log-probability of the completion, in nats, at temperature 1, untruncated
-    messages: list[dict] | None = None  # of a chat prompt: its turns, {role, content}
-    ended: bool = True  # a stop token ended it; else it was cut at sampling.max_tokens
+    messages: list[dict] | None = None  # a chat prompt's turns, {role, content}
+    ended: bool = True  # a stop token ended it; else it was cut off at sampling.max_tokens
 
 
 Judge = Callable[[Sequence[Sample]], list[float | None]]
-REFERENCED = ("answer", "squad", "knowledge")  # kinds that compare with a reference answer
+REFERENCED = ("answer", "squad", "knowledge")  # kinds that need a reference answer
 
 
 def check(recipe: Recipe) -> None:
-    """See that all that the recipe's scorers name is there, before anything is loaded for them.
+    """Check that everything that the recipe's scorers name exists, before anything is loaded for them.
 
     Raises:
-        ScoringError: a file, package, model, function or reference is not there, or a function does not take its
+        ScoringError: a file, package, model, function or reference does not exist, or a function does not accept its
             `arguments`.
     """
     for config in recipe.scoring.scorers:
@@ -87,20 +87,20 @@ def check(recipe: Recipe) -> None:
 
 
 def on_hub(recipe: Recipe) -> list[str]:
-    """The models that scorers ask, where no folder here is called so: see models.on_hub."""
+    """The scorers' models that are not local folders; see models.on_hub."""
     fields = [getattr(config, field, None) for config in recipe.scoring.scorers for field in ("model", "source", "nli")]
     named = [name for name in fields if name not in (None, embedding.HASHING)]
     return [name for name in named if models.local(recipe, "its model", name) is None]
 
 
 def judges(recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) -> dict[str, Judge]:
-    """The recipe's scorers by label, with what they need loaded: make them once, use them for every batch.
+    """The recipe's scorers by label, with their models loaded: make them once and use them for every batch.
 
     Args:
         accepted_before: the texts that earlier rounds accepted, for `novelty`.
 
     Raises:
-        ScoringError: a scorer that cannot be made.
+        ScoringError: a scorer cannot be loaded.
     """
     return {config.label: scorer(config, recipe, device, accepted_before) for config in recipe.scoring.scorers}
 
@@ -108,12 +108,12 @@ def judges(recipe: Recipe, device: Device, accepted_before: Sequence[str] = ()) 
 def score(judges: dict[str, Judge], samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """The scores by scorer label; each list is as long as `samples` and in their order.
 
-    A scorer that raises is asked again sample by sample, and those on which it still fails get None, with the
-    first reason logged.
+    A scorer that raises is asked again sample by sample; samples on which it still fails get None, and the first
+    reason is logged.
 
     Raises:
-        ScoringError: a scorer that fails on every one of several samples, or returns anything but one finite
-            number or None for each.
+        ScoringError: a scorer fails on all of several samples, runs out of memory on a single one, or returns
+            something other than one finite number or None for each.
     """
     return {label: _judged(label, judge, samples) for label, judge in judges.items()}
 
@@ -121,9 +121,9 @@ def score(judges: dict[str, Judge], samples: Sequence[Sample]) -> dict[str, list
 def combine(scoring: Scoring, scores: dict[str, list[float | None]]) -> tuple[list[float | None], list[bool]]:
     """The combined score of each sample, and whether it passed every gate.
 
-    `weighted`: Σ w·s / Σ w over the scorers with weight, or None where one of these could not judge.
-    `all`: 1.0 where every scorer reaches its minimum, else 0.0. Passed: every scorer that has a minimum judged
-    the sample, at no less than that.
+    `weighted`: Σ w·s / Σ w over the scorers with weight, or None if one of these could not judge.
+    `all`: 1.0 if every scorer reaches its minimum, else 0.0. Passed: every scorer with a minimum judged the
+    sample, and not below that.
     """
     columns = [scores[config.label] for config in scoring.scorers]
     combined: list[float | None] = []
@@ -146,10 +146,10 @@ def scorer(config: AnyScorer, recipe: Recipe, device: Device, accepted_before: S
     """The function that a `scoring.scorers` entry means. Loads what it needs.
 
     Args:
-        accepted_before: as `judges` takes it.
+        accepted_before: as for `judges`.
 
     Raises:
-        ScoringError: a file, package, model or function that it needs is not there, naming which.
+        ScoringError: a file, package, model or function that it needs does not exist; the message names it.
     """
     try:
         match config.kind:
@@ -205,11 +205,11 @@ def scorer(config: AnyScorer, recipe: Recipe, device: Device, accepted_before: S
 
 
 def version(config: AnyScorer, recipe: Recipe, accepted_before: Sequence[str] = ()) -> str:
-    """Hash of all that decides a scorer's scores: its source, its settings, and what these point at.
+    """Hash of everything that determines a scorer's scores: its source, its settings, and what these point at.
 
-    That is the words of a blocklist file, the files or hub revision of a model, the source file of a function, the
-    texts accepted before, and the release of the library that does the judging. Name, weight and minimum are left
-    out: they change what is made of a score, not the score.
+    The latter are the words of a blocklist file, the files or hub revision of a model, the source file of a function,
+    the texts accepted before, and the release of the library that judges. Name, weight and minimum are left out: they
+    change how a score is used, not the score.
     """
     settings = config.model_dump(mode="json", exclude={"name", "weight", "minimum"})
     try:
@@ -269,7 +269,7 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
         try:
             returned = judge([sample])
         except (Exception, SystemExit) as error:
-            if devices.out_of_memory(error):  # None would be recorded for good, and it may fit another time
+            if devices.out_of_memory(error):  # None would be recorded for good, but it may fit another time
                 raise ScoringError(
                     f"scorer {label!r} ran out of memory on a single sample: {error}. Nothing is lost: run the round "
                     "again where there is more memory free, or lower `sampling.max_tokens`"
@@ -280,7 +280,7 @@ def _one_by_one(label: str, judge: Judge, samples: Sequence[Sample]) -> list[flo
             scores += _checked(label, returned, 1, first=i)
     if failures:
         i, error = next(iter(failures.items()))
-        # A scorer that fails on everything is broken, or what it asks is down: None would be recorded for good.
+        # A scorer that fails on everything is broken, or a service it needs is down: None would be recorded for good.
         if 1 < len(failures) == len(samples):
             raise ScoringError(f"scorer {label!r} failed on every one of {len(samples)} samples: {error}")
         log.warning(
@@ -321,7 +321,7 @@ def _column(sample: Sample, name: str) -> Any:
 def _answers(config, recipe: Recipe, sample: Sample) -> list[str]:
     if config.answers is not None:
         return squad.answers(_column(sample, config.answers))
-    # The column itself where there is one: a list of references is a list there, and JSON text in `reference`.
+    # Prefer the column itself: a list of references is still a list there, but JSON text in `reference`.
     return squad.answers(sample.fields.get(recipe.prompts.reference, sample.reference))
 
 
@@ -378,10 +378,10 @@ def _source(module) -> str:
 
 
 def _model_digest(name: str) -> str:
-    """Digest of what the model in a folder is, or the name itself of a hub id (its revision is in the settings)."""
+    """Digest of the model in a folder; a hub id is returned as it is, since its revision is in the settings."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    # A model of sentence-transformers has parts in folders of its own.
+    # A sentence-transformers model has parts in sub-folders.
     folders = [folder, *sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))]
     return digest([[part.name, content_digest(part)] for part in folders[1:]] + [content_digest(folder)])

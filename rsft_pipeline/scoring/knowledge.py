@@ -4,8 +4,8 @@ A mixture of the references and of the policy π itself, which keeps every text 
 
     P(y | x) = (1 − ε) · Σ_refs 1[y = ref] / n + ε · π(y | x)
 
-«=» is equality under SQuAD's normalisation, so that each spelling of a reference has the whole mass of it: as
-many spellings as the policy writes, P adds up to as much more than 1 − ε.
+«=» is equality under SQuAD's normalisation, so each spelling of a reference gets the whole mass of that reference.
+If a reference has several spellings, the first term therefore sums to more than 1 − ε over all texts.
 """
 
 import math

@@ -36,9 +36,9 @@ class Likelihood:
     def __call__(self, rows: Sequence[tuple[str, list[dict] | None, str, bool]], batch_size: int) -> list[float | None]:
         """The log-probability of each completion, in nats.
 
-        That of one way to write it in the model's own tokens: the prompt's, the completion's, and where the
-        completion had ended the end of sequence. None where they are longer than the model's context, and for
-        no text cut short before it ended, which is no event.
+        Of the several ways to write a text in the model's tokens, one counts: the prompt's, the completion's and,
+        if the completion had ended, the end of sequence. None if these are longer than the model's context, or if
+        an unfinished completion has no text, which is no event.
 
         Args:
             rows: (prompt as the policy read it, its messages if it is a chat prompt, completion, whether the

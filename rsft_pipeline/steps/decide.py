@@ -1,8 +1,8 @@
 """Decide: which of a round's candidates are accepted.
 
-Belongs here: a round's candidates beside their scores, the decisions on them, written or only counted, and what they
-brought. Not: the rules (acceptance.py) and formulas (efficiency.py), nor which of the accepted a checkpoint is trained
-on (rows.py).
+Belongs here: a round's candidates with their scores, the decisions on them, written or only counted, and the numbers
+that describe the decisions. Not: the rules (acceptance.py) and formulas (efficiency.py), nor which of the accepted a
+checkpoint is trained on (rows.py).
 """
 
 import json
@@ -21,8 +21,8 @@ from rsft_pipeline.store import Store
 def scored(store: Store, round_: Round) -> str:
     """SQL of a round's candidates with their scores: the columns that acceptance.decisions_sql reads.
 
-    Texts are left in the store, and their hashes where only distinct ones count: of millions, they would fill the disk.
-    The hash is taken before anything is joined, or the texts are kept for the join.
+    The texts are left out, because millions of them would fill the disk. If only distinct texts count, their hashes
+    are included, computed before any join: otherwise the texts would be kept for the join.
     """
     recipe, version_of = round_.recipe, versions(store, round_)
     same_text = acceptance.same_text("text") if recipe.acceptance.distinct else "NULL"
@@ -43,10 +43,10 @@ def scored(store: Store, round_: Round) -> str:
 
 
 def decide(store: Store, round_: Round, run_id: str) -> dict:
-    """Decide on each of the round's candidates, in place of earlier decisions. Returns the rule's parameters.
+    """Decide on each of the round's candidates, replacing earlier decisions. Returns the rule's parameters.
 
     Raises:
-        RoundError: weights or a scorer were revoked, or candidates were not scored by what decides now.
+        RoundError: weights or a scorer were revoked, or candidates have no score by the present scorers.
     """
     check_not_revoked(store, round_)
     recipe, version_of = round_.recipe, versions(store, round_)
@@ -71,7 +71,7 @@ def decide(store: Store, round_: Round, run_id: str) -> dict:
 
 
 def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
-    """How many of each prompt's first draws would be accepted, were it decided on them alone. Writes nothing."""
+    """How many of each prompt's first `draws` would be accepted if only these were decided on. Writes nothing."""
     with store.connection() as connection:
         _read(connection, round_, scored(store, round_), draws)
         _, decisions = _decisions(connection, round_)
@@ -80,7 +80,7 @@ def accepted_so_far(store: Store, round_: Round, draws: int) -> dict[str, int]:
 
 
 def _read(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: str, draws: int) -> None:
-    """Make the temporary table `scored` of a round's first draws."""
+    """Make the temporary table `scored` of the first `draws` of each of the round's prompts."""
     connection.execute(f"CREATE TEMP TABLE scored AS {candidates}", {**of_round(round_), "draws": draws})
     if twice := _repeated(connection, "hash(candidate_id)") and _repeated(connection, "candidate_id"):
         raise RoundError(
@@ -89,7 +89,7 @@ def _read(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: str,
 
 
 def _repeated(connection: duckdb.DuckDBPyConnection, id_: str) -> int:
-    """How many rows of `scored` repeat an id. Where no hash is repeated no id is: that takes less memory."""
+    """How many rows of `scored` repeat an id, or its hash: that takes less memory, and if none repeats no id does."""
     (number,) = connection.execute(f"SELECT count(*) - count(DISTINCT {id_}) FROM scored").fetchone()
     return number
 
@@ -97,7 +97,7 @@ def _repeated(connection: duckdb.DuckDBPyConnection, id_: str) -> int:
 def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[dict, str]:
     """The rule's parameters, and a SELECT of the decisions on the temporary table `scored`.
 
-    What is revoked is looked up here, in the transaction that the decisions are written in.
+    Revocations are looked up here, in the transaction that writes the decisions.
     """
     recipe = round_.recipe
     revoked = revocations.set_aside(connection, "scored", recipe.name, recipe.seed)
@@ -111,14 +111,14 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[di
     return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"
 
 
-# --- what the decisions brought ----------------------------------------------------------------
+# --- the decisions in numbers ------------------------------------------------------------------
 
 
 def efficiency_of(store: Store, round_: Round, column: str | None = None) -> Efficiency:
-    """What a round's decisions, as they are stored, brought.
+    """A round's stored decisions in numbers.
 
     Args:
-        column: of the prompts' fields; with it, `groups` has one entry for each of its values.
+        column: one of the prompts' fields; if given, `groups` has one entry for each of its values.
     """
     of = {"recipe": round_.recipe.name, "round": round_.key}
     stored = store.query("SELECT parameters FROM decisions WHERE recipe = $recipe AND round = $round LIMIT 1", of)
@@ -127,7 +127,7 @@ def efficiency_of(store: Store, round_: Round, column: str | None = None) -> Eff
     sql = _decided(store, round_, column)
     values = of_round(round_) | ({"column": _pointer(column)} if column else {})
 
-    with store.connection() as connection:  # every number is of the same rows, read once
+    with store.connection() as connection:  # all numbers come from the same rows, read once
         connection.execute(f"CREATE TEMP TABLE decided AS {sql}", values)
         groups = efficiency.coverage(connection, "decided", rule) if column else []
         return efficiency.measure(connection, "decided", parameters, groups)
@@ -136,7 +136,7 @@ def efficiency_of(store: Store, round_: Round, column: str | None = None) -> Eff
 def _decided(store: Store, round_: Round, column: str | None = None) -> str:
     """SQL of a round's candidates with scores, decisions and, with a column, the group of their prompt.
 
-    Without those that were revoked, of which the rule saw nothing.
+    Revoked candidates, which the rule never saw, are left out.
 
     Takes the parameters of ROUND_CANDIDATES and, with a column, `column`: a JSON pointer.
     """
@@ -150,5 +150,5 @@ def _decided(store: Store, round_: Round, column: str | None = None) -> str:
 
 
 def _pointer(column: str) -> str:
-    """RFC 6901: a column may be called anything, `$` and `/` too."""
+    """A column's JSON pointer (RFC 6901): its name may have any characters, `$` and `/` too."""
     return "/" + column.replace("~", "~0").replace("/", "~1")

@@ -1,7 +1,7 @@
 """Draw: the candidates of a round, and those of its evaluation.
 
-Belongs here: which prompts a round asks, which of their draws the store still misses, and persisting a wave as it
-comes. Not: how candidates are drawn (sampling.py), nor drawing until enough is accepted (until.py).
+Belongs here: which prompts a round asks, which of their draws are still missing in the store, and persisting each wave
+once it is drawn. Not: how candidates are drawn (sampling.py), nor drawing until enough are accepted (until.py).
 """
 
 import time
@@ -25,7 +25,7 @@ def prompts_of(store: Store, recipe: Recipe, split: str) -> list[dict]:
 
 
 def answers(store: Store, recipe: Recipe) -> str | None:
-    """Digest of the reference answers of now, where they are the candidates of a round; None where they are not."""
+    """Digest of the present reference answers, if these are a round's candidates; else None."""
     if recipe.sampling.source != "reference":
         return None
     known = prompts_of(store, recipe, "train")
@@ -36,12 +36,12 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
     """The prompts that a round draws for (split `train`) or is evaluated on (`eval`). Writes `round_prompts`.
 
     Raises:
-        RoundError: weights or a scorer were revoked, or the prompts were read by other settings than the round's.
+        RoundError: weights or a scorer were revoked, or prompt settings or reference answers changed since it began.
     """
     check_not_revoked(store, round_)  # before anything is drawn in vain
     recipe = round_.recipe
     read_by = store.query("SELECT DISTINCT settings FROM prompts WHERE recipe = ? AND active", [recipe.name])
-    if {row["settings"] for row in read_by} - {ingest.settings(recipe), None}:  # None: read before it was noted
+    if {row["settings"] for row in read_by} - {ingest.settings(recipe), None}:  # None: from before they were recorded
         raise RoundError(
             f"{recipe.name} {round_.key}: its prompts were read by another section `prompts` than the round began "
             "with: the recipe was changed in between. Run the round again, from its prompts on"
@@ -66,7 +66,7 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
 def plan(
     store: Store, round_: Round, policy: str, asked: Sequence[Asked], *, split: str, draws: range
 ) -> list[tuple[int, list[sampling.Request]]]:
-    """The waves of these draws that are missing: of the round (split `train`), or of evaluating a policy (`eval`)."""
+    """The waves of the missing draws: those of the round (split `train`), or of the evaluation of a policy (`eval`)."""
     recipe = round_.recipe
     if split == "train":
         scope, how, there = round_.key, recipe.sampling, (ROUND_CANDIDATES, of_round(round_))
@@ -90,7 +90,7 @@ def draw(
     run_id: str,
     show: Show,
 ) -> int:
-    """Draw the waves and persist each, whole, as soon as it is drawn. Returns the tokens drawn."""
+    """Draw the waves and persist each, whole, as soon as it is drawn. Returns the number of tokens drawn."""
     recipe = round_.recipe
     how = recipe.sampling if split == "train" else evaluation_sampling(recipe)
     hashed = sampling.settings(how, recipe.seed, round_.answers)
@@ -130,7 +130,7 @@ def draw(
 def draw_all(
     store: Store, round_: Round, session: Session, asked: Sequence[Asked], *, run_id: str, show: Show
 ) -> tuple[int, int]:
-    """Draw the same number for each of the round's prompts. Returns how many candidates this call drew, and tokens."""
+    """Draw equally many for each of the round's prompts. Returns how many candidates and tokens this call drew."""
     (draws,) = sampling.passes(round_.recipe.sampling)
     waves = plan(store, round_, round_.drawn_from, asked, split="train", draws=draws)
     missing = sum(len(requests) for _, requests in waves)

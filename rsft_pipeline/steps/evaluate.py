@@ -1,7 +1,7 @@
 """Evaluate: a checkpoint against the weights that it has to beat, and the end of a round.
 
-Belongs here: who is compared, their results by prompt, what is recorded of the comparison, and finishing the round's
-record. Not: drawing and scoring the held-out candidates (draw.py, score.py), nor the statistics (evaluation.py).
+Belongs here: which weights are compared, their results per prompt, what is recorded of the comparison, and finishing
+the round's record. Not: drawing and scoring held-out candidates (draw.py, score.py), nor statistics (evaluation.py).
 """
 
 import json
@@ -28,8 +28,8 @@ class Contest:
 
     policy: str
     checkpoint: str
-    champion: str  # before the round
-    controls: dict[str, str]  # `random`, `everything`: those that the recipe asks for
+    champion: str  # as of before the round
+    controls: dict[str, str]  # `random`, `everything`: those that the recipe lists
 
     @property
     def roles(self) -> dict[str, str]:
@@ -42,7 +42,7 @@ class Contest:
         return list(dict.fromkeys(self.roles.values()))
 
     def by_role(self, ask: Callable[[str], T]) -> dict[str, T]:
-        """What is asked of weights, for each role. Of weights that have several it is asked once."""
+        """The answer for each role. Weights with several roles are asked about once."""
         answers = {weights: ask(weights) for weights in self.weights}
         return {role: answers[weights] for role, weights in self.roles.items()}
 
@@ -56,11 +56,11 @@ class Outcome:
     controls: dict[str, Comparison]  # of the checkpoint with each control
     promoted: bool
     verdict: str
-    scorers: dict[str, str]  # the versions that it went by
+    scorers: dict[str, str]  # the versions that it used
 
 
 def contest(store: Store, round_: Round, home: Home) -> Contest:
-    """Who is evaluated in a round. Raises RoundError where it has no checkpoint."""
+    """Which weights a round evaluates. Raises RoundError if some are missing, or the checkpoint was revoked."""
     row = rounds.raw(store, round_.recipe.name, round_.key)
     made, controls = row["checkpoint"], json.loads(row["controls"] or "{}")
     if made is None:
@@ -86,7 +86,7 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
     """Compare the weights on the held-out prompts. Writes `evaluations`.
 
     Raises:
-        RoundError: the checkpoint was revoked while the prompts were answered, or what judges them has changed.
+        RoundError: the checkpoint was revoked, or the scorers or references changed, since the prompts were answered.
     """
     _check_not_revoked(store, round_, between.checkpoint)
     recipe, how = round_.recipe, round_.recipe.evaluation
@@ -129,7 +129,7 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
 
 
 def results(query: Query, round_: Round, policy: str, version: str) -> list[PromptResult]:
-    """How a policy did on each of the round's held-out prompts, by combined scores of this version."""
+    """A policy's results on each of the round's held-out prompts, by the combined score of this version."""
     recipe = round_.recipe
     rows = query(
         f"""WITH judged AS (  -- each once: two rounds that evaluate the same weights at once may both have drawn
@@ -153,7 +153,7 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
 
 
 def answers(store: Store, round_: Round, policy: str) -> Answers:
-    """What a policy answered to the round's held-out prompts."""
+    """A policy's answers to the round's held-out prompts."""
     rows = store.query(
         f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
@@ -166,7 +166,7 @@ def answers(store: Store, round_: Round, policy: str) -> Answers:
 
 
 def recorded_results(query: Query, recipe: str, round_key: str, role: str) -> list[PromptResult]:
-    """What `judge` recorded of a role: `policy`, `checkpoint`, `champion` or a control."""
+    """What `judge` recorded for a role: `policy`, `checkpoint`, `champion` or a control."""
     rows = query(
         """SELECT prompt_id, draws, passes, score, distinct_texts AS "distinct", tokens, eligible
            FROM evaluations WHERE recipe = $recipe AND round = $round AND role = $role ORDER BY prompt_id""",
@@ -176,10 +176,10 @@ def recorded_results(query: Query, recipe: str, round_key: str, role: str) -> li
 
 
 def over_controls(query: Query, row: Mapping[str, Any]) -> dict[str, Comparison]:
-    """A finished round's checkpoint against each of its controls, by the metric of its gate: as `judge` found it.
+    """A finished round's checkpoint against each of its controls, by its promotion metric, as `judge` found it.
 
     Args:
-        row: the round's, of the table `rounds`.
+        row: the round's row of the table `rounds`.
     """
     if row["state"] == "started" or not (settings := json.loads(row["settings"] or "{}")).get("controls"):
         return {}
@@ -192,7 +192,7 @@ def over_controls(query: Query, row: Mapping[str, Any]) -> dict[str, Comparison]
 
 
 def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) -> None:
-    """Finish the round's record: the point from which the round counts as done.
+    """Finish the round's record: from then on the round counts as done.
 
     Raises:
         RoundError: the checkpoint was revoked while it was evaluated.
@@ -216,7 +216,7 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
 
 
 def counts(query: Query, round_: Round) -> dict[str, int]:
-    """How many candidates a round has drawn and accepted: columns of `rounds`."""
+    """How many candidates and tokens a round drew, and how many it accepted: columns of `rounds`."""
     (counted,) = query(
         f"""SELECT count(*) AS candidates, coalesce(sum(c.tokens), 0)::BIGINT AS tokens,
                 count(*) FILTER (d.accepted) AS accepted,
@@ -230,7 +230,7 @@ def counts(query: Query, round_: Round) -> dict[str, int]:
 
 
 def finite(value):
-    """The same with None for what JSON has no number for: the open end of an interval."""
+    """The same value with None for infinities and NaN, which JSON lacks: the open ends of intervals."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

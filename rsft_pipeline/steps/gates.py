@@ -1,7 +1,7 @@
-"""Gates: what must hold before a checkpoint is trained, and what a person should hear about.
+"""Gates: what must hold before a checkpoint is trained, and what a person should be told.
 
-Each is a question to the store with a yes or no and the reason. Dagster shows them as asset checks;
-training asks the blocking ones again itself, since a check stops only the run it ran in.
+Each asks the store a yes-or-no question and gives the reason. Dagster shows them as asset checks;
+training evaluates the blocking ones again itself, since a failed check stops only the run it ran in.
 """
 
 import json
@@ -59,9 +59,9 @@ def _nothing(store: Store, round_: Round) -> str:
 
 
 def no_eval_prompt(store: Store, round_: Round) -> Finding:
-    """No held-out prompt is trained on: not now, and not in any round before, in whatever words it was asked.
+    """No held-out prompt is trained on, in this round or any earlier one, however the question is worded.
 
-    What an attempt made that was begun again since is no round's, and nothing stands on it.
+    Earlier attempts at a round that was begun again do not count: nothing is built on their checkpoints.
     """
     rows = store.query(
         f"""SELECT candidate_id FROM ({ACCEPTED}) WHERE split <> 'train'
@@ -82,7 +82,7 @@ BLOCKING = (something_accepted, no_eval_prompt)
 
 
 def nothing_revoked(store: Store, round_: Round) -> Finding:
-    """The checkpoint has learned nothing that was revoked since, neither itself nor by the weights that it came of."""
+    """Nothing that the checkpoint has learned, itself or through the weights it came from, was revoked since."""
     made = rounds.raw(store, round_.recipe.name, round_.key)["checkpoint"]
     why = made and revocations.of_checkpoint(store, round_.recipe.name, made)
     return Finding(not why, why or "nothing that it has learned was revoked")
@@ -100,7 +100,7 @@ def acceptance_rate(store: Store, round_: Round) -> Finding:
 
 
 def prompt_share(store: Store, round_: Round) -> Finding:
-    """No prompt has more than its share of the accepted set."""
+    """No prompt has more than `largest_share` of the accepted set."""
     rows = store.query(
         f"""SELECT prompt_id, count(*) / sum(count(*)) OVER () AS share
             FROM ({ACCEPTED}) GROUP BY prompt_id ORDER BY share DESC, prompt_id LIMIT 1""",
@@ -114,7 +114,7 @@ def prompt_share(store: Store, round_: Round) -> Finding:
 
 
 def source_is_latest(store: Store, round_: Round, home: Home) -> Finding:
-    """The weights that the round samples from are still those that it would start from today."""
+    """The weights that the round samples from are still those that it would start from now."""
     now = rounds.starting_weights(store, round_.recipe, home, round_.key, round_.recipe.policy)
     if now.digest == round_.policy:
         return Finding(True, f"{round_.policy} ({round_.policy_source}) is the {round_.recipe.policy}")

@@ -1,7 +1,7 @@
-"""Ingest: a recipe's prompts into the store, and the rows that cannot be prompts into quarantine.
+"""Ingest: a recipe's prompts into the store, and the rows that cannot become prompts into quarantine.
 
-Belongs here: what is kept of the prompts that are there already. Not: how a row becomes a prompt (prompts/), nor
-which prompts a round asks (draw.py).
+Belongs here: what is kept of the prompts already stored. Not: how a row becomes a prompt (prompts/), nor which
+prompts a round asks (draw.py).
 """
 
 import json
@@ -26,20 +26,20 @@ def ingest(
 ) -> prompts.Ingest:
     """Read the recipe's prompts into `prompts` and `quarantine`.
 
-    A prompt that is in the sources no more is kept, for what was drawn from it, but not drawn from again. A question
-    that is known keeps its split for ever, however it is worded and whatever `eval_fraction` has become: from the
-    first finished round on. Before, nothing hangs on it, and a warm-up that is made anew goes by the fraction of now.
+    A prompt that is no longer in the sources is kept, because candidates were drawn for it, but is not asked again.
+    From the first finished round on, a known question keeps its split for ever, however it is worded and whatever
+    becomes of `eval_fraction`. Before that nothing depends on it, and a warm-up made again uses the present fraction.
 
     Args:
-        round_key: the round that they are read for; None for those to come.
+        round_key: the round that they are read for; None if for rounds to come.
 
     Raises:
-        RoundError: later rounds stand on that round.
-        PromptError, ModelError: prompts or a base model that cannot be had.
+        RoundError: later rounds build on that round.
+        PromptError, ModelError: the prompts or a model cannot be had.
     """
     if round_key is not None:
-        rounds.check_nothing_stands_on(store, recipe.name, round_key)  # what it asked stays as it was
-    prompts.sources.check(recipe)  # before a model is made or fetched for them
+        rounds.check_nothing_stands_on(store, recipe.name, round_key)  # else its prompts must stay as they were
+    prompts.sources.check(recipe)  # before a model is made or fetched to read them
     base = models.base(recipe, home.path, lambda step, steps, loss, _: show(step, f"loss {loss:.3f}", steps))
     tokenizer = models.tokenizer(base.path)
     drawn_from = [base, models.teacher(recipe, base.path)] if recipe.sampling.teacher else [base]
@@ -63,13 +63,13 @@ def ingest(
         _write(connection, recipe.name, round_key, rows, refused)
         return True
 
-    if not store.commit(work):  # something was revoked meanwhile, perhaps erased: what was read may have it
+    if not store.commit(work):  # something was revoked meanwhile, perhaps erased, and may be among what was read
         return ingest(store, recipe, home, run_id, show, round_key)
     return read
 
 
 def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_key: str | None) -> prompts.Ingest:
-    """What was read, each prompt in its split. Raises PromptError where one of the two is empty."""
+    """What was read, each prompt in its split. Raises PromptError if either split is empty."""
     sides = _sides(store, recipe, round_key)
     split = {
         p.prompt_id: sides.get(p.question) or sides.get(lineage.same_text(p.text)) or p.split for p in read.prompts
@@ -89,7 +89,7 @@ def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_ke
 
 
 def _rows(recipe: Recipe, read: prompts.Ingest, chat: bool) -> list[dict[str, Any]]:
-    """Rows of `prompts`, but for who read them when."""
+    """Rows of `prompts`, except for the columns that depend on the run."""
     return [
         {
             "recipe": recipe.name,
@@ -112,7 +112,7 @@ def _rows(recipe: Recipe, read: prompts.Ingest, chat: bool) -> list[dict[str, An
 
 
 def _is_there(store: Store, recipe: Recipe, read: prompts.Ingest, digest: str) -> bool:
-    """Whether the store has just this."""
+    """Whether the store already holds exactly what was read."""
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
     kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
     refused = map(vars, read.refused)
@@ -120,7 +120,7 @@ def _is_there(store: Store, recipe: Recipe, read: prompts.Ingest, digest: str) -
 
 
 def _write(connection, recipe: str, round_key: str | None, rows: list[dict], refused: list[dict]) -> None:
-    """Put rows of `prompts` and `quarantine` in place of those that are there."""
+    """Replace the rows of `prompts` and `quarantine` with these."""
     connection.register("read_now", pa.Table.from_pylist([{name: row[name] for name in _PLACE} for row in rows]))
     connection.execute(_EARLIER, [recipe])
     connection.execute(_BEGUN_AGAIN, {"recipe": recipe, "round": round_key})
@@ -142,22 +142,22 @@ _EARLIER = """INSERT INTO earlier_sources BY NAME
     EXCEPT SELECT recipe, prompt_id, source, line, dagster_run_id FROM earlier_sources"""
 
 
-# Prompts that change sides are no more those that the round trained on and was evaluated by: it is to be done again.
+# If prompts change splits, the round was trained and evaluated on other prompts than it has now: it must run again.
 _BEGUN_AGAIN = """UPDATE rounds SET state = 'started' WHERE recipe = $recipe AND round = $round AND state = 'finished'
     AND EXISTS (FROM prompts p JOIN read_now n ON n.prompt_id = p.prompt_id AND n.split <> p.split
                 WHERE p.recipe = $recipe)"""
 
 
 def settings(recipe: Recipe) -> str:
-    """What the sources are read by: a round asks only prompts that were read by its own."""
+    """Digest of the settings that the sources are read with: a round asks only prompts read with its own."""
     return lineage.digest(recipe.prompts.model_dump(mode="json"))
 
 
 def _check_read_alike(store: Store, recipe: Recipe, chat: bool, prompt_ids: Collection[str]) -> None:
-    """Raise PromptError where a prompt comes out as a text that was drawn for otherwise: from a template or a chat.
+    """Raise PromptError if a prompt was drawn for before in the other form, plain text instead of a chat or vice versa.
 
-    What the tokenizer puts around plain text it does not put around a chat's: the same text is other tokens then, and
-    what was drawn for it, which is known by the text, is no answer to these.
+    The tokenizer adds special tokens to plain text but not to a rendered chat, so the same text gives other tokens.
+    Prompts are identified by their text, so draws for one form would pass for draws for the other.
     """
     drawn_for = store.query(
         """SELECT prompt_id FROM prompts WHERE recipe = $recipe AND chat <> $chat
@@ -172,7 +172,7 @@ def _check_read_alike(store: Store, recipe: Recipe, chat: bool, prompt_ids: Coll
 
 
 def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:
-    """The split of each question that is known, and of each text. One that was ever trained on is not held out."""
+    """The split of each known question and of each known text; where both splits have it, `train`."""
     rows = store.query(
         """SELECT coalesce(same_text, prompt_id) AS text, question, split FROM prompts
            WHERE recipe = $recipe AND EXISTS (

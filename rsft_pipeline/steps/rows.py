@@ -1,7 +1,7 @@
-"""Rows: which rows of the store are a round's.
+"""Rows: which rows of the store belong to a round.
 
-Belongs here: SQL that says which candidates a round drew, was evaluated by, or is trained on, and the parameters
-that it takes. Not: reading or writing any of them (the steps beside this file, and who looks at what they wrote).
+Belongs here: SQL for the candidates that a round drew, was evaluated on or is trained on, and the parameters of that
+SQL. Not: reading or writing any of them (the steps beside this file, and whatever looks at what they wrote).
 """
 
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from rsft_pipeline.rounds import Round
 
 COMBINED = "combined"  # the scorer name of the combined score
 TrainedOn = Literal["accepted", "random", "everything"]  # the last two are controls
-# Joins are on ids alone and every table is filtered by the recipe itself: with `a.recipe = b.recipe` as a
-# join condition the planner may take it for one worth joining by, and builds the cross product.
+# Joins are on ids alone, and every table is filtered by the recipe separately: given the condition
+# `a.recipe = b.recipe`, the planner may choose to join by it and build the cross product.
 
-# The candidates that a round drew to be trained on. A candidate of older settings, of a policy that has been
-# superseded, or of a prompt that the round no longer asks stays in the table but is not the round's.
+# The candidates that a round drew to train on. A candidate of older settings, of a superseded policy, or of a
+# prompt that the round no longer asks stays in the table but does not belong to the round.
 ROUND_CANDIDATES = """
     SELECT * FROM candidates
     WHERE recipe = $recipe AND round = $round AND split = 'train'
       AND policy = $policy AND settings = $settings AND draw < $draws AND prompt_id IN (
         SELECT prompt_id FROM round_prompts WHERE recipe = $recipe AND round = $round AND split = 'train')
 """
-# What one policy answered to the round's held-out prompts, in whichever round it was drawn.
+# One policy's answers to the round's held-out prompts, in whichever round they were drawn.
 EVALUATION_CANDIDATES = """
     SELECT * FROM candidates
     WHERE recipe = $recipe AND split = 'eval' AND policy = $policy AND settings = $settings AND draw < $draws
@@ -33,13 +33,13 @@ EVALUATION_CANDIDATES = """
 """
 
 
-# Which scores `s` count, where $scorers is what `of_scorers` gives. Neither a name nor a version would do alone: a
-# name may have meant another scorer before, and a version may have had another name.
+# Which scores `s` count; $scorers comes from `of_scorers`. Neither name nor version is enough alone: a name may have
+# meant another scorer before, and a version may have had another name.
 OF_SCORERS = "list_contains($scorers, s.scorer || ' ' || s.version)"
 
 
 def of_scorers(version_of: Mapping[str, str]) -> list[str]:
-    """The parameter of OF_SCORERS, of scorers and their versions."""
+    """The parameter $scorers of OF_SCORERS, from the version of each scorer."""
     return [f"{scorer} {version}" for scorer, version in version_of.items()]
 
 
@@ -64,7 +64,7 @@ def of_evaluation(round_: Round, policy: str) -> dict:
 
 # --- training sets ---------------------------------------------------------------------------
 
-# The candidates that were decided on and may be trained on, of one round or of all up to it.
+# The candidates that were decided on and may be trained on, of one round or of all rounds up to it.
 _DECIDED = f"""
     WITH {revocations.NAMED}
     SELECT c.candidate_id, c.token_ids, c.text, p.text AS prompt, p.chat, p.prompt_hash, d.weight, d.score, d.round,
@@ -76,7 +76,7 @@ _DECIDED = f"""
 """
 # Those of them that a checkpoint is trained on.
 ACCEPTED = f"{_DECIDED} AND d.accepted"
-# Those that a control is trained on: no score has a say, only the rule's distinctness.
+# Those that a control is trained on: scores play no part, only the rule's `distinct` does.
 _EVERYTHING = f"""
     SELECT * REPLACE (1::DOUBLE AS weight) FROM ({_DECIDED} AND d.reason <> 'revoked')
     QUALIFY NOT $distinct OR row_number() OVER (
@@ -99,8 +99,8 @@ def training_rows(
     """SQL of the rows that a checkpoint of a round is trained on, and its parameters.
 
     Args:
-        name: the recipe's.
-        settings: its fields as the round recorded them.
+        name: the recipe's name.
+        settings: the recipe as the round recorded it.
     """
     first = round_key if settings.training.data == "round" else "r000"
     parameters = {"recipe": name, "first": first, "last": round_key}

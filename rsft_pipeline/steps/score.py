@@ -1,6 +1,6 @@
-"""Score: what each candidate is worth, by the versions that a round's scorers have.
+"""Score: what each candidate is worth, by the present versions of a round's scorers.
 
-Belongs here: those versions, what was revoked of them, and which candidates are still to be judged. Not: how a
+Belongs here: those versions, whether one was revoked, and which candidates are still to be judged. Not: how a
 candidate is judged (scoring/), nor which are accepted (decide.py).
 """
 
@@ -19,20 +19,20 @@ from rsft_pipeline.steps.rows import COMBINED, OF_SCORERS, of_scorers
 from rsft_pipeline.store import Store, columns
 
 BATCH = 1024  # candidates that a scorer is given at once
-KEPT_AFTER = 2.0  # seconds of judging after which what was said is persisted: a commit takes a hundredth of that
+KEPT_AFTER = 2.0  # seconds of judging after which the scores are persisted; a commit takes a hundredth of that
 
 
 def check_not_revoked(store: Store, round_: Round) -> None:
-    """Raise RoundError when the weights or a scorer of a round were revoked: nothing it drew could be accepted."""
+    """Raise RoundError if weights or a scorer of the round were revoked: nothing it drew could be accepted."""
     if why := revocations.of_round(store, [round_.policy, round_.drawn_from], versions(store, round_)):
         raise RoundError(f"{round_.recipe.name} {round_.key}: {why}. Change that, and run the round again")
 
 
 def versions(store: Store, round_: Round, before: list[str] | None = None) -> dict[str, str]:
-    """The version that each scorer has in a round, and that of the combined score.
+    """The version of each of a round's scorers, and of the combined score.
 
     Args:
-        before: what `accepted_before` gives, where it is known already.
+        before: the result of `accepted_before`, if the caller has it already.
     """
     recipe = round_.recipe
     before = accepted_before(store, round_) if before is None else before
@@ -44,7 +44,7 @@ def versions(store: Store, round_: Round, before: list[str] | None = None) -> di
 
 
 def accepted_before(store: Store, round_: Round) -> list[str]:
-    """The different texts that the recipe's earlier rounds accepted; empty where no scorer asks for them."""
+    """The distinct texts that the recipe's earlier rounds accepted; empty if no scorer needs them."""
     if not any(config.kind == "novelty" for config in round_.recipe.scoring.scorers):
         return []
     rows = store.arrow(
@@ -58,7 +58,7 @@ def accepted_before(store: Store, round_: Round) -> list[str]:
 
 @dataclass(frozen=True)
 class Scorers:
-    """A round's scorers, loaded, and the versions that they have."""
+    """A round's scorers, loaded, and their versions."""
 
     judges: dict[str, scoring.Judge]
     version_of: dict[str, str]
@@ -66,7 +66,7 @@ class Scorers:
 
 
 def load(store: Store, round_: Round, device: Device) -> Scorers:
-    """Load the scorers of a round. Raises RoundError when one of them changes meanwhile."""
+    """Load the scorers of a round. Raises RoundError if one of them changes meanwhile."""
     before = accepted_before(store, round_)
     version_of = versions(store, round_, before)
     scorers = Scorers(scoring.judges(round_.recipe, device, before), version_of, before)
@@ -84,7 +84,7 @@ def _check_unchanged(store: Store, round_: Round, scorers: Scorers) -> None:
 
 
 def unscored(store: Store, round_: Round, candidates: str, parameters: dict, version_of: dict[str, str]) -> int:
-    """How many of the candidates have no combined score of these versions, but for erased ones. See `score`."""
+    """How many of the candidates, erased ones aside, have no combined score of these versions. See `score`."""
     to_judge = _to_judge(parameters, version_of)
     return store.value(f"SELECT count(*) AS n FROM ({_UNSCORED.format(candidates=candidates)})", to_judge)
 
@@ -104,8 +104,8 @@ def score(
 
     Args:
         candidates: ROUND_CANDIDATES or EVALUATION_CANDIDATES.
-        parameters: what it takes.
-        scorers: the round's, where they are loaded already.
+        parameters: the parameters of that SQL.
+        scorers: the round's scorers, if they are loaded already.
 
     Raises:
         RoundError: a scorer has changed since it was loaded.
@@ -121,7 +121,7 @@ def score(
         if not number:
             return 0
         scorers = scorers or load(store, round_, device)
-        if scorers.version_of != version_of:  # what is known already is of the versions before
+        if scorers.version_of != version_of:  # the table `unscored` was made by the versions before
             raise RoundError(f"{recipe.name} {round_.key}: a scorer changed just now: run the round again")
         done, judged, since = 0, [], time.monotonic()
         for batch in connection.execute("FROM unscored").to_arrow_reader(BATCH):
@@ -155,7 +155,7 @@ def _to_judge(parameters: dict, version_of: dict[str, str]) -> dict:
     return {**parameters, "version": version_of[COMBINED], "scorers": of_scorers(version_of)}
 
 
-# With only weights or minima changed, the scorers themselves have nothing to do: what they said is in `known`.
+# If only weights or minima changed, no scorer has to judge again: its stored scores are in `known`.
 _UNSCORED = f"""
     WITH unscored AS MATERIALIZED (
         SELECT c.candidate_id, c.round, c.text, c.log_p, c.finish_reason,
@@ -176,7 +176,7 @@ _UNSCORED = f"""
 def _judge(
     recipe: Recipe, judges: dict[str, scoring.Judge], rows: list[dict]
 ) -> list[tuple[dict, str, float | None, bool | None]]:
-    """What is new of these candidates: row, scorer, score, and whether it passed the gates, of the combined one."""
+    """The new scores of these candidates: row, scorer, score and, for the combined one, whether all gates passed."""
     samples = [judged_sample(row) for row in rows]
     score_of = [{one["scorer"]: one["value"] for one in row["known"] or ()} for row in rows]
     new: list[tuple[dict, str, float | None, bool | None]] = []
@@ -192,7 +192,7 @@ def _judge(
 
 
 def judged_sample(row: dict) -> scoring.Sample:
-    """A candidate as scorers see it, from a row of it and of its prompt (whose text is called `prompt`)."""
+    """A candidate as scorers see it, from a row with its columns and its prompt's (whose text is called `prompt`)."""
     return scoring.Sample(
         prompt=row["prompt"],
         completion=row["text"],

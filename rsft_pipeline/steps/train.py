@@ -1,7 +1,7 @@
 """Train: a checkpoint from the accepted set, or from what a control is trained on.
 
-Belongs here: reading a training set as one snapshot, and writing the checkpoint with all that it came of. Not: which
-rows a training set is made of (rows.py), nor the training itself (training.py).
+Belongs here: reading a training set as one snapshot, and writing the checkpoint with everything that went into it.
+Not: which rows a training set consists of (rows.py), nor the training itself (training.py).
 """
 
 import json
@@ -26,15 +26,15 @@ from rsft_pipeline.training import History, Sample, fit
 
 
 def samples_sql(rows: str) -> str:
-    """A SELECT of what samples are made of and of their leaves, from that of the rows that are trained on."""
+    """A SELECT of what samples are made of, with their Merkle leaves; `rows` is the SQL of `training_rows`."""
     return f"SELECT candidate_id, prompt, chat, token_ids, weight, {merkle.LEAF} AS leaf FROM ({rows})"
 
 
 def training_set(
     store: Store, round_: Round, tokenizer, trained_on: TrainedOn = "accepted"
 ) -> tuple[list[Sample], pa.ChunkedArray, int]:
-    """What a checkpoint of the round is trained on, in the order of the ids, the leaf of each sample (merkle.py),
-    and the snapshot that they were read from."""
+    """The samples that a checkpoint of the round is trained on, in the order of their ids, the leaf of each
+    (merkle.py), and the snapshot that they were read from."""
     chosen, parameters = training_rows(round_.recipe.name, round_.key, round_.recipe, trained_on)
 
     def work(connection):
@@ -54,21 +54,21 @@ def training_set(
 
 
 def _scorers(store: Store, round_: Round) -> list[str]:
-    """The scorer versions that the decisions on a training set rest on."""
+    """The scorer versions that the decisions behind a training set were made with."""
     rows = store.query(
         "SELECT scorers FROM rounds WHERE recipe = $recipe AND round BETWEEN $first AND $last", of_training(round_)
     )
     return sorted({version for row in rows for version in json.loads(row["scorers"] or "{}").values()})
 
 
-# A control that came out as the round's own checkpoint was trained on the same rows: the checkpoint's stay.
+# If a control comes out as the round's own checkpoint, it was trained on the same rows: the checkpoint's are kept.
 _ACCEPTED_ALIKE = """SELECT 1 FROM checkpoints WHERE recipe = ? AND round = ? AND checkpoint = ?
     AND coalesce(trained_on, 'accepted') = 'accepted'"""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint and how it came to be."""
+    """A checkpoint and how it was made."""
 
     checkpoint: Checkpoint
     parent: str
@@ -92,7 +92,7 @@ def train(
 ) -> Trained:
     """Fine-tune the starting weights on the accepted set, or as a control, save the checkpoint, and write its rows.
 
-    Writes `checkpoints` and `training_samples`. Killed, it goes on from its last saved step.
+    Writes `checkpoints` and `training_samples`. After a kill it continues from the last saved step.
     """
     recipe = round_.recipe
     tokenizer = models.tokenizer(start.path)
@@ -135,7 +135,7 @@ def train(
         "parameters": total,
     }
     checkpoint = checkpoints.save(model, tokenizer, home.checkpoints, meta, card(meta))
-    if trained_on == "accepted":  # the same weights may have come of rows with other scores before, or of a control
+    if trained_on == "accepted":  # the same weights may exist already, from rows with other scores or as a control
         checkpoints.describe(checkpoint, meta, card(meta))
     _write(store, round_, checkpoint, meta, samples, leaves, run_id)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -151,7 +151,7 @@ def _write(
     leaves: pa.ChunkedArray,
     run_id: str,
 ) -> None:
-    """Write the rows of a checkpoint that is saved, and name it in its round's record."""
+    """Write the rows of a saved checkpoint, and name it in its round's record."""
     made = {"recipe": meta["recipe"], "round": meta["round"], "checkpoint": checkpoint.digest}
     said = ("parent", "policy", "drawn_from", "trained_on", "accepted_digest", "samples", "steps", "loss")
     row = {

@@ -1,12 +1,12 @@
-"""Until: drawing again until enough is accepted, where the recipe says `sampling.until`.
+"""Until: drawing until enough candidates are accepted, if the recipe has `sampling.until`.
 
-Belongs here: which prompts are drawn for again, and when the round stops drawing. Does not: drawing,
+Belongs here: which prompts are drawn for again, and when the round stops drawing. Not: drawing,
 scoring and deciding themselves (draw.py, score.py, decide.py).
 
-The prompts are gone through in passes. Each wave is scored as it comes, and a pass leaves out the prompts
-that have enough accepted by then. No decision is written here: a candidate's own decision never hangs on
-later draws (recipe/recipe.py refuses rules of which that is not true), so the one made at the end is the same. A
-run that was killed goes on with the very waves that it would have drawn.
+Prompts are drawn for in passes. Each wave is scored once it is drawn, and a pass leaves out the prompts that have
+enough accepted by then. No decision is written here: whether a candidate is accepted by the rule never depends on
+later draws (recipe/recipe.py refuses rules for which it does), so the decision made at the end is the same. A run
+that was killed goes on with exactly the waves that it would have drawn.
 """
 
 import math
@@ -27,10 +27,10 @@ from rsft_pipeline.store import Store
 def draw(
     store: Store, round_: Round, session: Session, asked: Sequence[Asked], *, device: Device, run_id: str, show: Show
 ) -> tuple[int, int]:
-    """Draw and score candidates of the prompts until enough are accepted, or each prompt has had its most draws.
+    """Draw and score candidates until enough are accepted, or each prompt has had the most draws allowed.
 
     Returns:
-        How many candidates were drawn by this call, and how many tokens.
+        How many candidates this call drew, and how many tokens.
     """
     candidates = tokens = 0
     scorers = load(store, round_, device)
@@ -43,7 +43,7 @@ def draw(
     score_drawn()  # what a killed run had drawn last
     for draws in sampling.passes(round_.recipe.sampling):
         if not (wanted := _unsatisfied(store, round_, asked, draws)):
-            break  # nor will any later pass draw for one: what has enough keeps it
+            break  # nor would any later pass: a prompt that has enough keeps it
         for wave in drawing.plan(store, round_, round_.drawn_from, wanted, split="train", draws=draws):
             if _enough(store, round_, draws):
                 return candidates, tokens
@@ -57,7 +57,7 @@ def draw(
 
 
 def _unsatisfied(store: Store, round_: Round, asked: Sequence[Asked], draws: range) -> list[Asked]:
-    """The prompts that have not enough accepted among their draws before these."""
+    """The prompts that have too few accepted among their draws before these."""
     enough = round_.recipe.sampling.until.per_prompt or math.inf
     if draws.start == 0:
         return list(asked)
@@ -66,9 +66,9 @@ def _unsatisfied(store: Store, round_: Round, asked: Sequence[Asked], draws: ran
 
 
 def _enough(store: Store, round_: Round, draws: range) -> bool:
-    """Whether the round has as many accepted as it asks for, in these draws and those before.
+    """Whether the round has as many accepted as it asks for, up to the end of these draws.
 
-    Before the first pass is whole nothing is known where a pilot decides what is accepted.
+    If a pilot decides what is accepted, nothing is known before the first pass is complete.
     """
     wanted = round_.recipe.sampling.until.accepted
     if wanted is None or (draws.start == 0 and round_.recipe.acceptance.pilot_draws):

@@ -6,7 +6,7 @@ log_probabilities(model, samples, pad_id) -> list[float]
 collate(samples, pad_id) -> dict[str, Tensor]
 token_losses(model, batch) -> Tensor
 
-What models that write have in common lies in writing.py.
+What all models that write have in common is in writing.py.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Causal language models: completions that follow a prompt, their log-probability, their loss.
 
-Belongs here: what is particular to a decoder that reads its prompt left to right, as it writes. Does not:
-what all models that write have in common (writing.py), which samples are trained on and how a step adds
-up (training.py), where weights come from (models/).
+Belongs here: what is particular to a decoder that reads its prompt from left to right, as it writes. Not:
+what all models that write have in common (writing.py), which samples are trained on and how a step's loss
+is added up (training.py), where weights come from (models/).
 """
 
 import inspect
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARES_PROMPTS = True  # in training, what several samples begin with is computed once (packing.py)
+SHARES_PROMPTS = True  # in training, a common beginning of several samples is computed once (packing.py)
 
 draw = writing.draw
 completion_ids = writing.completion_ids
@@ -37,8 +37,8 @@ def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
 
     Returns:
         `input_ids` and `labels`, int64 [rows, longest], padded on the right. Labels are the completion's
-        ids and IGNORED elsewhere, by position and never by value: an EOS that was sampled is a target
-        even where the padding token is EOS too. `nodes` and `first`: see `packing.tree`.
+        ids and IGNORED elsewhere, by position and never by value: a sampled EOS is a target even if the
+        padding token is EOS too. `nodes` and `first`: see `packing.tree`.
     """
     from rsft_pipeline import packing
 
@@ -56,8 +56,8 @@ def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
 def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
     """Negative log-likelihood of each row's completion, summed over its tokens: float32 [rows], in nats.
 
-    Each token is read once, without padding, where the model's attention allows it. The head is applied only where
-    there is a target: with a large vocabulary the logits of the prompt would be most of the memory.
+    Each node of the prefix tree is computed once, without padding, if the model's attention allows it. The head is
+    applied only at targets: with a large vocabulary the logits of the prompt would take most of the memory.
     """
     import torch
 
@@ -77,9 +77,9 @@ def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
 
 
 def _padded(model, batch: dict[str, "Tensor"], targets: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """Logits [rows, columns, vocabulary] and targets of the columns where some row has one.
+    """Logits [rows, columns, vocabulary] and targets of the columns in which some row has a target.
 
-    No mask: what is behind a row's end, no position of the row looks at.
+    No mask is needed: no position of a row attends to what comes after its end.
     """
     kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}

@@ -1,7 +1,7 @@
 """Sequence classification: a completion is one label, its token id the index of the model's output.
 
-Belongs here: the same five functions as for models that write (tasks/__init__.py), on a model that
-chooses. Does not: how the head came to be (models/, bootstrap.py).
+Belongs here: the same five functions as for models that write (tasks/__init__.py), for a model that
+chooses. Not: how its head is made (models/, bootstrap.py).
 """
 
 import logging
@@ -43,10 +43,10 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
 
 
 def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tuple["Tensor", "Tensor"]:
-    """Logits of the different prompts, [different, labels], and which of these each prompt has, int64 [prompts].
+    """Logits of the distinct prompts, [distinct, labels], and the row of each prompt in them, int64 [prompts].
 
-    Each is read with others of its length: no family's masks are trusted with padding, which FNet and others mix in,
-    so what a text is rated does not depend on its batch. Out of memory, it goes on with half as many rows at once.
+    Only prompts of the same length share a batch: FNet and others mix in padding despite the mask, and a text's logits
+    must not depend on its batch. Out of memory, it continues with half as many rows at once.
     """
     import torch
 
@@ -71,7 +71,7 @@ def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tu
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each label as the index of its output. Raises ValueError for a text that is no label of the model."""
+    """Each label as the index of its output. Raises ValueError for a text that is not a label of the model."""
     ids = model.config.label2id
     if unknown := sorted(set(texts) - set(ids)):
         raise ValueError(

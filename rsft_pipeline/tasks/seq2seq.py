@@ -1,10 +1,10 @@
 """Encoder-decoders such as T5 and BART: completions of a prompt that an encoder has read.
 
 A sample's prompt is the encoder's input, its completion the decoder's targets. The token that the decoder
-starts from is no part of either: it comes from the model's configuration whenever the model is fed.
+starts from is part of neither: it comes from the model's configuration whenever the model is fed.
 
-Belongs here: what is particular to feeding such a model. Does not: what all models that write have in
-common (writing.py), how their draws share an encoding (decoding/shared_encoder.py), how a step adds up (training.py).
+Belongs here: what is particular to feeding such a model. Not: what all models that write have in common
+(writing.py), how draws share an encoding (decoding/shared_encoder.py), how a step's loss is added up (training.py).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
 
     Returns:
         `input_ids` and `attention_mask`, int64 [rows, longest prompt], and `labels`, int64 [rows, longest
-        completion], IGNORED behind a completion.
+        completion], IGNORED after a completion.
     """
     return {
         "input_ids": right_padded([sample.prompt_ids for sample in samples], pad_id),
@@ -46,8 +46,8 @@ def collate(samples: Sequence["Sample"], pad_id: int) -> dict[str, "Tensor"]:
 def token_losses(model, batch: dict[str, "Tensor"]) -> "Tensor":
     """Negative log-likelihood of each row's completion, summed over its tokens: float32 [rows], in nats.
 
-    The decoder reads the start token and then the targets, each predicting the next. What it reads behind a
-    completion's end no target depends on, so any id does.
+    The decoder reads the start token and then the targets, each predicting the next. No target depends on what it
+    reads after a completion's end, so any id will do.
     """
     targets = batch["labels"]
     read = targets.roll(1, dims=1).clamp(min=0)

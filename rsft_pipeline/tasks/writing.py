@@ -1,8 +1,8 @@
 """Writing: what the tasks whose models write text have in common, whichever kind of model writes it.
 
-Belongs here: draws made into candidates, a given text as the tokens that it would have been written in,
-and likelihoods added up. Does not: the decoding loop (decoding/), which candidates are drawn
-(sampling.py), and how a kind of model is fed (causal.py, seq2seq.py).
+Belongs here: turning draws into candidates and given texts into tokens, and adding up likelihoods. Not:
+the decoding loop (decoding/), which candidates are drawn (sampling.py), and how a kind of model is fed
+(causal.py, seq2seq.py).
 """
 
 import math
@@ -18,8 +18,8 @@ from rsft_pipeline.training import Sample, part_tokens, parts
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100  # what torch's cross entropy calls a position without a target
-SOFTMAX = 2**24  # logits whose softmax is computed at once
+IGNORED = -100  # torch's label for a position without a target
+SOFTMAX = 2**24  # the most logits whose softmax is computed at once
 
 
 def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
@@ -36,7 +36,7 @@ def draw(model, tokenizer, requests: Sequence[Request], sampling: Sampling) -> l
 
 
 def spelt(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The texts that rows of token ids are, with no space taken out, whatever the tokenizer is set to."""
+    """The texts of rows of token ids, with all spaces kept, whatever the tokenizer's settings."""
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -52,7 +52,7 @@ def _stop_tokens(tokenizer, texts: Sequence[str]) -> set[int]:
 
 
 def completion_ids(model, tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text as the model would have written it: its tokens between what begins and what ends its completions."""
+    """The token ids with which the model would write each text, including what begins and ends its completions."""
     begin, end = configuration.begin_ids(model), configuration.end_id(model, tokenizer)
     return [[*begin, *ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
@@ -63,8 +63,8 @@ def log_probabilities(
     """Log-probability of each sample's completion, by teacher forcing, in nats.
 
     Args:
-        collate, token_losses: the task's.
-        batch_size: most samples computed at once; long ones are computed fewer at a time, as in training.
+        collate, token_losses: the task's functions.
+        batch_size: the most samples computed at once; long ones are computed fewer at a time, as in training.
     """
     import torch
 
@@ -95,8 +95,8 @@ def summed(logits: "Tensor", targets: "Tensor") -> "Tensor":
 def surprisals(logits: "Tensor", targets: "Tensor") -> "Tensor":
     """−log p of each target: float32 [targets], in nats. The softmax is in float32, whatever the weights are in.
 
-    Over a few targets at a time, and again when gradients are taken: with a large vocabulary the softmax of all
-    would be most of the memory.
+    Computed for a few targets at a time, and again for the gradients: with a large vocabulary the softmax of all
+    would take most of the memory.
 
     Args:
         logits: [targets, vocabulary].
