@@ -106,7 +106,7 @@ def measure(
         parameters: what the decisions were made with.
     """
     sums = _sums(connection, decided, parameters)
-    n, accepted, total_g = sums["candidates"], sums["accepted"], sums["g"] or 0.0
+    n, accepted, total_g = sums["candidates"], sums["accepted"], sums["g"]
     low, high = wilson(accepted, n) if n else (None, None)
     log_M = parameters.get("log_M", -1.0)
     return Efficiency(

@@ -147,7 +147,7 @@ class InProcess:
         self.policy, self.recipe, self.task, self.device = policy, recipe, task, device
 
     def __enter__(self) -> "InProcess":
-        self.model = models.load(self.policy, self.device, task=self.recipe.task).eval()
+        self.model = models.load(self.policy, self.device, task=self.recipe.task)
         self.tokenizer = models.tokenizer(self.policy)
         return self
 
