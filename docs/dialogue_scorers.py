@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -149,8 +150,9 @@ def answers(name: str, pairs: list[tuple[str, list[str]]]) -> dict:
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else "sentence-transformers/all-MiniLM-L6-v2"
-    print(table([answers("XQuAD English", squad()), answers("WebQuestions test", webquestions())]))
-    print(dialogue(str(Path(model).resolve()) if Path(model).is_dir() else model))
+    judged = table([answers("XQuAD English", squad()), answers("WebQuestions test", webquestions())])
+    for each in (judged, dialogue(str(Path(model).resolve()) if Path(model).is_dir() else model)):
+        print(unescape(each), end="\n\n")  # nothing of it is a model's
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python docs/real_input.py        # reads data/, see real-input.md
 import json
 import tempfile
 from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import yaml
@@ -77,7 +78,8 @@ def main() -> None:
         for name in ("rt-polarity.pos", "rt-polarity.neg"):
             source = {"source": str(DATA / "rt_polarity" / name), "format": "text", "template": "{text}"}
             rows.append(ingested(f"rt_polarity/{name} as {encoding}", tokenizer, encoding=encoding, **source))
-    print(table(rows), table([answers("train.jsonl"), answers("test.jsonl")]), sep="\n\n")
+    for each in (rows, [answers("train.jsonl"), answers("test.jsonl")]):
+        print(unescape(table(each)), end="\n\n")  # nothing of it is a model's
 
 
 if __name__ == "__main__":
