@@ -58,7 +58,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             checkpoints.write_card(path, card(checkpoints.read_meta(path), measured, outcome.verdict))
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             champion = contest.checkpoint if outcome.promoted else contest.champion
-            tracking.crown(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))
+            tracking.set_champion(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))
             _track(tracking, round_, outcome, by_scorer)
             if by_class:
                 tracking.metrics(
@@ -67,7 +67,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             try:
                 evaluate.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
             except rounds.RoundError:  # revoked in the meantime
-                tracking.crown(recipe.name, rounds.champion(lake, recipe.name))
+                tracking.set_champion(recipe.name, rounds.champion(lake, recipe.name))
                 raise
             lake.compact()
             plot = report.rounds_plot(recipe.name, round_.recipe.promotion.metric, rounds.history(lake, recipe.name))

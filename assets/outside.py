@@ -74,7 +74,7 @@ def tell(instance: dg.DagsterInstance, tracking: Tracking, store: Store, done: R
     reason = f"{thing.kind} {thing.unspoken} was revoked by {done.who}: {done.why}"
     for recipe, reached in by_recipe.items():
         if _tag(tracking, recipe, {one.checkpoint: one for one in reached}, reason):
-            tracking.crown(recipe, rounds.champion(store, recipe))
+            tracking.set_champion(recipe, rounds.champion(store, recipe))
         named = {f"{one.round}, {one.role}": one.checkpoint for one in reached}
         instance.report_runless_asset_event(
             dg.AssetCheckEvaluation(

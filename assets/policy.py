@@ -36,7 +36,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
             teacher = now.sampling.teacher and models.teacher(now, weights.path)
             drawn_from = teacher.digest if teacher else weights.digest
             answers = draw.answers(lake, now)
-            earlier = rounds.raw(lake, now.name, round_key)
+            earlier = rounds.row_of(lake, now.name, round_key)
             run_id = tracking.begin(
                 now.name,
                 round_key,

@@ -36,7 +36,7 @@ def mark_failed(context: dg.HookContext) -> None:
     """Record in MLflow too that the round failed."""
     tags = context.instance.get_run_by_id(context.run_id).tags
     with context.resources.store.open() as lake:
-        row = rounds.raw(lake, tags[LOOP], tags["dagster/partition"])
+        row = rounds.row_of(lake, tags[LOOP], tags["dagster/partition"])
     revoked_before = row and row["state"] == "revoked" and row["dagster_run_id"] != context.run_id
     if row and row["state"] != "finished" and not revoked_before:
         context.resources.tracking.end(row["mlflow_run_id"], "FAILED")

@@ -40,7 +40,7 @@ def _next_round(recipe: Recipe) -> dg.SensorDefinition:
             round_key = due(lake, context.instance, now)
             if isinstance(round_key, dg.SkipReason):
                 return round_key
-            begun = rounds.raw(lake, now.name, round_key)
+            begun = rounds.row_of(lake, now.name, round_key)
         failures = failed(context.instance, now.name, round_key)
         if len(failures) >= ATTEMPTS:
             return _look(round_key, failures)
@@ -65,7 +65,7 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         there = {lineage.digest([file.name, _content(file)]) for file in files}
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
-            begun = rounds.raw(lake, now.name, round_key)
+            begun = rounds.row_of(lake, now.name, round_key)
         asked, waiting = _asked(context.cursor)
         again = there <= asked and round_key == waiting  # the round started for them is not finished
         if there <= asked and not again:

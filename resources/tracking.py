@@ -142,7 +142,7 @@ class Tracking(dg.ConfigurableResource):
         tags = {"rsft.checkpoint": checkpoint}
         return client.create_model_version(recipe, path.as_uri(), run_id=run_id, tags=tags).version
 
-    def crown(self, recipe: str, champion: str) -> None:
+    def set_champion(self, recipe: str, champion: str) -> None:
         """Let the alias `champion` name this checkpoint; for the promotion gate and after a revocation.
 
         The base model is not registered: while it is the champion, there is no such alias.

@@ -63,7 +63,7 @@ def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
     Only what was revoked with it builds on a revoked round. Once such a round has begun again, the later rounds that
     started before that do not build on it either.
     """
-    now = raw(store, recipe, round_key)
+    now = row_of(store, recipe, round_key)
     if now and now["state"] == "revoked":
         return
     later = """SELECT round FROM rounds WHERE recipe = $recipe AND round > $round AND state <> 'revoked'
@@ -116,7 +116,7 @@ def finish(store: Store, round_: Round, **outcome) -> None:
 
 def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     """The record of a round that was begun. Raises RoundError if it was not, or its settings are refused by now."""
-    row = raw(store, recipe.name, round_key)
+    row = row_of(store, recipe.name, round_key)
     if row is None:
         raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
     as_it_was = _as_recorded(row, recipe.as_recorded)
@@ -133,7 +133,7 @@ def record(store: Store, recipe: Recipe, round_key: str) -> Round:
 
 def recorded(store: Store, file: Path, round_key: str) -> Recipe:
     """A recipe as a round recorded it, whatever its file says now. Raises RoundError as `record` does."""
-    row = raw(store, file.stem, round_key)
+    row = row_of(store, file.stem, round_key)
     if row is None:
         raise RoundError(f"{file.stem} {round_key} was not begun")
     return _as_recorded(row, lambda fields: Recipe.of_file(file, fields, RECORDED))
@@ -155,7 +155,7 @@ def resume(store: Store, recipe: Recipe, round_key: str) -> Round:
     return record(store, recipe, round_key)
 
 
-def raw(store: Store, recipe: str, round_key: str) -> dict | None:
+def row_of(store: Store, recipe: str, round_key: str) -> dict | None:
     """A round's row, or None."""
     rows = store.query("SELECT * FROM rounds WHERE recipe = ? AND round = ?", [recipe, round_key])
     return rows[0] if rows else None

@@ -124,7 +124,7 @@ def test_every_decision_replays_and_every_row_is_what_was_trained_on(mine, recip
         found = verified(mine, key)
         assert (found.findings, found.ok) == ([], True)
         assert found.root == found.recorded_root
-        control = find(mine, json.loads(rounds.raw(mine, NAME, key)["controls"])["random"])
+        control = find(mine, json.loads(rounds.row_of(mine, NAME, key)["controls"])["random"])
         assert control["trained_on"] == "random"
         assert verify(mine, control, Home.here()).findings == []
     assert mine.snapshot() == before  # nothing was written
@@ -411,7 +411,7 @@ def test_a_prompt_that_was_changed_is_named_and_one_with_a_new_reference_is_only
 
 
 def test_a_scorer_that_changed_is_told_and_no_difference(mine, recipe):
-    versions = json.loads(rounds.raw(mine, NAME, "r000")["scorers"])
+    versions = json.loads(rounds.row_of(mine, NAME, "r000")["scorers"])
     change(mine, "UPDATE scores SET version = 'older' WHERE scorer = 'answer' AND round = 'r000'")
     older = json.dumps({**versions, "answer": "older"})
     change(mine, "UPDATE rounds SET scorers = ? WHERE round = 'r000'", older)
@@ -682,7 +682,7 @@ def test_a_control_that_comes_out_as_the_checkpoint_does_not_take_its_place(mine
     assert control.checkpoint == made.checkpoint
     row = find(mine, made.checkpoint.digest)
     assert (row["trained_on"], checkpoints.read_meta(made.checkpoint.path)["trained_on"]) == ("accepted", "accepted")
-    assert json.loads(rounds.raw(mine, NAME, "r001")["controls"])["everything"] == made.checkpoint.digest
+    assert json.loads(rounds.row_of(mine, NAME, "r001")["controls"])["everything"] == made.checkpoint.digest
     assert verified(mine, "r001").ok
 
 
@@ -712,7 +712,7 @@ def test_settings_that_are_refused_by_now_are_no_reason_not_to_verify(mine):
     change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?)", refused)
     mine.forget()  # what the snapshots have is not refused
     assert verified(mine).ok
-    control = json.loads(rounds.raw(mine, NAME, "r000")["controls"])["random"]
+    control = json.loads(rounds.row_of(mine, NAME, "r000")["controls"])["random"]
     assert verify(mine, find(mine, control), Home.here()).ok
 
 

@@ -118,7 +118,7 @@ def test_a_missing_link_is_named(mine):
 
 
 def test_what_an_earlier_attempt_with_more_draws_left_is_said_to_be_left_and_no_gap(mine, recipe):
-    row, more = rounds.raw(mine, NAME, "r001"), load(recipe.file, {"sampling.draws": "9"})
+    row, more = rounds.row_of(mine, NAME, "r001"), load(recipe.file, {"sampling.draws": "9"})
     (one,) = mine.query("SELECT * FROM candidates WHERE candidate_id = ?", [accepted(mine, "r001")[0]])
     rounds.begin(mine, replace(rounds.record(mine, recipe, "r001"), recipe=more), "with more draws")
     left = {**one, "candidate_id": "1ef7" * 8, "draw": 8}
@@ -177,7 +177,7 @@ def everything(store):
     chance = "UPDATE decisions SET log_a = '-infinity' WHERE candidate_id = ?"
     store.commit(lambda connection: connection.execute(chance, [one["candidate_id"]]))
     made = {"recipe": NAME, "round": "r000", "checkpoint": "a11a"}
-    base = rounds.raw(store, NAME, "r000")["policy"]
+    base = rounds.row_of(store, NAME, "r000")["policy"]
     more = {"parent": base, "policy": base, "trained_on": "everything", "samples": 1, "snapshot": store.snapshot()}
     meta = json.dumps({"training": {"data": "round"}, "scorers": []})
     store.append("checkpoints", [{**made, **more, "accepted_digest": "of a control", "meta": meta}])
@@ -220,7 +220,7 @@ def test_json_has_no_number_that_is_none_of_its(mine):
 
 def test_links_to_mlflow_lead_where_it_is_seen(mine, monkeypatch):
     monkeypatch.setenv("RSFT_MLFLOW_UI", "https://mlflow.example/")
-    run = rounds.raw(mine, NAME, "r000")["mlflow_run_id"]
+    run = rounds.row_of(mine, NAME, "r000")["mlflow_run_id"]
     assert pages.mlflow_run(run) == f"https://mlflow.example/#/runs/{run}"
 
 
@@ -487,7 +487,7 @@ def test_weights_that_come_out_the_same_without_what_was_revoked_may_be_used(min
     mine.commit(lambda c: c.execute("DELETE FROM revocations WHERE kind = 'scorer'"))  # as if it had another version
     assert not gates.nothing_revoked(mine, rounds.record(mine, recipe, "r000")).passed
     tracking = definitions.usual_resources()["tracking"]
-    client, run = tracking.client(), rounds.raw(mine, NAME, "r000")["mlflow_run_id"]
+    client, run = tracking.client(), rounds.row_of(mine, NAME, "r000")["mlflow_run_id"]
     with dg.DagsterInstance.ephemeral() as instance:
         outside.tell(instance, tracking, mine, done)
         with monkeypatch.context() as patch:

@@ -184,7 +184,7 @@ def test_a_scorer_that_is_edited_while_the_round_draws_stops_it_and_nothing_is_l
         (before,) = {row["version"] for row in store.query("SELECT version FROM scores WHERE scorer = 'exact'")}
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
-        decided = json.loads(rounds.raw(store, recipe.name, "r000")["scorers"])["exact"]
+        decided = json.loads(rounds.row_of(store, recipe.name, "r000")["scorers"])["exact"]
         assert decided != before
         assert store.value("SELECT count(*) FROM candidates WHERE split = 'train'") > drawn
         judged = store.value("SELECT count(*) FROM scores WHERE scorer = 'exact' AND version = ?", [decided])
@@ -196,7 +196,7 @@ def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by
     monkeypatch.setattr(evaluate, "contest", edited(evaluate.contest, file))
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
-        row = rounds.raw(store, recipe.name, "r000")
+        row = rounds.row_of(store, recipe.name, "r000")
         assert json.loads(row["evaluation_scorers"]).keys() == json.loads(row["scorers"]).keys()
         assert row["evaluation_scorers"] != row["scorers"]
         answer = replay(store, recipe, "r000", Home.here(), nullcontext(Device("cpu", "float32")), forced=0)

@@ -18,7 +18,7 @@ from automation.jobs import job_name
 from rsft_pipeline import acceptance, efficiency
 from rsft_pipeline.recipe.acceptance import AnyRule
 from rsft_pipeline.recipe.reading import load
-from rsft_pipeline.rounds import raw
+from rsft_pipeline.rounds import row_of
 from rsft_pipeline.store import Store
 
 COLUMNS = {
@@ -331,7 +331,7 @@ def test_a_round_shows_its_numbers_in_dagster_and_mlflow(home, write_recipe):
             """SELECT d.*, c.tokens, p.reference FROM decisions d JOIN candidates c USING (candidate_id)
                JOIN prompts p ON p.prompt_id = d.prompt_id"""
         )
-        run = raw(store, recipe.name, "r000")["mlflow_run_id"]
+        run = row_of(store, recipe.name, "r000")["mlflow_run_id"]
         trained = store.query("SELECT candidate_id, weight FROM training_samples")
     accepted = [row for row in rows if row["accepted"]]
     assert {row["candidate_id"]: row["weight"] for row in trained} == {

@@ -39,7 +39,7 @@ def test_a_teacher_draws_and_the_policy_learns(home, instance, write_recipe, tea
     recipe = load(write_recipe(sampling=sampling))
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
-        row = rounds.raw(store, recipe.name, "r000")
+        row = rounds.row_of(store, recipe.name, "r000")
         assert row["drawn_from"] == teacher.digest != row["policy"]
         drawn = store.query(
             "SELECT c.*, p.text AS prompt FROM candidates c JOIN prompts p USING (prompt_id) ORDER BY candidate_id"
@@ -89,7 +89,7 @@ def test_references_are_rated_by_the_policy_and_marked(home, instance, write_rec
     )
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
-        row = rounds.raw(store, recipe.name, "r000")
+        row = rounds.row_of(store, recipe.name, "r000")
         path = rounds.locate(store, recipe, home_of(home), row["policy"]).path
         drawn = store.query(
             """SELECT c.*, p.text AS prompt, p.reference FROM candidates c JOIN prompts p USING (prompt_id)

@@ -139,7 +139,7 @@ def test_log_q_and_log_p_are_what_a_teacher_forced_pass_gives(home, instance, re
     import torch
 
     with Store.at(home) as store:
-        row = rounds.raw(store, recipe.name, "r000")
+        row = rounds.row_of(store, recipe.name, "r000")
         path = rounds.locate(store, recipe, Home.here(), row["policy"]).path
         drawn = store.query(
             "SELECT c.*, p.text AS prompt FROM candidates c JOIN prompts p USING (prompt_id) WHERE c.split = 'train' "
@@ -361,7 +361,7 @@ def test_another_space_in_the_template_makes_other_prompts_and_leaves_those_of_b
         assert {row["split"] for row in drawn if row["spaced"]} == {"train", "eval"}  # champion and all, asked anew
         split = store.query("SELECT count(*) AS n FROM prompts GROUP BY question HAVING count(DISTINCT split) > 1")
         assert not split
-        made = find(store, rounds.raw(store, recipe.name, "r000")["checkpoint"])
+        made = find(store, rounds.row_of(store, recipe.name, "r000")["checkpoint"])
         assert not verify(store, made, Home(home)).findings
 
 
@@ -540,7 +540,7 @@ def test_weights_that_were_changed_on_disk_are_not_drawn_from(home, instance, re
 def test_a_round_by_settings_that_are_refused_since_says_so_and_the_history_stays(home, instance, recipe):
     run(instance, recipe, "r000")
     with Store.at(home) as store:
-        settings = json.loads(rounds.raw(store, recipe.name, "r000")["settings"])
+        settings = json.loads(rounds.row_of(store, recipe.name, "r000")["settings"])
         settings["sampling"]["source"], settings["stop"]["rounds"] = "reference", 1
         store.commit(lambda connection: connection.execute("UPDATE rounds SET settings = ?", [json.dumps(settings)]))
         with pytest.raises(rounds.RoundError, match=r"r000 ran with settings that are refused by now: .*`draws: 1`"):
@@ -585,9 +585,9 @@ def test_tidying_up_in_mlflow_stops_no_round_and_no_revocation(home, instance, r
     client.delete_experiment(client.get_experiment_by_name(recipe.name).experiment_id)
     assert run(instance, recipe, "r001").success
     with Store.at(home) as store:
-        client.delete_run(rounds.raw(store, recipe.name, "r001")["mlflow_run_id"])
+        client.delete_run(rounds.row_of(store, recipe.name, "r001")["mlflow_run_id"])
         assert run(instance, recipe, "r001").success  # begun again, instead of a run that is not there
-        client.delete_run(rounds.raw(store, recipe.name, "r001")["mlflow_run_id"])
+        client.delete_run(rounds.row_of(store, recipe.name, "r001")["mlflow_run_id"])
         prompt = store.value("SELECT prompt_id FROM decisions WHERE accepted LIMIT 1")
         done = revoke(store, thing(store, prompt), who="me", why="a trial")
         tell(instance, definitions.usual_resources()["tracking"], store, done)

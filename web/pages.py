@@ -18,7 +18,7 @@ from rsft_pipeline.audit import verify as verifying
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.evaluation import shown
 from rsft_pipeline.report import NAMES
-from rsft_pipeline.rounds import raw
+from rsft_pipeline.rounds import row_of
 from rsft_pipeline.steps.evaluate import over_controls
 from web import drawing
 from web.show import render
@@ -106,7 +106,7 @@ def round_(
         matching=_matching(asked, decided),
         over={
             role: f"{NAMES[one.metric]} {shown(one.difference, one.low, one.high)}"
-            for role, one in over_controls(store.query, raw(store, recipe, key)).items()
+            for role, one in over_controls(store.query, row_of(store, recipe, key)).items()
         },
     )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import duckdb
 
 from rsft_pipeline import lineage
-from rsft_pipeline.audit import closer
+from rsft_pipeline.audit import row_checks
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named
 from rsft_pipeline.audit.reading import on
 from rsft_pipeline.evaluation import PromptResult, compare, promoted, summarise
@@ -47,10 +47,10 @@ def check(
     for i, weights in enumerate(sorted({row["checkpoint"] for row in asked})):
         given = {**of_evaluation(round_, weights), **scorers, "version": version_of.get(COMBINED)}
         query(f"{'INSERT INTO held_out' if i else 'CREATE TEMP TABLE held_out AS'} {_CANDIDATES}", given)
-    closer.ids(connection, "held_out", round_.recipe, EVALUATION, note, OF)
+    row_checks.ids(connection, "held_out", round_.recipe, EVALUATION, note, OF)
     some = "SELECT candidate_id, content, now FROM held_out ORDER BY candidate_id LIMIT $judged"
     query(f"CREATE OR REPLACE TEMP TABLE looked_at AS {some}", {"judged": judged})
-    rows = query(closer.rows_sql("looked_at", "SELECT * FROM candidates WHERE recipe = $recipe"), {**of, **scorers})
+    rows = query(row_checks.rows_sql("looked_at", "SELECT * FROM candidates WHERE recipe = $recipe"), {**of, **scorers})
     unsure = {row["prompt_id"] for row in query(_UNSURE)}
     roles = {row["role"]: row["checkpoint"] for row in asked}
     _results(query, round_, roles, version_of, unsure, note)

@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from rsft_pipeline import acceptance, models, prompts, rounds, scoring, tasks
-from rsft_pipeline.audit import closer, held_out, ids, recorded
+from rsft_pipeline.audit import held_out, ids, recorded, row_checks
 from rsft_pipeline.audit.findings import Check, Finding, Notes, named, read
 from rsft_pipeline.audit.reading import as_of, column
 from rsft_pipeline.devices import Device, release
@@ -94,10 +94,10 @@ def replay(
             (stored.rows, round_.recipe.sampling.source, stored.version_of, ""),
             (stored.held_out, "policy", stored.evaluated_by, held_out.OF),
         ):
-            if rows := closer.readable(rows, note, of):
-                closer.draws(rows, source, note, of)
-                closer.prompts(rows, note, of)
-                closer.scorers(store, round_, rows, judged_by, device, forced, note, of)
+            if rows := row_checks.readable(rows, note, of):
+                row_checks.draws(rows, source, note, of)
+                row_checks.prompts(rows, note, of)
+                row_checks.scorers(store, round_, rows, judged_by, device, forced, note, of)
         _weights(store, round_, home, device, stored, forced, tolerance, note)
     return Replay(
         recipe.name,
@@ -132,13 +132,13 @@ def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, n
     (candidates,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
     found = [named("data", "candidates are in the store more than once", twice)] if twice else []
     note(Check("candidates, each there once", candidates, len(twice)), *found)
-    closer.ids(connection, "recorded", round_.recipe, round_.key, note)
+    row_checks.ids(connection, "recorded", round_.recipe, round_.key, note)
     facts = _decisions(connection, round_, note)
     _combined(connection, round_, version_of, note)
     some = "SELECT candidate_id, content, now FROM recorded ORDER BY candidate_id LIMIT ?"
     connection.execute(f"CREATE TEMP TABLE looked_at AS {some}", [judged])
     of_this = "SELECT * FROM scores WHERE recipe = $recipe AND round = $round"
-    sql = closer.rows_sql("looked_at", ROUND_CANDIDATES, of_this)
+    sql = row_checks.rows_sql("looked_at", ROUND_CANDIDATES, of_this)
     asked = {**of_round(round_), "scorers": of_scorers(version_of)}
     rows = connection.execute(sql, asked).to_arrow_table().to_pylist()
     evaluated_by = recorded.versions(connection, round_, held_out=True)
@@ -312,13 +312,13 @@ def _weights(
     recipe, tokenizer = round_.recipe, models.tokenizer(weights.path)
     # A classifier's single token is a label.
     there = len(recipe.model.labels) if recipe.task == "classification" else configuration.vocabulary(weights.path)
-    rows = closer.known(there, stored.rows, note)
-    of_held_out = closer.known(there, stored.held_out, note, held_out.OF)
+    rows = row_checks.known(there, stored.rows, note)
+    of_held_out = row_checks.known(there, stored.held_out, note, held_out.OF)
     if recipe.task != "classification":
         if rows and recipe.sampling.source != "reference":
-            closer.texts(tokenizer, rows, note)
+            row_checks.texts(tokenizer, rows, note)
         if of_held_out and recipe.sampling.source != "teacher":  # else this tokenizer is the teacher's
-            closer.texts(tokenizer, of_held_out, note, held_out.OF)
+            row_checks.texts(tokenizer, of_held_out, note, held_out.OF)
     if some := [row for row in rows if row["token_ids"]][:forced]:
         _forced(weights.path, tokenizer, round_, device, some, tolerance, note)
 

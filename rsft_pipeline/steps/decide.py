@@ -88,9 +88,9 @@ def _read(connection: duckdb.DuckDBPyConnection, round_: Round, candidates: str,
         )
 
 
-def _repeated(connection: duckdb.DuckDBPyConnection, id_: str) -> int:
+def _repeated(connection: duckdb.DuckDBPyConnection, expression: str) -> int:
     """How many rows of `scored` repeat an id, or its hash: that takes less memory, and if none repeats no id does."""
-    (number,) = connection.execute(f"SELECT count(*) - count(DISTINCT {id_}) FROM scored").fetchone()
+    (number,) = connection.execute(f"SELECT count(*) - count(DISTINCT {expression}) FROM scored").fetchone()
     return number
 
 

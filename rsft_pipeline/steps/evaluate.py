@@ -61,7 +61,7 @@ class Outcome:
 
 def contest(store: Store, round_: Round, home: Home) -> Contest:
     """Which weights a round evaluates. Raises RoundError if some are missing, or the checkpoint was revoked."""
-    row = rounds.raw(store, round_.recipe.name, round_.key)
+    row = rounds.row_of(store, round_.recipe.name, round_.key)
     made, controls = row["checkpoint"], json.loads(row["controls"] or "{}")
     if made is None:
         raise RoundError(f"{round_.recipe.name} {round_.key} has no checkpoint: materialise it first")

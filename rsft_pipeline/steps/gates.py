@@ -83,7 +83,7 @@ BLOCKING = (something_accepted, no_eval_prompt)
 
 def nothing_revoked(store: Store, round_: Round) -> Finding:
     """Nothing that the checkpoint has learned, itself or through the weights it came from, was revoked since."""
-    made = rounds.raw(store, round_.recipe.name, round_.key)["checkpoint"]
+    made = rounds.row_of(store, round_.recipe.name, round_.key)["checkpoint"]
     why = made and revocations.of_checkpoint(store, round_.recipe.name, made)
     return Finding(not why, why or "nothing that it has learned was revoked")
 
@@ -124,7 +124,7 @@ def source_is_latest(store: Store, round_: Round, home: Home) -> Finding:
 
 def not_worse(store: Store, round_: Round) -> Finding:
     """The checkpoint did not lose against the champion."""
-    row = rounds.raw(store, round_.recipe.name, round_.key)
+    row = rounds.row_of(store, round_.recipe.name, round_.key)
     if row["state"] != "finished":
         return Finding(False, "the round was not evaluated")
     better = row["promoted"] or not _lost(store, round_)

@@ -48,10 +48,10 @@ def ingest(
     revoked = store.query(_REVOKED, {"recipe": recipe.name})
     read = revocations.without(store, recipe.name, prompts.read(recipe, tokenizer, min(contexts, default=None)))
     _check_read_alike(store, recipe, chat, {prompt.prompt_id for prompt in read.prompts})
-    read = _on_their_sides(store, recipe, read, round_key)
+    read = _split(store, recipe, read, round_key)
     rows = _rows(recipe, read, chat)
     digest = lineage.set_digest(map(lineage.digest, rows))
-    if _is_there(store, recipe, read, digest):
+    if _unchanged(store, recipe, read, digest):
         return read
     made = {"source_digest": digest, "active": True, "dagster_run_id": run_id}
     rows = [row | made for row in rows]
@@ -68,11 +68,11 @@ def ingest(
     return read
 
 
-def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_key: str | None) -> prompts.Ingest:
+def _split(store: Store, recipe: Recipe, read: prompts.Ingest, round_key: str | None) -> prompts.Ingest:
     """What was read, each prompt in its split. Raises PromptError if either split is empty."""
-    sides = _sides(store, recipe, round_key)
+    known = _known_splits(store, recipe, round_key)
     split = {
-        p.prompt_id: sides.get(p.question) or sides.get(lineage.same_text(p.text)) or p.split for p in read.prompts
+        p.prompt_id: known.get(p.question) or known.get(lineage.same_text(p.text)) or p.split for p in read.prompts
     }
     read = replace(read, prompts=[replace(p, split=split[p.prompt_id]) for p in read.prompts])
     if empty := {"train", "eval"} - {prompt.split for prompt in read.prompts}:
@@ -80,7 +80,7 @@ def _on_their_sides(store: Store, recipe: Recipe, read: prompts.Ingest, round_ke
         if left_out and not read.prompts:
             raise prompts.PromptError(f"{recipe.name}: all {left_out} prompts were revoked: give others")
         besides = f" ({left_out} more were revoked)" if left_out else ""
-        or_else = "" if left_out or sides else ", or change prompts.eval_fraction"
+        or_else = "" if left_out or known else ", or change prompts.eval_fraction"
         raise prompts.PromptError(
             f"{recipe.name}: none of {len(read.prompts)} prompts{besides} is in the {max(empty)} split: give more "
             f"prompts{or_else}"
@@ -111,7 +111,7 @@ def _rows(recipe: Recipe, read: prompts.Ingest, chat: bool) -> list[dict[str, An
     ]
 
 
-def _is_there(store: Store, recipe: Recipe, read: prompts.Ingest, digest: str) -> bool:
+def _unchanged(store: Store, recipe: Recipe, read: prompts.Ingest, digest: str) -> bool:
     """Whether the store already holds exactly what was read."""
     known = store.query("SELECT DISTINCT source_digest FROM prompts WHERE recipe = ? AND active", [recipe.name])
     kept = store.query("SELECT source, line, raw, reason, detail FROM quarantine WHERE recipe = ?", [recipe.name])
@@ -171,7 +171,7 @@ def _check_read_alike(store: Store, recipe: Recipe, chat: bool, prompt_ids: Coll
         )
 
 
-def _sides(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:
+def _known_splits(store: Store, recipe: Recipe, round_key: str | None) -> dict[str, str]:
     """The split of each known question and of each known text; where both splits have it, `train`."""
     rows = store.query(
         """SELECT coalesce(same_text, prompt_id) AS text, question, split FROM prompts

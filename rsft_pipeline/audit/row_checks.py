@@ -1,4 +1,4 @@
-"""Closer: checks of the rows of candidates, one by one.
+"""Row checks: checks of the rows of candidates, one by one.
 
 Belongs here: whether ids, seeds and prompts match their hashes, texts their tokens, and scores what the present
 scorers give. Not: which candidates are checked (replay.py: those to train on, held_out.py: those to evaluate).
