@@ -51,8 +51,10 @@ class Notes:
     findings: list[Finding] = field(default_factory=list)
 
     def __call__(self, check: Check, *findings: Finding) -> None:
+        """Note a comparison and, if anything differs or it was not made, its findings."""
         self.checks.append(check)
-        self.findings.extend(findings)
+        if check.differing != 0:
+            self.findings.extend(findings)
 
 
 def named(kind: Kind, what: str, ids: Iterable[str]) -> Finding:

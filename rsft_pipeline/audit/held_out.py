@@ -91,7 +91,7 @@ def _results(
                 wrong.add(prompt)
     what = "held-out prompts (by prompt id) whose recorded results are not those of their stored candidates and scores"
     said = f"{len(unsure)} prompts have changed or were erased since" if unsure else ""
-    note(Check(name, compared, len(wrong), said), *([named("data", what, wrong)] if wrong else []))
+    note(Check(name, compared, len(wrong), said), named("data", what, wrong))
 
 
 def _by_prompt(found: Iterable[PromptResult]) -> dict[str, PromptResult]:
@@ -133,7 +133,7 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
         return
     wrong = again != (row["promoted"], row["verdict"])
     what = f"the recorded results give the verdict «{again[1]}», not «{row['verdict']}»"
-    note(Check(name, 1, int(wrong)), *([Finding("rule", what, 1)] if wrong else []))
+    note(Check(name, 1, int(wrong)), Finding("rule", what, 1))
 
     left = "checkpoint" if row["promoted"] else "champion"
     drawn = counts(query, round_)
@@ -152,10 +152,7 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
     there = {column: value for column, value in outcome.items() if row[column] is not None}
     different = [column for column, value in there.items() if not _recorded(row[column], value)]
     what = f"the table `rounds` has another {', '.join(different)} than its settings, decisions and results give"
-    note(
-        Check("what the round came to", len(there), len(different)),
-        *([Finding("data", what, len(different))] if different else []),
-    )
+    note(Check("what the round came to", len(there), len(different)), Finding("data", what, len(different)))
 
 
 def _recorded(was, now) -> bool:

@@ -130,8 +130,8 @@ def _stored(connection: duckdb.DuckDBPyConnection, round_: Round, judged: int, n
     version_of = recorded.versions(connection, round_)
     twice = recorded.load(connection, round_, version_of)
     (candidates,) = connection.execute("SELECT count(*) FROM recorded").fetchone()
-    found = [named("data", "candidates are in the store more than once", twice)] if twice else []
-    note(Check("candidates, each there once", candidates, len(twice)), *found)
+    what = "candidates are in the store more than once"
+    note(Check("candidates, each there once", candidates, len(twice)), named("data", what, twice))
     row_checks.ids(connection, "recorded", round_.recipe, round_.key, note)
     facts = _decisions(connection, round_, note)
     _combined(connection, round_, version_of, note)
@@ -236,9 +236,9 @@ def _parameters(connection: duckdb.DuckDBPyConnection, round_: Round, there: dic
         said = "M was estimated when the whole pilot was looked at, whatever its gates: not compared"
         compared = {name: there[name] for name in there.keys() - {"log_M", "log_M_needed", "violations"}}
     wrong = {name: (value, again.get(name)) for name, value in compared.items() if again.get(name) != value}
-    what = "; ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
-    found = [Finding("rule", f"the rule's numbers come out different: {what}", len(wrong))] if wrong else []
-    note(Check("the rule's numbers", len(compared), len(wrong), said), *found)
+    differences = "; ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
+    what = f"the rule's numbers come out different: {differences}"
+    note(Check("the rule's numbers", len(compared), len(wrong), said), Finding("rule", what, len(wrong)))
 
 
 def _combined(connection: duckdb.DuckDBPyConnection, round_: Round, version_of: dict[str, str], note: Notes) -> None:
@@ -349,7 +349,4 @@ def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], to
         wrong = [row["candidate_id"] for row, far in zip(rows, apart, strict=True) if not far <= tolerance]
         what = f"{name} differs by more than {tolerance:g} nats per token from what the stored weights give"
         said = f"largest difference {max(apart, default=0):.2g} nats per token, {tolerance:g} allowed"
-        note(
-            Check(f"{name}, by teacher forcing", len(rows), len(wrong), said),
-            *([named("weights", what, wrong)] if wrong else []),
-        )
+        note(Check(f"{name}, by teacher forcing", len(rows), len(wrong), said), named("weights", what, wrong))

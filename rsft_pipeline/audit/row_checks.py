@@ -52,8 +52,7 @@ def ids(
     )
     for i, (name, what) in enumerate(named_so, start=1):
         found = [row[0] for row in wrong if row[i]]
-        check = Check(f"{name}{of}, computed again", candidates, len(found))
-        note(check, *([named("data", what, found)] if found else []))
+        note(Check(f"{name}{of}, computed again", candidates, len(found)), named("data", what, found))
 
 
 def rows_sql(looked_at: str, candidates: str, scores: str = "SELECT * FROM scores WHERE recipe = $recipe") -> str:
@@ -89,7 +88,7 @@ def draws(rows: list[dict], source: str, note: Notes, of: str = "") -> None:
         ("lengths", lengths, "lengths that are not those of the tokens"),
         ("origins", origins, f"origins other than «{source}»"),
     ):
-        note(Check(f"{name}{of}", len(rows), len(found)), *([named("data", what, found)] if found else []))
+        note(Check(f"{name}{of}", len(rows), len(found)), named("data", what, found))
 
 
 def known(vocabulary: float, rows: list[dict], note: Notes, of: str = "") -> list[dict]:
@@ -111,8 +110,8 @@ def texts(tokenizer, rows: list[dict], note: Notes, of: str = "") -> None:
     written = [own[:-1] if row["finish_reason"] == "stop" else own for row, own in zip(rows, ids, strict=True)]
     spelt = writing.spelt(tokenizer, written)
     wrong = [row["candidate_id"] for row, text in zip(rows, spelt, strict=True) if row["text"] != text]
-    found = [named("data", "texts that are not what the stored tokens spell", wrong)] if wrong else []
-    note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), *found)
+    what = "texts that are not what the stored tokens spell"
+    note(Check(f"texts{of}, decoded again", len(rows), len(wrong)), named("data", what, wrong))
 
 
 def readable(rows: list[dict], note: Notes, of: str = "") -> list[dict]:
@@ -144,9 +143,9 @@ def prompts(rows: list[dict], note: Notes, of: str = "") -> None:
         or row["same_text"] not in (None, lineage.same_text(row["prompt"]))
     ]
     changed = sum(row["unchanged"] is False for row in asked.values())
-    found = [named("data", "prompts (by prompt id) that are not what they hash to", wrong)] if wrong else []
+    what = "prompts (by prompt id) that are not what they hash to"
     said = f"{changed} have another reference or other fields now than when they were judged" if changed else ""
-    note(Check(f"prompts{of}, hashed again", len(asked), len(wrong), said), *found)
+    note(Check(f"prompts{of}, hashed again", len(asked), len(wrong), said), named("data", what, wrong))
 
 
 def scorers(
@@ -192,8 +191,7 @@ def scorers(
             and not _same(said[config.label], value, near)
         ]
         what = f"scorer {config.label} gives another score to the stored text than the stored one"
-        found = [named("scorer", what, wrong)] if wrong else []
-        note(Check(name, len(again), len(wrong), f"version {then}"), *found)
+        note(Check(name, len(again), len(wrong), f"version {then}"), named("scorer", what, wrong))
 
 
 def _same(one: float | None, other: float | None, near: float) -> bool:

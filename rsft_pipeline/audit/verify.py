@@ -130,7 +130,7 @@ def _record(made: Mapping[str, Any], home: Home, note: Notes) -> dict[str, Any]:
     wrong = {column: meta[key] for column, key in there.items() if made[column] != meta[key]}
     said = "; ".join(f"{column} {made[column]!r}, and its record {then!r}" for column, then in wrong.items())
     what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
-    note(Check(name, len(there), len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
+    note(Check(name, len(there), len(wrong)), Finding("data", what, len(wrong)))
 
     name, beside = f"its record, against {checkpoints.META}", _meta(home.checkpoints / made["checkpoint"])
     if any(beside.get(key) != meta.get(key) for key in ("recipe", "round", "trained_on", "store_snapshot")):
@@ -138,7 +138,7 @@ def _record(made: Mapping[str, Any], home: Home, note: Notes) -> dict[str, Any]:
     else:
         other = [key for key, value in meta.items() if key != "merkle_root" and beside.get(key) != value]  # see _roots
         what = f"the record of {made['checkpoint']} in `checkpoints` has another {', '.join(other)} than its folder's"
-        note(Check(name, len(meta), len(other)), *([Finding("data", what, len(other))] if other else []))
+        note(Check(name, len(meta), len(other)), Finding("data", what, len(other)))
     return meta
 
 
@@ -158,7 +158,7 @@ def _weights(made: Mapping[str, Any], home: Home, note: Notes) -> None:
         return
     files = len(checkpoints.read_meta(folder)["files"])
     what = f"files of {folder} are not what was saved: {', '.join(changed)}"
-    note(Check(name, files, len(changed)), *([Finding("weights", what, len(changed))] if changed else []))
+    note(Check(name, files, len(changed)), Finding("weights", what, len(changed)))
 
 
 def _roots(
@@ -181,7 +181,7 @@ def _roots(
     wrong = {place: root for place, root in there.items() if root != wanted}
     said = "; ".join(f"{place} says {root or 'nothing'}" for place, root in wrong.items())
     what = f"the table `checkpoints` has the root {wanted or '(none)'}, but {said}"
-    note(Check(name, len(there) + 1, len(wrong)), *([Finding("data", what, len(wrong))] if wrong else []))
+    note(Check(name, len(there) + 1, len(wrong)), Finding("data", what, len(wrong)))
 
 
 def _meta(folder) -> dict[str, Any]:
@@ -254,10 +254,7 @@ def _counted(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any], not
     wrong = {name: value for name, value in there.items() if made[name] != value}
     said = "; ".join(f"{name} {made[name]!r}, and `training_samples` gives {value!r}" for name, value in wrong.items())
     what = f"the table `checkpoints` has for {made['checkpoint']} the {said}"
-    note(
-        Check("the training set, counted and hashed", len(there), len(wrong)),
-        *([Finding("data", what, len(wrong))] if wrong else []),
-    )
+    note(Check("the training set, counted and hashed", len(there), len(wrong)), Finding("data", what, len(wrong)))
 
 
 def _recorded(row: tuple[str]) -> Recipe:
@@ -326,7 +323,7 @@ def _leaves(connection: duckdb.DuckDBPyConnection, meta: Mapping[str, Any], why:
     if wanted is None:
         note(Check(name, 0, None, "no root was recorded when this checkpoint was trained"))
     else:
-        note(Check(name, rows, int(root != wanted)), *([Finding("data", what, rows)] if root != wanted else []))
+        note(Check(name, rows, int(root != wanted)), Finding("data", what, rows))
     note(Check(_NOW, 0, None, why))
     return root
 
