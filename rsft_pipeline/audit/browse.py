@@ -340,14 +340,14 @@ def _weights(query: Query, recipe: str, digest: str) -> Weights:
     rows = query("SELECT * FROM checkpoints WHERE checkpoint = $digest ORDER BY recipe = $recipe, round", of)
     revoked = query(REVOKED, {"recipe": recipe, "ids": [digest]})
     return Weights(
-        digest,
-        rows[-1] if rows else None,
-        [one, *line],
-        {row["checkpoint"]: (row, through[row["checkpoint"]]) for row in made if through.get(row["checkpoint"])},
-        [row["round"] for row in rounds if digest in (row["policy"], row["drawn_from"])],
-        [row["round"] for row in rounds if row["champion"] == digest],
-        [row["champion"] for row in rounds if row["state"] == "finished"][-1:] == [digest],
-        [said(row, spoken=True) for row in revoked],
+        digest=digest,
+        row=rows[-1] if rows else None,
+        line=[one, *line],
+        later={row["checkpoint"]: (row, through[row["checkpoint"]]) for row in made if through.get(row["checkpoint"])},
+        sampled_by=[row["round"] for row in rounds if digest in (row["policy"], row["drawn_from"])],
+        reigned=[row["round"] for row in rounds if row["champion"] == digest],
+        champion=[row["champion"] for row in rounds if row["state"] == "finished"][-1:] == [digest],
+        revoked=[said(row, spoken=True) for row in revoked],
     )
 
 

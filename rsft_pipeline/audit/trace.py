@@ -49,12 +49,12 @@ class Weights:
     digest: str
     recipe: str  # the recipe whose round made them, or whose rounds use them
     source: str  # the recipe and round that made them, or the model that the recipe names
-    samples: int | None  # that they were trained on; None: no round made them
-    parent: str | None
-    policy: str | None
-    path: str | None
-    mlflow_run_id: str | None
-    dagster_run_id: str | None
+    samples: int | None = None  # that they were trained on; None, as for what follows: no round made them
+    parent: str | None = None
+    policy: str | None = None
+    path: str | None = None
+    mlflow_run_id: str | None = None
+    dagster_run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -183,21 +183,21 @@ def _trace(query: Query, drawn: dict[str, Any]) -> Trace:
     revoked = _revoked(query, recipe, came_of)
     aside = any(row["kind"] != "scorer" for row in revoked)
     return Trace(
-        recipe,
-        drawn["round"],
-        candidate_id,
-        query(NEWEST_SNAPSHOT)[0]["id"],
-        _prompt(query, of, prompt, content, made, gaps),
-        _ancestry(drawn, made, rounds, gaps),
-        _draw(drawn, settings, expected),
-        its_own,
-        _scores(scores, versions, content, decision, expected),
-        _set_aside(decision) if aside else decision,
-        _then(query, of, trained, made, decision, aside, gaps),
-        [(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
-        _learned(query, trained, made, rounds, gaps),
-        [said(row, spoken=True) for row in revoked],
-        gaps,
+        recipe=recipe,
+        round=drawn["round"],
+        candidate_id=candidate_id,
+        snapshot=query(NEWEST_SNAPSHOT)[0]["id"],
+        prompt=_prompt(query, of, prompt, content, made, gaps),
+        weights=_ancestry(drawn, made, rounds, gaps),
+        draw=_draw(drawn, settings, expected),
+        of_round=its_own,
+        scores=_scores(scores, versions, content, decision, expected),
+        decision=_set_aside(decision) if aside else decision,
+        decision_then=_then(query, of, trained, made, decision, aside, gaps),
+        evaluated=[(recipe, row["round"]) for row in query(_EVALUATED, of)] if drawn["split"] == "eval" else [],
+        learned=_learned(query, trained, made, rounds, gaps),
+        revoked=[said(row, spoken=True) for row in revoked],
+        gaps=gaps,
     )
 
 
@@ -258,7 +258,7 @@ def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[s
     started = (row for row in made if row["recipe"] == recipe and row["parent"] not in {*outside, *by_digest})
     outside |= {row["parent"]: _base(row, own) for row in started}
     if outside.get(digest):
-        chain.append(Weights(digest, recipe, outside[digest], None, None, None, None, None, None))
+        chain.append(Weights(digest, recipe, outside[digest]))
     else:
         gaps.append(f"where the weights {digest} come from is not recorded")
     return chain

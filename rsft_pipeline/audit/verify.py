@@ -92,7 +92,6 @@ def verify(
     note = Notes()
 
     meta = _record(made, home, note)
-    recorded = meta.get("merkle_root")
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
     kept = store.query("SELECT snapshot_id FROM lake.snapshots() WHERE snapshot_id = ?", [made["snapshot"]])
@@ -100,17 +99,13 @@ def verify(
     tables = (*TABLES, "training_samples")
     root = read(store, tables, note, lambda connection, note: _rows(connection, made, meta, then, note), then)
     return Verification(
-        made["recipe"],
-        made["round"],
-        made["checkpoint"],
-        made["samples"],
-        made["snapshot"],
-        recorded,
-        root,
-        note.checks,
-        note.findings,
-        not note.findings,
-        time.perf_counter() - began,
+        **{name: made[name] for name in ("recipe", "round", "checkpoint", "samples", "snapshot")},
+        recorded_root=meta.get("merkle_root"),
+        root=root,
+        checks=note.checks,
+        findings=note.findings,
+        ok=not note.findings,
+        seconds=time.perf_counter() - began,
     )
 
 
