@@ -27,7 +27,7 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
         rounds.number(round_key)  # a partition may have been added by hand
         if now.controls and not recipe.controls:
             raise rounds.RoundError(
-                f"{now.name} has `controls` by now, and this job has no such asset: if they are in the recipe's file, "
+                f"{now.name} now has `controls`, but this job has no such asset: if they are in the recipe's file, "
                 "reload the code location; if they were given at launch, use `rsft run --set`"
             )
         with store.open() as lake:

@@ -292,7 +292,7 @@ def _check_idle(instance) -> None:
     from automation.runs import under_way
 
     if working := under_way(instance):
-        raise AuditError(f"a run of {working[0].job_name} is under way: forget the past when it is over")
+        raise AuditError(f"a run of {working[0].job_name} is under way: use --forget when it is over")
 
 
 def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:

@@ -37,7 +37,7 @@ def threshold(scores: np.ndarray, share: float) -> float:
     if most == n:
         return float(np.nextafter(scores.min(), -np.inf))
     if most == 0:
-        raise CalibrationError(f"share {share:g} of {n} candidates is less than one: look at more of them")
+        raise CalibrationError(f"share {share:g} of {n} candidates is less than one: raise `pilot` or the share")
     found = float(np.partition(scores, n - 1 - most)[n - 1 - most])
     if found == scores.max():
         tied = float(np.mean(scores == found))

@@ -139,7 +139,7 @@ def compare(
     if not common:
         raise ValueError(
             f"the checkpoint cannot be compared by {metric}: no held-out prompt has a value for both"
-            f" (of {len(before)} prompts where it is compared with, of {len(after)} where it is the checkpoint)"
+            f" (the checkpoint has one on {len(after)} prompts, what it is compared with on {len(before)})"
         )
     bounds = None if metric == "mean_score" else (-1.0, 1.0)
     difference = _mean([after[p] - before[p] for p in common], confidence, bounds)

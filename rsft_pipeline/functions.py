@@ -145,7 +145,7 @@ def _imported_digest(file: Path) -> str:
     now = file_digest(file)
     if _imported.setdefault(file, now) != now:
         raise FunctionError(
-            f"{file} was edited since this process imported it, and what runs is what it was: start again"
+            f"{file} was edited after this process imported it, so its old version would run: start again"
         )
     return now
 

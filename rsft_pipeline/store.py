@@ -88,7 +88,7 @@ class Store:
             self.close()
             raise StoreError(
                 f"the store's catalog {without_password(self.catalog)} is new, and its data folder {self.data} has "
-                f"files of another ({others}), which would be deleted as nobody's: give it a folder of its own, or the "
+                f"files of another ({others}), which cleaning up would delete: give it a folder of its own, or the "
                 "catalog that the files belong to"
             )
         there = {(row["table_name"], row["column_name"]) for row in rows}

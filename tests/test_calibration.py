@@ -86,7 +86,7 @@ def test_what_no_number_can_give_is_an_error_that_says_what_to_do():
     same = np.full(10, 0.5)
     with pytest.raises(CalibrationError, match=r"100.0% of 10 candidates score 0.5.*rule: quantile.*share of 1.0"):
         calibration.threshold(same, 0.3)
-    with pytest.raises(CalibrationError, match="less than one: look at more"):
+    with pytest.raises(CalibrationError, match="less than one: raise `pilot`"):
         calibration.threshold(same, 0.05)
     with pytest.raises(CalibrationError, match=r"2 of 4 .* never be accepted.*Ask for 0.5 or less"):
         calibration.log_scale(np.array([0.0, 1.0, -np.inf, -np.inf]), 0.6)

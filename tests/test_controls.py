@@ -215,7 +215,7 @@ def test_a_scorer_that_is_edited_between_two_sides_of_a_comparison_gives_no_verd
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "judge", edited(evaluate.judge, file))
         failed = failure_of(run(instance, recipe, "r000"), f"{recipe.name}__evaluation")
-    assert "answers to held-out prompts have no score by the scorers and references of now" in failed
+    assert "answers to held-out prompts have no score by the present scorers and references" in failed
     assert run(instance, recipe, "r000").success
 
 

@@ -159,11 +159,11 @@ TAUGHT = {**SAMPLING, "source": "teacher", "teacher": {"source": "elsewhere"}}
             "references are not drawn",
         ),
         ({"sampling": {**SAMPLING, "draws": 8, "source": "reference"}}, "give `draws: 1`"),
-        ({"sampling": TAUGHT, "acceptance": {"rule": "loss", "k": 1}}, "`rule: loss` goes by the policy's own"),
-        ({"sampling": TAUGHT, "acceptance": {"rule": "rejection"}}, "`acceptance.target: policy` goes by the policy's"),
+        ({"sampling": TAUGHT, "acceptance": {"rule": "loss", "k": 1}}, "`rule: loss` needs the policy's own"),
+        ({"sampling": TAUGHT, "acceptance": {"rule": "rejection"}}, "`acceptance.target: policy` needs the policy's"),
         (
             {"sampling": TAUGHT, "scoring": {"scorers": [{"kind": "knowledge"}]}},
-            "a scorer `knowledge` goes by the policy's own",
+            "a scorer `knowledge` needs the policy's own",
         ),
         (
             {"sampling": {**SAMPLING, "until": {"per_prompt": 1, "draws": 9}}, "acceptance": {"rule": "top_k", "k": 1}},

@@ -413,7 +413,7 @@ def test_a_file_whose_name_is_not_utf8_is_read_all_the_same(make, tmp_path):
         ({"source": "empty.txt"}, "empty.txt has no rows"),
         ({"source": "broken.parquet"}, "broken.parquet is not readable as Parquet"),
         ({"source": "twice.parquet"}, r"twice.parquet has columns of one name: \['q', 'q'\]"),
-        ({"source": "twice.csv"}, r"begins with no header of distinct names: \['q', 'q'\]"),
+        ({"source": "twice.csv"}, r"does not begin with a header of distinct names: \['q', 'q'\]"),
         ({"source": "folder"}, "folder is not a folder made by `datasets`"),
         ({"source": "rows:nothere"}, "no installed module 'rows'"),
         ({"encoding": "utf-16"}, "'utf-16' cannot be read line by line"),
@@ -497,9 +497,9 @@ def test_an_installed_module_that_was_edited_since_it_was_imported_is_refused(tm
     assert {reference: functions.version(reference, tmp_path) for reference in versions} == versions
     module.write_text("def f(): return 2\n")
     for reference in versions:
-        with pytest.raises(functions.FunctionError, match="was edited since this process imported it"):
+        with pytest.raises(functions.FunctionError, match="was edited after this process imported it"):
             functions.version(reference, tmp_path)
-        with pytest.raises(functions.FunctionError, match="was edited since this process imported it"):
+        with pytest.raises(functions.FunctionError, match="was edited after this process imported it"):
             functions.load(reference, tmp_path)
 
 

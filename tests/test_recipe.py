@@ -94,7 +94,7 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
                 "acceptance": {"rule": "rejection", "target": "likelihood"},
                 "sampling": {"stop": ["\n"]},
             },
-            "acceptance.target: 'likelihood' rates every completion that ended as one that the end of sequence ended",
+            "acceptance.target: 'likelihood' takes every finished completion as ended by the end-of-sequence token",
         ),
         ({"acceptance": {"rule": "rejection", "target": "teacher"}}, "expected one of policy, answer"),
         ({"scoring": {"scorers": [{"kind": "regex", "pattern": "("}]}}, "is not a regular expression"),

@@ -504,7 +504,7 @@ def test_a_recipe_that_is_changed_between_prompts_and_policy_is_not_mixed(home, 
     with monkeypatch.context() as patch:
         patch.setattr(assets.prompts, "ingest", edited_meanwhile)
         failed = failure_of(run(instance, recipe, "r000"), f"{recipe.name}__candidates")
-    assert "read by another section `prompts` than the round began with" in failed
+    assert "read with another section `prompts` than the round began with" in failed
     assert run(instance, recipe, "r000").success
     with Store.at(home) as store:
         recorded = rounds.record(store, recipe, "r000").recipe.prompts.template
@@ -636,6 +636,6 @@ def test_a_text_that_was_drawn_for_in_other_tokens_is_no_prompt_of_the_same_name
         store.append("candidates", [{"recipe": recipe.name, "prompt_id": one["prompt_id"]}])
         store.commit(lambda c: c.execute("UPDATE prompts SET chat = true"))
         with pytest.raises(
-            prompts.PromptError, match="are plain text now, and come out as the very text that was drawn"
+            prompts.PromptError, match="are now plain text, but some have the same text as earlier ones"
         ):
             ingest(store, recipe, Home.here(), "run", lambda *_: None)

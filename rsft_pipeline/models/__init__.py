@@ -124,8 +124,8 @@ def teacher(recipe: Recipe, student: Path) -> Checkpoint:
     if others := can_be_drawn - known:
         texts = json.dumps([its.decode([token]) for token in sorted(others)], ensure_ascii=False)
         raise ModelError(
-            f"sampling.teacher {wanted.source!r} ends what it says by {texts} too, which the policy would learn to "
-            f"write and then go on from: with `sampling.stop: {texts}` it ends there as well"
+            f"sampling.teacher {wanted.source!r} also ends its texts by {texts}, which the policy would learn to write "
+            f"and then continue after: with `sampling.stop: {texts}` it ends there as well"
         )
     return found
 

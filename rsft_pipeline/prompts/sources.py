@@ -249,7 +249,9 @@ def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
             continue
         if header is None:
             if problem or len(set(values)) < max(len(values), 1):
-                raise PromptError(f"prompts: {path} begins with no header of distinct names: {problem or values}")
+                raise PromptError(
+                    f"prompts: {path} does not begin with a header of distinct names: {problem or values}"
+                )
             header = values
         elif problem or (values and len(values) != len(header)):
             problem = problem or f"{len(values)} fields, the header has {len(header)}"

@@ -92,8 +92,8 @@ class Recipe(Section):
             )
         if kinds.get(target) == "likelihood" and self.sampling.stop:
             raise ValueError(
-                f"acceptance.target: {target!r} rates every completion that ended as one that the end of sequence "
-                "ended, and `sampling.stop` ends some otherwise: p and q would be of different texts"
+                f"acceptance.target: {target!r} takes every finished completion as ended by the end-of-sequence token, "
+                "but `sampling.stop` ends some by another: p and q would be of different texts"
             )
 
     def _check_teacher(self) -> None:
@@ -107,7 +107,7 @@ class Recipe(Section):
             asks.append("a scorer `knowledge`")
         if asks:
             raise ValueError(
-                f"{asks[0]} goes by the policy's own probability of a draw, and with `sampling.source: teacher` only "
+                f"{asks[0]} needs the policy's own probability of a draw, and with `sampling.source: teacher` only "
                 "the teacher's is known; a scorer `likelihood` gives that of any model"
             )
 
@@ -116,7 +116,7 @@ class Recipe(Section):
         if not rule.per_candidate:
             raise ValueError(
                 f"`sampling.until` needs a rule that decides on each candidate by itself; with `rule: {rule.rule}` "
-                "a later draw can change what was accepted (of boltzmann, give `r_max`)"
+                "a later draw can change what was accepted (with boltzmann, give `r_max`)"
             )
         if rule.cap is not None and until.per_prompt is not None and rule.cap < until.per_prompt:
             raise ValueError("`acceptance.cap` is below `sampling.until.per_prompt`, which could never be reached")

@@ -104,8 +104,8 @@ def _decisions(connection: duckdb.DuckDBPyConnection, round_: Round) -> tuple[di
     (unscored,) = connection.execute("SELECT count(*) FROM scored WHERE passed IS NULL").fetchone()
     if unscored:
         raise RoundError(
-            f"{recipe.name} {round_.key}: {unscored} candidates have no score by the scorers and references of now, "
-            "which have changed since: materialise `scores` again"
+            f"{recipe.name} {round_.key}: {unscored} candidates have no score by the present scorers and "
+            "references, which have changed since: materialise `scores` again"
         )
     parameters = acceptance.parameters(connection, "scored", recipe.acceptance, rounds.number(round_.key))
     return parameters, f"({acceptance.decisions_sql('scored', parameters, recipe.seed)}) UNION ALL BY NAME ({revoked})"

@@ -43,12 +43,12 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
     read_by = store.query("SELECT DISTINCT settings FROM prompts WHERE recipe = ? AND active", [recipe.name])
     if {row["settings"] for row in read_by} - {ingest.settings(recipe), None}:  # None: from before they were recorded
         raise RoundError(
-            f"{recipe.name} {round_.key}: its prompts were read by another section `prompts` than the round began "
+            f"{recipe.name} {round_.key}: its prompts were read with another section `prompts` than the round began "
             "with: the recipe was changed in between. Run the round again, from its prompts on"
         )
     if split == "train" and round_.answers not in (None, answers(store, recipe)):
         raise RoundError(
-            f"{recipe.name} {round_.key}: its reference answers are others than when it began: run the round again"
+            f"{recipe.name} {round_.key}: its reference answers have changed since it began: run the round again"
         )
     scope = round_.key if split == "train" else EVALUATION
     number = recipe.sampling.prompts if split == "train" else recipe.evaluation.prompts

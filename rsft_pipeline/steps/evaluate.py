@@ -94,8 +94,8 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
     for weights in between.weights:
         if left := unscored(store, round_, EVALUATION_CANDIDATES, of_evaluation(round_, weights), scorers):
             raise RoundError(
-                f"{recipe.name} {round_.key}: {left} answers to held-out prompts have no score by the scorers and "
-                "references of now, which have changed since: materialise `evaluation` again"
+                f"{recipe.name} {round_.key}: {left} answers to held-out prompts have no score by the present "
+                "scorers and references, which have changed since: materialise `evaluation` again"
             )
     version = scorers[COMBINED]
     found = between.by_role(lambda weights: results(store.query, round_, weights, version))

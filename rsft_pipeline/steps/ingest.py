@@ -166,8 +166,8 @@ def _check_read_alike(store: Store, recipe: Recipe, chat: bool, prompt_ids: Coll
     )
     if any(row["prompt_id"] in prompt_ids for row in drawn_for):
         raise prompts.PromptError(
-            f"{recipe.name}: prompts are {'a chat' if chat else 'plain text'} now, and come out as the very text that "
-            f"was drawn for as {'plain text' if chat else 'a chat'} before, in other tokens: go on under another name"
+            f"{recipe.name}: prompts are now {'a chat' if chat else 'plain text'}, but some have the same text as "
+            f"earlier ones that were {'plain text' if chat else 'a chat'}, in other tokens: go on under another name"
         )
 
 
