@@ -35,15 +35,19 @@ def declared(recipe: Recipe, *, kinds: set[str], reads: tuple[str, ...] = (), **
     }
 
 
-def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
-    """The recipe as its file is now, with this run's overrides."""
-    text = context.run.tags.get(OVERRIDES, "{}")
+def overrides(run: dg.DagsterRun) -> dict[str, str]:
+    """What a run overrides: path → value as YAML text. Raises RecipeError if its tag does not say."""
+    text = run.tags.get(OVERRIDES, "{}")
     try:
         given = json.loads(text).items()
-        overrides = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given}
     except (ValueError, AttributeError):
         raise RecipeError(f"the tag {OVERRIDES} is {text!r}; expected a JSON object of a.b → value") from None
-    return load(recipe.file, overrides)
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in given}
+
+
+def as_run(recipe: Recipe, context: dg.AssetExecutionContext) -> Recipe:
+    """The recipe as its file is now, with this run's overrides."""
+    return load(recipe.file, overrides(context.run))
 
 
 def as_file(recipe: Recipe) -> Recipe:

@@ -28,8 +28,7 @@ SetOption = Annotated[
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check whether a recipe can run: its fields, and the files and models that they name. Runs nothing."""
     loaded = checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
-    able = f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})"
-    say(able)
+    say(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})")
     named = dict.fromkeys([*models.on_hub(loaded), *scoring.on_hub(loaded)])
     hub = [f"{name}, which is no folder here and is taken for a model on the hub" for name in named]
     rows = "the rows of the source behind the first good one, and whether a prompt fits into the model's context"

@@ -15,7 +15,7 @@ import typer
 
 from cli import here, status
 from cli.check import RecipeArgument, SetOption, checked, command, overrides_of
-from cli.console import JsonOption, console, say
+from cli.console import JsonOption, say
 from rsft_pipeline import rounds
 from rsft_pipeline.home import Home
 from rsft_pipeline.progress import watch
@@ -121,15 +121,14 @@ def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -
 
     failure = failures.of_run(instance, run_id)
     if failure.interrupted:
-        told = f"{recipe.name} {round_key} was interrupted: run it again to go on: {again}"
-        say(told, style="yellow")
+        say(f"{recipe.name} {round_key} was interrupted: run it again to go on: {again}", style="yellow")
     else:
         for stack in failure.stacks:
             print(stack, file=sys.stderr)
-        console.print(f"{recipe.name} {round_key} failed", style="bold red")
+        say(f"{recipe.name} {round_key} failed", style="bold red")
         for reason in failure.why:
-            console.print(textwrap.indent(reason, "  "), style="red", markup=False, soft_wrap=True)
-        console.print(f"  whole log: rsft ui, run {run_id}", markup=False, soft_wrap=True)
+            say(textwrap.indent(reason, "  "), style="red")
+        say(f"  whole log: rsft ui, run {run_id}")
     return {
         "round": round_key,
         "interrupted": failure.interrupted,

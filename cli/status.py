@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ def status(
         if there:
             show_pages()
         else:
-            console.print("no rounds yet: rsft run arithmetic")
+            say("no rounds yet: rsft run arithmetic")
 
 
 def show(store: Store, recipe: str, only: list[str] | None) -> None:
@@ -52,8 +53,7 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
         say(f"{recipe}: {refused}", style="yellow")
     if only is None:
         for row in _unfinished(store, recipe):
-            words = f"{recipe} {row['round']}: {_standing(row)}"
-            say(words, style="yellow")
+            say(f"{recipe} {row['round']}: {_standing(row)}", style="yellow")
     if not rows:
         return
     table = Table(
@@ -74,19 +74,17 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
         say(f"{row['round']}: {row['verdict']}")
         for role, found in over_controls(store.query, row).items():
             difference = shown(found.difference, found.low, found.high)
-            told = f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}"
-            say(told)
+            say(f"{row['round']}: {NAMES[found.metric]} over the control `{role}`: {difference}")
     for before, row in itertools.pairwise(rows):
         if _judged_by(before) != _judged_by(row):
-            told = (
+            say(
                 f"{row['round']} was judged otherwise than {before['round']}, by scorers or settings of `evaluation`: "
-                f"rsft audit diff {recipe} {before['round']} {row['round']}"
+                f"rsft audit diff {recipe} {before['round']} {row['round']}",
+                style="yellow",
             )
-            say(told, style="yellow")
     if reason := rounds.why_stopped(store, recipe):
-        console.print(f"{recipe}: no further round: {reason}", style="yellow", soft_wrap=True)
-    state = f"champion: {rows[-1]['champion']}   state: {Home.here().path}"
-    say(state)
+        say(f"{recipe}: no further round: {reason}", style="yellow")
+    say(f"champion: {rows[-1]['champion']}   state: {Home.here().path}")
 
 
 def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
@@ -120,9 +118,9 @@ def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]
 
 def show_pages() -> None:
     """Print where to look at them."""
-    console.print("look at it: `rsft ui` (or `make ui`)", highlight=False)
+    say("look at it: `rsft ui` (or `make ui`)")
     for server in pages.SERVERS:
-        console.print(f"  {server:<8} {pages.at(server)}", highlight=False, markup=False)
+        say(f"  {server:<8} {pages.at(server)}")
 
 
 def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, Any]]:
@@ -145,7 +143,7 @@ def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
 
 def _standing(unfinished: dict[str, Any]) -> str:
     """Where a round that is not finished stands, and why it does not go on."""
-    from assets.shared import OVERRIDES
+    from assets.shared import overrides
     from automation import failures, runs
 
     if unfinished["state"] == "revoked":
@@ -161,8 +159,10 @@ def _standing(unfinished: dict[str, Any]) -> str:
         if run_id in under_way:
             return f"under way, in Dagster's run {run_id}"
     why = "; ".join(failures.of_run(instance, tried[0]).why)
-    run = instance.get_run_by_id(tried[0])
-    given = json.loads(run.tags.get(OVERRIDES, "{}")) if run else {}
+    given: dict[str, str] = {}
+    with suppress(RecipeError):  # of a tag that cannot be read; the run has failed by it
+        if run := instance.get_run_by_id(tried[0]):
+            given = overrides(run)
     taken_up = f"`{command(unfinished['recipe'], given)}` takes it up"
     return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,12 +12,13 @@ import textwrap
 import time
 import tomllib
 
+import dagster as dg
 import jsonschema
 import letters_store as letters
 import pytest
 import yaml
 
-from cli import ui
+from cli import here, ui
 from resources import pages
 from rsft_pipeline.home import ROOT
 from rsft_pipeline.recipe.reading import RECIPES
@@ -65,8 +67,6 @@ def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
     assert "r001" in rsft("status", path).stdout
 
     # It is Dagster that ran them: runs, tags and partitions are in the instance, and the UI will load the recipe.
-    import dagster as dg
-
     with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
         assert instance.get_dynamic_partitions("letters_loop_rounds") == ["r000", "r001"]
         recorded = instance.get_run_by_id(first["dagster_run_id"])
@@ -93,6 +93,27 @@ def test_status_names_the_rounds_where_none_is_finished(home):
         "champion": None,
         "stopped": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        (
+            '{"sampling.draws": 4, "sampling.stop": ["a"]}',
+            ["--set", "sampling.draws=4", "--set", 'sampling.stop=["a"]'],
+        ),
+        ("[", []),  # launched so by hand; the run has failed by it
+    ],
+)
+def test_status_repeats_what_a_run_was_launched_with(home, tag, words):
+    with here.instance() as instance:
+        failed = dg.DagsterRun("one_round", tags={"rsft/set": tag}, status=dg.DagsterRunStatus.FAILURE)
+        instance.add_run(failed)
+    with Store.at(home) as store:
+        row = {"recipe": "one", "round": "r000", "state": "started", "dagster_run_id": failed.run_id}
+        store.append("rounds", [row])
+    again = shlex.join(["rsft", "run", "one", *words])
+    assert f"one r000: begun, not finished; `{again}` takes it up" in rsft("status", "one").stdout
 
 
 def test_status_marks_rounds_that_were_judged_otherwise(home):

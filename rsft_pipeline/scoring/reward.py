@@ -42,11 +42,11 @@ class Reward:
         else:
             outputs = self.classifier([(prompt, completion) for prompt, _, completion in rows], batch_size)
         return [
-            None if row is None or (self.chat and self._acts(completion)) else row[self.label_index]
+            None if row is None or (self.chat and self._spells_special(completion)) else row[self.label_index]
             for row, (_, _, completion) in zip(outputs, rows, strict=True)
         ]
 
-    def _acts(self, completion: str) -> bool:
+    def _spells_special(self, completion: str) -> bool:
         return any(token in completion for token in self.special)
 
     def _conversation(self, messages: list[dict], completion: str) -> str:
