@@ -460,7 +460,7 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     assert "the rows at the snapshot still have the root" in finding.what and finding.ids == (candidate,)
     change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
     counted, finding = verified(mine).findings
-    assert "`training_samples` gives" in counted.what
+    assert "by `training_samples`" in counted.what
     assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
 
 
