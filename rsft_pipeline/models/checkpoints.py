@@ -49,6 +49,36 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
         meta: what to record in `meta.json`, besides the digest and each file's SHA-256.
         card: text of the README.md.
     """
+    root = Path(root)
+    _delete_partial(root)
+    temporary = root / f"{_SAVING}{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        _write(model, tokenizer, temporary)
+        files = _file_digests(temporary)
+        saved = Checkpoint(_digest_of(files), root / _digest_of(files))
+        (temporary / META).write_text(_as_json({**meta, "digest": saved.digest, "files": files}), "utf-8")
+        (temporary / "README.md").write_text(card, "utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        _move(temporary, saved)
+        _sync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return saved
+
+
+_SAVING = ".saving-"  # how folders begin whose checkpoint is not complete
+
+
+def _delete_partial(root: Path) -> None:
+    for left in root.glob(f"{_SAVING}*"):
+        with contextlib.suppress(FileNotFoundError):  # its process has just finished saving
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
+
+
+def _write(model, tokenizer, folder: Path) -> None:
     stored = getattr(model, "stored_dtype", model.dtype)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -57,37 +87,23 @@ def save(model, tokenizer, root: Path, meta: dict, card: str) -> Checkpoint:
     if tokenizer.is_fast:  # otherwise the padding and truncation of the last batch would be saved too
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-
     no_bars()
-    for left in Path(root).glob(".saving-*"):
-        with contextlib.suppress(FileNotFoundError):  # its process has just finished saving
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left)
-    temporary = Path(root) / f".saving-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _move(temporary: Path, saved: Checkpoint) -> None:
+    """Put a complete folder in its place, unless the same checkpoint is there already; a damaged one makes way."""
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        files = _file_digests(temporary)
-        saved = Checkpoint(_digest_of(files), Path(root) / _digest_of(files))
-        (temporary / META).write_text(_as_json({**meta, "digest": saved.digest, "files": files}), "utf-8")
-        (temporary / "README.md").write_text(card, "utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        try:
+        temporary.rename(saved.path)
+    except OSError:
+        if not saved.path.is_dir():
+            raise
+        if not _intact(saved):
+            aside = saved.path.with_name(f"{saved.digest}-damaged-{uuid.uuid4().hex[:8]}")
+            saved.path.rename(aside)
             temporary.rename(saved.path)
-        except OSError:
-            if not saved.path.is_dir():
-                raise
-            if not _intact(saved):  # else the same checkpoint exists already
-                aside = saved.path.with_name(f"{saved.digest}-damaged-{uuid.uuid4().hex[:8]}")
-                saved.path.rename(aside)
-                temporary.rename(saved.path)
-                log.warning("%s was damaged: what was there is in %s", saved.path, aside)
-        _sync(saved.path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return saved
+            log.warning("%s was damaged: what was there is in %s", saved.path, aside)
 
 
 def describe(saved: Checkpoint, meta: dict, card: str) -> None:
