@@ -215,10 +215,34 @@ def _text_lines(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]
 
 def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
     """CSV with a header. A record may span lines inside quotes; of a broken one only the first line is refused."""
+    records = _csv_records(path, encoding)
+    _, _, header = next(records, (0, b"", None))
+    if header is None:  # an empty file has no rows
+        return
+    if isinstance(header, UnicodeDecodeError):
+        raise PromptError(f"prompts: the header of {path} is not {encoding.upper()}")
+    if isinstance(header, csv.Error) or len(set(header)) < max(len(header), 1):
+        raise PromptError(f"prompts: {path} does not begin with a header of distinct names: {header}")
+    for number, raw, values in records:
+        match values:
+            case UnicodeDecodeError():
+                yield _undecodable(name, number, raw, encoding, values)
+            case csv.Error():
+                yield Refused(name, number, raw, "broken CSV", str(values))
+            case []:
+                yield Refused(name, number, raw, "empty", "a blank line")
+            case _ if len(values) != len(header):
+                detail = f"{len(values)} fields, the header has {len(header)}"
+                yield Refused(name, number, raw, "broken CSV", detail)
+            case _:
+                yield Row(name, number, raw, dict(zip(header, values, strict=True)))
+
+
+def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, bytes, list[str] | csv.Error | UnicodeDecodeError]]:
+    """Each record: its first line's number, its bytes, and its values or why it has none."""
     csv.field_size_limit(sys.maxsize)  # the default is 128 KiB; the lines of longer cells would be read as rows
     lines = _lines(path)
     given_back: deque[tuple[int, bytes]] = deque()
-    header: list[str] | None = None
 
     def take(record: list[tuple[int, bytes]]) -> Iterator[str]:
         """Lines for csv.reader, which takes as many as a record needs; they are added to `record`."""
@@ -228,7 +252,7 @@ def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
 
     while True:
         record: list[tuple[int, bytes]] = []
-        values, problem = [], ""
+        values: list[str] | csv.Error | UnicodeDecodeError
         try:
             values = next(csv.reader(take(record), strict=True))
         except StopIteration:
@@ -237,29 +261,13 @@ def _csv(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:
             # A quote that is never closed swallows the following lines: they are read again.
             given_back.extendleft(reversed(record[1:]))
             del record[1:]
-            problem = str(error)
-        number, raw = record[0][0], b"\n".join(raw for _, raw in record)
+            values = error
         try:
             for line in record:
                 _decode(*line, encoding)
         except UnicodeDecodeError as error:
-            if header is None:
-                raise PromptError(f"prompts: the header of {path} is not {encoding.upper()}") from None
-            yield _undecodable(name, number, raw, encoding, error)
-            continue
-        if header is None:
-            if problem or len(set(values)) < max(len(values), 1):
-                raise PromptError(
-                    f"prompts: {path} does not begin with a header of distinct names: {problem or values}"
-                )
-            header = values
-        elif problem or (values and len(values) != len(header)):
-            problem = problem or f"{len(values)} fields, the header has {len(header)}"
-            yield Refused(name, number, raw, "broken CSV", problem)
-        elif not values:
-            yield Refused(name, number, raw, "empty", "a blank line")
-        else:
-            yield Row(name, number, raw, dict(zip(header, values, strict=True)))
+            values = error
+        yield record[0][0], b"\n".join(raw for _, raw in record), values
 
 
 def _parquet(path: Path, name: str, encoding: str) -> Iterator[Row | Refused]:

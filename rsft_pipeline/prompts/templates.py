@@ -51,38 +51,45 @@ def readings(template: str, text: str) -> Iterator[dict[str, str]]:
 
     `New York 3` may be `{place} {number}` with `New` and `York 3`, or with `New York` and `3`.
     """
-    literals, columns, end = [""], [], 0  # the text before, between and after the columns
+    columns, (first, *behind) = _pieces(template)
+    if not columns or not text.startswith(first) or not text.endswith(behind[-1]):
+        return
+    latest = [len(text) - len(behind[-1])]  # the last position where each column can end so that the rest still fits
+    for literal in reversed(behind[:-1]):
+        latest.insert(0, text.rfind(literal, 0, latest[0]))
+        if latest[0] < 0:
+            return
+    ends = [re.compile(f"(?={re.escape(literal)})") for literal in behind[:-1]]
+    ends += [re.compile(rf"(?={re.escape(behind[-1])}\Z)")]
+
+    def read(i: int, start: int, values: dict[str, str]) -> Iterator[dict[str, str]]:
+        """The ways to read the text from `start` on as the i-th column and all after it, given the columns before."""
+        if i == len(columns):
+            yield values
+            return
+        for end in map(re.Match.start, ends[i].finditer(text, start)):
+            if end > latest[i]:
+                return
+            value = text[start:end]
+            if values.get(columns[i], value) == value:
+                yield from read(i + 1, end + len(behind[i]), {**values, columns[i]: value})
+
+    yield from read(0, len(first), {})
+
+
+def _pieces(template: str) -> tuple[list[str], list[str]]:
+    """The columns of a template, and the literal texts before, between and after them: one more than columns."""
+    columns, literals, end = [], [""], 0
     for match in _PLACEHOLDER.finditer(template):
         literals[-1] += template[end : match.start()]
         end = match.end()
         if match[1] is None:
-            literals[-1] += match[0][0]
+            literals[-1] += match[0][0]  # {{ or }}
         else:
             columns.append(match[1])
             literals.append("")
     literals[-1] += template[end:]
-    if not columns or not text.startswith(literals[0]) or not text.endswith(literals[-1]):
-        return
-    latest = [len(text) - len(literals[-1])]  # the last position where each column can end so that the rest still fits
-    for literal in reversed(literals[1:-1]):
-        latest.insert(0, text.rfind(literal, 0, latest[0]))
-        if latest[0] < 0:
-            return
-    behind = [re.compile(f"(?={re.escape(literal)})") for literal in literals[1:-1]]
-    behind += [re.compile(rf"(?={re.escape(literals[-1])}\Z)")]
-
-    def read(i: int, start: int, values: dict[str, str]) -> Iterator[dict[str, str]]:
-        if i == len(columns):
-            yield values
-            return
-        for found in behind[i].finditer(text, start):
-            if found.start() > latest[i]:
-                return
-            value = text[start : found.start()]
-            if values.get(columns[i], value) == value:
-                yield from read(i + 1, found.start() + len(literals[i + 1]), {**values, columns[i]: value})
-
-    yield from read(0, len(literals[0]), {})
+    return columns, literals
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
