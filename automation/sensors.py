@@ -58,24 +58,25 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
     )
     def new_prompts(context: dg.SensorEvaluationContext, store: StoreResource):
         now = as_file(recipe)
-        inbox, files = now.prompts.inbox, inbox_files(now)
-        nothing = dg.SkipReason(f"nothing new in {now.path(inbox)}" if inbox else "this recipe has no inbox any more")
-        if not files:
-            return nothing
-        there = {lineage.digest([file.name, _content(file)]) for file in files}
+        if now.prompts.inbox is None:
+            return dg.SkipReason("this recipe has no inbox any more")
+        inbox = now.path(now.prompts.inbox)
+        files = {lineage.digest([file.name, _content(file)]) for file in inbox_files(now)}
+        requested, requested_round = _requested(context.cursor)
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
             begun = rounds.row_of(lake, now.name, round_key)
-        asked, waiting = _asked(context.cursor)
-        again = there <= asked and round_key == waiting  # the round started for them is not finished
-        if there <= asked and not again:
-            return nothing
+        known = files <= requested
+        if not inbox.is_dir():
+            return dg.SkipReason(f"there is no folder {inbox} yet")
+        if not files or (known and round_key != requested_round):  # the round that was started for them is finished
+            return dg.SkipReason(f"nothing new in {inbox}")
         if busy(context.instance, now):
-            return dg.SkipReason(f"new files in {now.path(inbox)}, but a round of {now.name} is under way")
+            return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
         failures = failed(context.instance, now.name, round_key)
-        if again and len(failures) >= ATTEMPTS:
+        if known and len(failures) >= ATTEMPTS:
             return _look(round_key, failures)
-        cursor = json.dumps({"files": sorted(there), "round": round_key})
+        cursor = json.dumps({"files": sorted(files), "round": round_key})
         before = _before(last(context.instance, now.name, round_key), begun)
         return _request(now, round_key, lineage.digest(cursor), before)._replace(cursor=cursor)
 
@@ -97,13 +98,13 @@ def _hashed(file: Path, size: int, changed: int) -> str:
     return lineage.file_digest(file)
 
 
-def _asked(cursor: str | None) -> tuple[set[str], str | None]:
-    """The files for which a round was requested, and that round."""
+def _requested(cursor: str | None) -> tuple[set[str], str | None]:
+    """The files for which a round was requested last, and that round."""
     try:
-        found = json.loads(cursor or "{}")
+        request = json.loads(cursor or "{}")
     except ValueError:  # written by an earlier version
-        found = {}
-    return set(found.get("files", ())), found.get("round")
+        request = {}
+    return set(request.get("files", ())), request.get("round")
 
 
 def _before(tried: dg.DagsterRun | None, begun: dict[str, Any] | None) -> str:

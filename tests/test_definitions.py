@@ -100,8 +100,6 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
     prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "inbox": str(inbox)}
     recipe = load(write_recipe(prompts=prompts))
     _, sensor = sensors(recipe)
-    inbox.mkdir()
-    (inbox / "more.jsonl").write_text('{"question": "ab a", "answer": "a"}\n')
     cursor = None
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
 
@@ -114,6 +112,10 @@ def test_new_files_are_asked_about_again_until_their_round_is_finished(home, wri
             (request,) = found.run_requests
             return request.run_key.partition(" after ")[2]
 
+        assert tick() == f"there is no folder {inbox} yet"
+        inbox.mkdir()
+        assert "nothing new" in tick()
+        (inbox / "more.jsonl").write_text('{"question": "ab a", "answer": "a"}\n')
         before = ""
         for _ in range(3):
             assert tick() == before
