@@ -12,7 +12,7 @@ This module imports torch and transformers; import it inside functions.
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch  # noqa: TID253
@@ -26,6 +26,7 @@ from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, choose, uniforms
 from rsft_pipeline.decoding.memory import PREFILL_TOKENS, ROWS
 from rsft_pipeline.padding import left_padded
 
+Waiting = deque[tuple[int, Draw]]  # draws of one prompt that have not begun, each with its number
 PREFILL_PADDING = 1.25  # largest ratio of the longest to the shortest prompt that are read in one pass
 STRIDE = {"cuda": 8}  # steps between checks which rows have ended, for which the host has to wait; 1 elsewhere
 
@@ -41,6 +42,14 @@ def draw(
     loop = Loop(model, draws, shape, pad_id, at_once)
     with attention_of(model), contextlib.closing(loop.cache):
         yield from loop.run()
+
+
+class Prefix(NamedTuple):
+    """A prompt that has been read."""
+
+    length: int  # tokens
+    waiting: Waiting
+    logits: torch.Tensor  # of the first token of a completion, [vocabulary]
 
 
 class Loop:
@@ -59,7 +68,7 @@ class Loop:
         capacity: the most draws at once; each may eventually need a row of its own.
         """
         self.model, self.shape, self.pad_id, self.device = model, shape, pad_id, model.device
-        by_prompt: dict[tuple[int, ...], deque[tuple[int, Draw]]] = {}
+        by_prompt: dict[tuple[int, ...], Waiting] = {}
         for number, draw in draws:
             by_prompt.setdefault(draw.prompt_ids, deque()).append((number, draw))
         self.unread = deque(by_prompt.items())  # prompts not read yet, with their draws
@@ -89,7 +98,7 @@ class Loop:
         self.row: list[int] = []
         self.place: list[int] = []
         self.age: list[int] = []
-        self.prompts: list[tuple[int, deque[tuple[int, Draw]], torch.Tensor]] = []
+        self.prompts: list[Prefix] = []
 
     def _cache(self, longest: int) -> SharedPrefixCache:
         """The cache for prompts of up to `longest` tokens and their draws."""
@@ -121,7 +130,7 @@ class Loop:
 
     def _arrange(self) -> None:
         """Tell the device which place each row has, and which row each draw."""
-        longest = max(length for length, _, _ in self.prompts)
+        longest = max(prompt.length for prompt in self.prompts)
         self.cache.seat(self.place, len(self.prompts), longest, self.device)
         self.row_of_draw = torch.tensor(self.row, device=self.device)
 
@@ -191,33 +200,40 @@ class Loop:
     def _release(self) -> Iterator[tuple[int, Drawn]]:
         """Remove the rows that have ended, with their draws, and the prompts without rows and waiting draws."""
         alive = self.alive[: len(self.place)].tolist()  # the host waits here
-        ended = [row for row, living in enumerate(alive) if not living]
-        if not ended:
+        if all(alive):
             return
-        states = (self.tokens, self.drawn, self.stopped, self.log_q, self.log_p)
-        results = {
-            row: Drawn(tokens[:drawn], stopped, log_q, log_p)
-            for row, tokens, drawn, stopped, log_q, log_p in zip(
-                ended, *(state[ended].tolist() for state in states), strict=True
-            )
-        }
+        results = self._results([row for row, living in enumerate(alive) if not living])
         yield from ((number, results[row]) for number, row in zip(self.number, self.row, strict=True) if not alive[row])
-        going_on = [alive[row] for row in self.row]
-        source, target = _moves(going_on)
-        self.number, self.row = (_moved(values, source, target, sum(going_on)) for values in (self.number, self.row))
+        self._keep_draws([alive[row] for row in self.row])
+        self._keep_rows(alive)
+        present = set(self.place)
+        self._keep_prompts([place in present or bool(prompt.waiting) for place, prompt in enumerate(self.prompts)])
+
+    def _results(self, rows: list[int]) -> dict[int, Drawn]:
+        """What was drawn on each of these rows."""
+        states = (self.tokens, self.drawn, self.stopped, self.log_q, self.log_p)
+        values = zip(*(state[rows].tolist() for state in states), strict=True)
+        return {
+            row: Drawn(tokens[:drawn], stopped, log_q, log_p)
+            for row, (tokens, drawn, stopped, log_q, log_p) in zip(rows, values, strict=True)
+        }
+
+    def _keep_draws(self, kept: list[bool]) -> None:
+        source, target = _moves(kept)
+        self.number, self.row = (_moved(values, source, target, sum(kept)) for values in (self.number, self.row))
         if source:
             self.u[target] = self.u[source]
 
-        source, target = _moves(alive)
-        self.place, self.age = (_moved(values, source, target, sum(alive)) for values in (self.place, self.age))
+    def _keep_rows(self, kept: list[bool]) -> None:
+        source, target = _moves(kept)
+        self.place, self.age = (_moved(values, source, target, sum(kept)) for values in (self.place, self.age))
         if source:
             self._copy(source, target)
             self.row = _renamed(self.row, source, target)
 
-        present = set(self.place)
-        needed = [i in present or bool(waiting) for i, (_, waiting, _) in enumerate(self.prompts)]
-        source, target = _moves(needed)
-        self.prompts = _moved(self.prompts, source, target, sum(needed))
+    def _keep_prompts(self, kept: list[bool]) -> None:
+        source, target = _moves(kept)
+        self.prompts = _moved(self.prompts, source, target, sum(kept))
         if source:
             self.cache.move_places(source, target)
             self.place = _renamed(self.place, source, target)
@@ -227,7 +243,7 @@ class Loop:
         room = self._room()
         room -= self._start(room)
         if self.unread and room >= max(1, self.busy // 8):
-            wanted: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]] = []
+            wanted: list[tuple[tuple[int, ...], Waiting]] = []
             # All draws of a prompt together, if possible: draws that begin later share no rows with earlier ones.
             while self.unread and len(self.prompts) + len(wanted) < self.places and room >= self._together():
                 wanted.append(self.unread.popleft())
@@ -245,12 +261,12 @@ class Loop:
         """Room that the next prompt's draws need to begin together, but no more than half of the busy rows."""
         return min(len(self.unread[0][1]), max(1, self.busy // 2))
 
-    def _read(self, prompts: list[tuple[tuple[int, ...], deque[tuple[int, Draw]]]]) -> None:
+    def _read(self, prompts: list[tuple[tuple[int, ...], Waiting]]) -> None:
         """Read prompts in one forward pass and keep their prefixes."""
         ids, waiting = zip(*prompts, strict=True)
         lengths, (read, logits) = list(map(len, ids)), self._forward(ids)
         self.cache.keep_prefixes(slice(len(self.prompts), len(self.prompts) + len(ids)), read, lengths)
-        self.prompts += zip(lengths, waiting, logits, strict=True)
+        self.prompts += map(Prefix, lengths, waiting, logits)
 
     def _forward(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
         """Keys and values of the prompts, padded, and the logits of what follows each, [prompts, vocabulary]."""
@@ -268,34 +284,38 @@ class Loop:
 
     def _start(self, room: int) -> int:
         """Begin up to `room` waiting draws of the prompts that have been read. Returns how many."""
-        first, seeds, places, place_of_draw = len(self.number), [], [], []
-        for place, (_, waiting, _) in enumerate(self.prompts):
-            if waiting and len(seeds) < room:
+        first, seeds, places, prompt_of_draw = len(self.number), [], [], []
+        for place, prompt in enumerate(self.prompts):
+            if prompt.waiting and len(seeds) < room:
                 places.append(place)
-            while waiting and len(seeds) < room:
-                number, draw = waiting.popleft()
+            while prompt.waiting and len(seeds) < room:
+                number, draw = prompt.waiting.popleft()
                 self.number.append(number)
                 seeds.append(draw.seed)
-                place_of_draw.append(len(places) - 1)  # index into `places`
+                prompt_of_draw.append(len(places) - 1)  # index into `places`
         if not seeds:
             return 0
         u = torch.from_numpy(uniforms(seeds, self.shape.max_tokens)).to(self.device)
         self.u[first : len(self.number)] = u
-        logits = torch.stack([self.prompts[place][2] for place in places])
-        chosen = choose(logits, torch.tensor(place_of_draw, device=self.device), u[:, 0], self.shape)
-        place_of_row, new = _groups(place_of_draw, chosen[0])
-        row = new + len(self.place)
-        rows = slice(len(self.place), len(self.place) + len(place_of_row))
-        self.row += row.tolist()
-        self.place += [places[i] for i in place_of_row]
-        self.age += [0] * len(place_of_row)
-        self.cache.begin(rows, self.place[rows])
+        logits = torch.stack([self.prompts[place].logits for place in places])
+        chosen = choose(logits, torch.tensor(prompt_of_draw, device=self.device), u[:, 0], self.shape)
+        prompt_of_row, row_of_draw = _groups(prompt_of_draw, chosen[0])
+        row_of_draw += len(self.place)
+        self._begin([places[i] for i in prompt_of_row])
+        self.row += row_of_draw.tolist()
+        row = torch.from_numpy(row_of_draw).to(self.device)
+        self._note(row, torch.zeros_like(row), *chosen)
+        return len(seeds)
+
+    def _begin(self, places: list[int]) -> None:
+        """Add a row without tokens for each of these places."""
+        rows = slice(len(self.place), len(self.place) + len(places))
+        self.place += places
+        self.age += [0] * len(places)
+        self.cache.begin(rows, places)
         self.drawn[rows] = 0
         self.alive[rows], self.stopped[rows] = True, False
         self.log_q[rows], self.log_p[rows] = 0.0, 0.0
-        row = torch.from_numpy(row).to(self.device)
-        self._note(row, torch.zeros_like(row), *chosen)
-        return len(seeds)
 
 
 def _batches(prompts: list[tuple[tuple[int, ...], Any]]) -> Iterator[list[tuple[tuple[int, ...], Any]]]:
