@@ -226,57 +226,69 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
     """The rows with the other columns from the tables. A held-out candidate's score is the last combined one."""
     if not rows:
         return []
-    ids, prompts = [row["candidate_id"] for row in rows], list({row["prompt_id"] for row in rows})
-    # For few prompts DuckDB skips row groups by Bloom filter; for many it is faster to scan everything.
-    near = "prompt_id IN (SELECT unnest($prompts))" if len(prompts) <= 4 else "list_contains($prompts, prompt_id)"
-    rounds = [row["round"] for row in rows if row["round"]] or [""]
-    of = {"recipe": recipe, "prompts": prompts, "first": min(rounds), "last": max(rounds), "ids": ids}
+    near, parameters = _near(recipe, rows)
 
     def among(table: str, columns: str) -> dict[str, dict]:
         sql = f"""WITH near AS MATERIALIZED (SELECT {columns} FROM {table}
                     WHERE recipe = $recipe AND round BETWEEN $first AND $last AND {near})
                   SELECT * FROM near WHERE list_contains($ids, candidate_id)"""
-        return {row["candidate_id"]: row for row in store.query(sql, of)}
+        return {row["candidate_id"]: row for row in store.query(sql, parameters)}
 
     drawn = among("candidates", _DRAWN_COLUMNS)
-    decided = {row["candidate_id"]: {} for row in rows if row.get("reason")}  # known already
-    if len(decided) < len(rows):
-        decided = among("decisions", f"candidate_id, {_DECISION}")
-    prompts_sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
-    asked = {row["prompt_id"]: row for row in store.query(prompts_sql, _used(prompts_sql, of))}
-    judged = {}
-    if undecided := [candidate_id for candidate_id in ids if candidate_id not in decided]:
-        of |= {"ids": undecided, "contents": [row["content"] for row in asked.values()]}
-        found = store.query(_JUDGED, _used(_JUDGED, of))
-        judged = {row["candidate_id"]: row for row in found}
-    judges = store.query(_SCORERS, _used(_SCORERS, of))
-    versions = {row["round"]: json.loads(row["scorers"] or "{}").values() for row in judges}
-
-    def came_of(row: dict) -> set[str | None]:
-        by = versions.get(row["round"], ()) if row["candidate_id"] in decided else ()
-        return {row["candidate_id"], row["prompt_id"], drawn.get(row["candidate_id"], {}).get("policy"), *by}
-
-    named = list(set().union(*map(came_of, rows)))
-    revoked = {row["what"] for row in store.query(REVOKED, {"recipe": recipe, "ids": named})}
-    return [
+    known = all(row.get("reason") for row in rows)
+    decided = {} if known else among("decisions", f"candidate_id, {_DECISION}")
+    sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
+    prompts = {row["prompt_id"]: row for row in store.query(sql, _used(sql, parameters))}
+    described = [
         {
             **_UNKNOWN,
             **row,
             **drawn.get(row["candidate_id"], {}),
-            **asked.get(row["prompt_id"], {}),
-            **judged.get(row["candidate_id"], {}),
+            **prompts.get(row["prompt_id"], {}),
             **decided.get(row["candidate_id"], {}),
-            "revoked": not revoked.isdisjoint(came_of(row)),
         }
         for row in rows
     ]
+    if undecided := {row["candidate_id"]: row for row in described if row["reason"] is None}:
+        contents = [row["content"] for row in prompts.values()]
+        of = _used(_JUDGED, {**parameters, "ids": list(undecided), "contents": contents})
+        for judged in store.query(_JUDGED, of):
+            undecided[judged["candidate_id"]]["score"] = judged["score"]
+    revoked = _revoked(store, recipe, described, parameters)
+    return [{**row, "revoked": row["candidate_id"] in revoked} for row in described]
+
+
+def _near(recipe: str, rows: Sequence[dict]) -> tuple[str, dict[str, Any]]:
+    """A condition by which DuckDB reads little else than these rows, and its parameters with the rows' ids and rounds.
+
+    For few prompts it skips row groups by Bloom filter; for many it is faster to scan everything.
+    """
+    prompts = list({row["prompt_id"] for row in rows})
+    near = "prompt_id IN (SELECT unnest($prompts))" if len(prompts) <= 4 else "list_contains($prompts, prompt_id)"
+    rounds = [row["round"] for row in rows if row["round"]] or [""]
+    ids = [row["candidate_id"] for row in rows]
+    return near, {"recipe": recipe, "prompts": prompts, "first": min(rounds), "last": max(rounds), "ids": ids}
+
+
+def _revoked(store: Store, recipe: str, rows: Sequence[dict], parameters: dict[str, Any]) -> set[str]:
+    """Which of the candidates are revoked: themselves, their prompt, their policy, or a scorer that decided on them."""
+    judges = store.query(_SCORERS, _used(_SCORERS, parameters))
+    versions = {row["round"]: json.loads(row["scorers"] or "{}").values() for row in judges}
+
+    def came_of(row: dict) -> set[str | None]:
+        scorers = versions.get(row["round"], ()) if row["reason"] is not None else ()
+        return {row["candidate_id"], row["prompt_id"], row["policy"], *scorers}
+
+    named = list(set().union(*map(came_of, rows)))
+    revoked = {row["what"] for row in store.query(REVOKED, {"recipe": recipe, "ids": named})}
+    return {row["candidate_id"] for row in rows if not revoked.isdisjoint(came_of(row))}
 
 
 _DRAWN_COLUMNS = f"""candidate_id, text[:{SNIPPET}] AS text, length(text) AS characters, tokens, draw,
     finish_reason, split, policy"""
 _PROMPT_COLUMNS = f"prompt_id, text[:{SNIPPET}] AS prompt, content"
 _UNKNOWN = {
-    **dict.fromkeys(("text", "characters", "tokens", "draw", "finish_reason", "split", "prompt")),
+    **dict.fromkeys(("text", "characters", "tokens", "draw", "finish_reason", "split", "policy", "prompt")),
     **dict.fromkeys(("accepted", "reason", "score", "log_a", "u")),
 }
 _SCORERS = "SELECT round, scorers FROM rounds WHERE recipe = $recipe AND round BETWEEN $first AND $last"
