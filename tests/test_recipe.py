@@ -73,6 +73,13 @@ def test_a_wrong_key_inside_one_of_several_kinds_names_the_fields_of_that_kind(w
         ({"training": {"start": "champ"}}, "training.start: got 'champ'. Did you mean 'champion'?"),
         ({"scoring": {"scorers": []}}, "scoring.scorers: List should have at least 1 item"),
         ({"acceptance": {"rule": "threshold"}}, "acceptance.threshold: this field is required"),
+        (
+            {"acceptance": {"rule": "rejection", "M": "estmate"}},
+            "acceptance.M: got 'estmate'. Did you mean 'estimate'? Expected one of: estimate, calibrate; or: Input "
+            "should be a valid number, unable to parse string as a number (got 'estmate')",
+        ),
+        ({"stop": 3}, "stop: got 3. Expected a section, whose fields are among: patience, rounds, target, tokens"),
+        ({"acceptance": 3}, "acceptance: got 3. Expected a section, whose fields are among: M, beta"),
         ({"model": {"source": "bootstrap"}}, "go together"),
         ({"evaluation": {"draws": 2, "k": 3}}, "`k` cannot be larger than `draws`"),
         ({"seed": 10**24}, "seed: Input should be less than or equal to 9223372036854775807"),

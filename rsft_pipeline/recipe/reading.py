@@ -146,35 +146,44 @@ _MEMBER = re.compile(r"(constrained-)?(float|int|str)|(literal|list)\[.*\]")  # 
 
 def explain(error: ValidationError, path: Path) -> str:
     """One line that names the file, and one for each field: what is wrong with it and what was expected."""
-    lines = [f"{path}: this recipe cannot run:"]
+    messages: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
-        where = (
-            ".".join(name for name, _ in _walked(problem["loc"]) if name and not _MEMBER.fullmatch(name)) or "recipe"
-        )
-        message = problem["msg"].removeprefix("Value error, ")
-        match problem["type"]:
-            case "extra_forbidden":
-                fields = _fields_at(problem["loc"][:-1])
-                message = (
-                    f"unknown field.{nearest(str(problem['loc'][-1]), fields)} Expected one of: {', '.join(fields)}"
-                )
-            case "missing":
-                message = "this field is required"
-            case "union_tag_not_found":
-                tag = problem["ctx"]["discriminator"].strip("'")
-                where += f".{tag}"
-                message = f"this field is required. Expected one of: {', '.join(_tags_at(problem['loc'], tag))}"
-            case "literal_error" | "union_tag_invalid":
-                expected = problem.get("ctx", {}).get("expected") or problem.get("ctx", {}).get("expected_tags", "")
-                options = re.findall(r"'([^']+)'", expected)
-                given = problem["ctx"].get("tag", problem["input"])
-                if tag := problem["ctx"].get("discriminator"):
-                    where += "." + tag.strip("'")
-                message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
-            case kind if kind.endswith("_type") or not isinstance(problem["input"], dict):  # a dict is a whole section
-                message = f"{message} (got {problem['input']!r})"
-        lines.append(f"  {where}: {message}")
-    return "\n".join(lines)
+        where, message = _explained(problem)
+        messages.setdefault(where, []).append(message)
+    # A field that takes a number or a word has a problem with either: the one with the words comes last.
+    lines = (f"  {where}: {'; or: '.join(reversed(several))}" for where, several in messages.items())
+    return "\n".join([f"{path}: this recipe cannot run:", *lines])
+
+
+def _explained(problem: Mapping[str, Any]) -> tuple[str, str]:
+    """The path of a field that pydantic refuses, and why."""
+    names = [name for name, _ in _walked(problem["loc"])]
+    where = ".".join(name for name in names if name and not _MEMBER.fullmatch(name)) or "recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    match problem["type"]:
+        case "extra_forbidden":
+            fields = _fields_at(problem["loc"][:-1])
+            near = nearest(str(problem["loc"][-1]), fields)
+            message = f"unknown field.{near} Expected one of: {', '.join(fields)}"
+        case "model_type" | "model_attributes_type":
+            fields = ", ".join(_fields_at(problem["loc"]))
+            message = f"got {problem['input']!r}. Expected a section, whose fields are among: {fields}"
+        case "missing":
+            message = "this field is required"
+        case "union_tag_not_found":
+            tag = problem["ctx"]["discriminator"].strip("'")
+            where += f".{tag}"
+            message = f"this field is required. Expected one of: {', '.join(_tags_at(problem['loc'], tag))}"
+        case "literal_error" | "union_tag_invalid":
+            expected = problem["ctx"].get("expected") or problem["ctx"].get("expected_tags", "")
+            options = re.findall(r"'([^']+)'", expected)
+            given = problem["ctx"].get("tag", problem["input"])
+            if tag := problem["ctx"].get("discriminator"):
+                where += "." + tag.strip("'")
+            message = f"got {given!r}.{nearest(str(given), options)} Expected one of: {', '.join(options)}"
+        case kind if kind.endswith("_type") or not isinstance(problem["input"], dict):  # a dict is a whole section
+            message = f"{message} (got {problem['input']!r})"
+    return where, message
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
