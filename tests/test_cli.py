@@ -280,6 +280,23 @@ def rows():
     assert "Traceback" not in said + errors
 
 
+def test_an_interrupt_while_the_command_is_still_loading_ends_it_without_a_traceback(home):
+    script = """
+        import signal
+        from cli import rsft
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        rsft()
+    """
+    command = [sys.executable, "-X", "importtime", "-c", textwrap.dedent(script), "status"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "typer" not in process.stderr.readline():  # a line for each module once it is loaded
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    assert (process.returncode, said) == (130, "") and "Traceback" not in errors
+
+
 def test_a_signal_while_duckdb_works_outside_of_a_round_is_told_in_a_word(home):
     script = """
         import os, signal, threading, duckdb
