@@ -22,7 +22,7 @@ from cli.main import app
 from resources import pages
 from rsft_pipeline import lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
-from rsft_pipeline.audit.export import COLUMNS, export
+from rsft_pipeline.audit.export import COLUMNS, PARTIAL, export
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
@@ -653,8 +653,12 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     mlc = pytest.importorskip("mlcroissant")
     pytest.importorskip("openlineage.client")
     made = there.query("SELECT * FROM checkpoints WHERE round = 'r001'")[0]
+    killed = tmp_path / "out" / PARTIAL
+    killed.mkdir(parents=True)
+    (killed / "croissant.json").write_text('{"name')
     done = export(there, made["checkpoint"][:10], tmp_path / "out", form)
     assert done.notes == [] and len(done.files) == 3
+    assert {*map(str, (tmp_path / "out").iterdir())} == {*done.files}
     read = "read_parquet" if form == "parquet" else "read_json"
     rows = there.query(f"SELECT * FROM {read}(?)", [done.files[0]])
     assert list(rows[0]) == list(COLUMNS)
@@ -679,6 +683,7 @@ def test_an_export_is_the_training_set_to_the_byte_and_others_can_read_it(there,
     trained = [event for event in events if event["job"]["name"] == f"{NAME}.checkpoint"][-1]
     assert trained["outputs"][0]["name"] == f"weights/{made['checkpoint']}"
     assert {one["name"] for one in trained["inputs"]} == {f"{NAME}/r001/accepted", f"weights/{made['parent']}"}
+    assert events[-1]["outputs"][0]["name"] == done.files[0]
     with pytest.raises(AuditError, match="is not an empty folder"):
         export(there, made["checkpoint"], Path(tmp_path / "out"), form)
 

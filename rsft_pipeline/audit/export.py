@@ -8,6 +8,7 @@ changed since, but without the texts that are erased by now.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from rsft_pipeline.revocations import of_checkpoint
 from rsft_pipeline.steps.rows import of_scorers
 from rsft_pipeline.store import Query, Store
 
+PARTIAL = ".partial"  # the sub-folder of an export that is not complete; what a killed one left there is replaced
 EXTRA = "pip install 'rsft-pipeline[audit]'"
 
 # Column → its description, in the order of the file.
@@ -79,7 +81,7 @@ def export(
 
     Args:
         checkpoint: its digest, or the beginning of it.
-        to: the folder; it is created if missing, and must be empty.
+        to: the folder; it is created if missing, and must be empty. Its files appear once they are complete.
         recipe, round_key: whose training set, if several gave the same weights; None: the first one's.
 
     Raises:
@@ -87,14 +89,16 @@ def export(
     """
     digest = _checkpoint(store, checkpoint, recipe)
     to = Path(to).expanduser().resolve()
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and (not to.is_dir() or any(path.name != PARTIAL for path in to.iterdir())):
         raise AuditError(f"{to} is not an empty folder: give a new one")
-    rows = to / f"training_set.{form}"
+    partial = to / PARTIAL
+    rows = partial / f"training_set.{form}"
 
     def work(connection) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         query = on(connection)
         made = _made(query, digest, recipe, round_key)
-        to.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         sql, parameters, notes = _rows(query, made, form)
         how = "FORMAT parquet, COMPRESSION zstd" if form == "parquet" else "FORMAT json"
         connection.execute(f"COPY ({sql}) TO {_quoted(rows)} ({how})", parameters)
@@ -103,16 +107,18 @@ def export(
     made, history, notes = store.commit(work)
     if why := of_checkpoint(store, made["recipe"], made["checkpoint"]):
         notes.append(why)
-    files = [str(rows)]
+    names = [rows.name]
     for name, write in (
         ("croissant.json", lambda path: croissant.write(path, rows, made, COLUMNS, NUMBERS)),
-        ("openlineage.jsonl", lambda path: openlineage.write(path, rows, history, COLUMNS)),
+        ("openlineage.jsonl", lambda path: openlineage.write(path, to / rows.name, history, COLUMNS)),
     ):
         try:
-            write(to / name)
-            files.append(str(to / name))
+            write(partial / name)
+            names.append(name)
         except ImportError as error:
             notes.append(f"{name} was not written, for want of {error.name}: {EXTRA}")
+    files = [str((partial / name).replace(to / name)) for name in names]
+    shutil.rmtree(partial)
     return Exported(made["recipe"], made["round"], made["checkpoint"], made["samples"], files, notes)
 
 
