@@ -1,1 +1,1 @@
-"""What people type: the `rsft` command, one file for each group."""
+"""What people type: the `rsft` command."""
