@@ -1,7 +1,6 @@
-"""What Dagster loads: for every recipe its assets, checks, job, sensors and schedule, with the resources.
+"""What Dagster loads: the assets, checks, job, sensors and schedule of every recipe, and the resources.
 
-Nothing else belongs here. A recipe that is broken is left out and named in the log, so that the
-others go on running; `rsft check` says what is wrong with it.
+A broken recipe is left out and named in the log, so that the others go on running.
 """
 
 import logging
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def build(recipes: Iterable[Recipe], **resources: Any) -> dg.Definitions:
-    """The definitions of some recipes; `resources` replace the usual ones."""
+    """The definitions of these recipes; `resources` replace the usual ones of the same name."""
     parts: dict[str, list] = {"assets": [], "asset_checks": [], "jobs": [], "sensors": [], "schedules": []}
     for recipe in recipes:
         parts["assets"] += [
@@ -48,7 +47,7 @@ def build(recipes: Iterable[Recipe], **resources: Any) -> dg.Definitions:
         parts["jobs"].append(round_job(recipe))
         parts["sensors"] += sensors(recipe)
         parts["schedules"] += schedules(recipe)
-    # In process for assets materialised by hand too, as in the round's job.
+    # In process, as in the round's job, also for assets that are materialised by hand.
     return dg.Definitions(**parts, resources={**usual_resources(), **resources}, executor=dg.in_process_executor)
 
 
@@ -63,7 +62,7 @@ def usual_resources() -> dict[str, Any]:
 
 
 def readable_recipes() -> list[Recipe]:
-    """The recipes of this repository and those that have run in this home, but for broken ones."""
+    """The recipes in recipes/ and those that are linked into this home. Those that cannot be read are left out."""
     found = {}
     for folder in (Home.here().recipes, RECIPES):
         for file in sorted(folder.glob("*.yaml")):
@@ -75,7 +74,7 @@ def readable_recipes() -> list[Recipe]:
 
 
 def loadable(recipe: Recipe) -> bool:
-    """Whether Dagster takes a recipe: owners and cron lines are its to judge."""
+    """Whether Dagster accepts a recipe: it judges `owners` and the cron line of `schedule`."""
     try:
         dg.Definitions.validate_loadable(build([recipe]))
     except dg.DagsterError as error:
@@ -86,7 +85,8 @@ def loadable(recipe: Recipe) -> bool:
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """All recipes at once, as every process of Dagster's loads them; one by one only where one of them is refused."""
+    """All readable recipes. They are checked together, because every process of Dagster loads them, and one by one only
+    if one of them is refused."""
     settle_environment()
     recipes = readable_recipes()
     try:

@@ -1,4 +1,4 @@
-"""What people type: the `rsft` command, one file for each group."""
+"""What people type: the `rsft` command."""
 
 import sys
 

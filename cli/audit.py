@@ -1,9 +1,9 @@
-"""`rsft audit`: questions about what was done, on the command line.
+"""`rsft audit`: its commands `replay`, `verify`, `whatif` and `diff`, and what all of them share.
 
-Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipeline/audit), but for what
-Dagster and MLflow have to add to one.
+Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipeline/audit), nor the other
+commands (lineage.py, audit_ui.py).
 
-Every command reads the store of `$RSFT_HOME` and is safe while rounds run; only `revoke` writes.
+Every command reads the store of `$RSFT_HOME` and can be used while rounds run; only `revoke` writes.
 """
 
 import json
@@ -25,7 +25,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cli import here
-from cli.check import RecipeArgument, SetOption, overrides_of
+from cli.check import RecipeArgument, overrides_of
 from cli.console import JsonOption, console
 from rsft_pipeline import rounds
 from rsft_pipeline.audit import diff as differing
@@ -46,22 +46,23 @@ log = logging.getLogger(__name__)
 app = typer.Typer(help="Ask what was done, check it, take it out of use, export it.", no_args_is_help=True)
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all.")
+    str | None, typer.Option("--recipe", metavar="NAME", help="Look in this recipe only; default: in all recipes.")
 ]
 
 
 @contextmanager
 def opened(recipe: str | None = None) -> Iterator[Store]:
-    """The store of this home, with this recipe in it.
+    """The store of this home, for the length of the `with`; it is not made if it is missing.
 
-    Looking makes none: raises AuditError where nothing has run, or DuckDB fails.
+    Raises:
+        AuditError: no round has run, the store has no such recipe, or DuckDB fails.
     """
     nothing = AuditError(f"no round has run in {Home.here().path} yet: there is nothing to ask about")
     if not os.environ.get("RSFT_CATALOG") and not (Home.here().path / "store").is_dir():
         raise nothing
     try:
         with here.store() as store:
-            with suppress(duckdb.Error):  # of a file that cannot be read: verify and replay say which
+            with suppress(duckdb.Error):  # a file cannot be read: `verify` and `replay` say which
                 if not recipes_in(store):
                     raise nothing
             if recipe is not None:
@@ -72,7 +73,7 @@ def opened(recipe: str | None = None) -> Iterator[Store]:
 
 
 def recipe_named(store: Store, name: str) -> Recipe:
-    """The recipe as its file is now; `rounds.record` gives it as a round recorded it."""
+    """The recipe as its file is now. Raises AuditError if the store does not have it."""
     called = here.recipe_name(name)
     if not rounds_in(store, called):
         check_recipe(store, called)
@@ -80,30 +81,29 @@ def recipe_named(store: Store, name: str) -> Recipe:
 
 
 def recipe_of(store: Store, name: str, round_key: str) -> Recipe:
-    """The same for questions that rest on stored rows alone: of a file that cannot be had, as the round recorded it."""
+    """The same, for commands that need only stored rows: if the file is gone or broken, as the round recorded it."""
     try:
         return recipe_named(store, name)
     except RecipeError as error:
         called = here.recipe_name(name)
         check_round(store, called, round_key)
-        print(f"{error}\n{called} is taken as {round_key} recorded it", file=sys.stderr)
+        print(f"{error}\nusing {called} as {round_key} recorded it", file=sys.stderr)
         return rounds.recorded(store, RECIPES / f"{called}.yaml", round_key)
 
 
 def show(answer: Any, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
-    """Print an answer (a dataclass, or what JSON is made of): as JSON, or as `render` draws it."""
+    """Print an answer (a dataclass or a dictionary) as JSON, or as `render` draws it."""
     if as_json:
         told = asdict(answer) if hasattr(answer, "__dataclass_fields__") else answer
         print(json.dumps(_plain(told), allow_nan=False))
     else:
         drawn = render(answer)
-        # A tree would be cut at the terminal's width where it may not wrap.
+        # Without wrapping, a tree would be cut off at the terminal's width.
         console.print(drawn, highlight=False, soft_wrap=not isinstance(drawn, Tree))
 
 
 def _plain(value: Any) -> Any:
-    """The same with what JSON has no form for as text: paths, times, bytes (UTF-8, what is none of it replaced), and
-    numbers that are not finite."""
+    """The value with text in place of what JSON cannot express: paths, times, bytes, numbers that are not finite."""
     match value:
         case dict():
             return {key: _plain(inner) for key, inner in value.items()}
@@ -123,10 +123,10 @@ def _plain(value: Any) -> Any:
 
 RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="r000, r001, …")]
 CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A digest or its beginning; or a recipe's name, with ROUND.")
 ]
 RoundOfArgument = Annotated[
-    str | None, typer.Argument(metavar="ROUND", help="With a recipe's name: the round that made it.")
+    str | None, typer.Argument(metavar="ROUND", help="With a recipe's name: the round that made the checkpoint.")
 ]
 
 
@@ -135,19 +135,19 @@ def replay(
     recipe: RecipeArgument,
     round_: RoundArgument,
     sample: Annotated[
-        int, typer.Option(min=0, help="Candidates whose log-probabilities are computed again; 0 loads no model.")
+        int, typer.Option(min=0, help="How many candidates' log-probabilities to compute again; 0 loads no model.")
     ] = replaying.FORCED,
     read: Annotated[
-        int, typer.Option(min=0, help="Candidates whose texts are decoded and judged again.")
+        int, typer.Option(min=0, help="How many candidates' texts to decode and judge again.")
     ] = replaying.JUDGED,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Nats per token that a log-probability may differ by.")
+        float, typer.Option(min=0, help="Nats per token by which a log-probability may differ.")
     ] = replaying.TOLERANCE,
     json_: JsonOption = False,
 ) -> None:
-    """Repeat a round's decisions from what is stored, and name every difference. Exits with 1 if there is one."""
+    """Repeat a round's decisions from what is stored, and name every difference. Exits with 1 if there is any."""
     device = here.device()
-    # Two models at once may not fit: it is held as a round holds it.
+    # Held as a round holds it, because two models at once may not fit into memory.
     lease = here.accelerator().lease(log) if sample else nullcontext(device)
     with opened() as store:
         answer = replaying.replay(
@@ -167,7 +167,7 @@ def replay(
 
 @app.command()
 def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_: JsonOption = False) -> None:
-    """Check that a checkpoint's weights and training set are what they were. Exits with 1 if anything differs."""
+    """Check that a checkpoint's weights and training set are as recorded. Exits with 1 if anything differs."""
     with opened() as store:
         made = verifying.find(store, checkpoint, round_)
         answer = verifying.verify(store, made, Home.here(), tracked_root(made))
@@ -178,8 +178,16 @@ def verify(checkpoint: CheckpointArgument, round_: RoundOfArgument = None, json_
 
 
 @app.command()
-def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
-    """Decide a round by another rule (--set acceptance.x=value), and compare. Writes nothing."""
+def whatif(
+    recipe: RecipeArgument,
+    round_: RoundArgument,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="acceptance.x=value", help="A field of the rule. May be given several times."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show what another rule would have decided in a round. Writes nothing."""
     with opened() as store:
         answer = asking.whatif(store, recipe_of(store, recipe, round_), round_, overrides_of(set_))
     show(answer, json_, _side_by_side)
@@ -187,22 +195,22 @@ def whatif(recipe: RecipeArgument, round_: RoundArgument, set_: SetOption = None
 
 @app.command()
 def diff(recipe: RecipeArgument, before: RoundArgument, after: RoundArgument, json_: JsonOption = False) -> None:
-    """What changed from one round to another: prompts solved and lost, accepted shares, scores, lengths."""
+    """Show what changed between two rounds: prompts solved and lost, success rates, scores, lengths."""
     with opened() as store:
         answer = differing.diff(store, recipe_of(store, recipe, after), before, after)
     show(answer, json_, _differences)
 
 
 def tracked_root(made: dict[str, Any]) -> dict[str, str]:
-    """The root that MLflow was told of a checkpoint; nothing where it cannot say."""
+    """A checkpoint's Merkle root in MLflow, as {"MLflow": root}; empty if it has none or cannot be asked."""
     if made["trained_on"] != "accepted" or made["mlflow_run_id"] is None:
         return {}
     try:
         here.tracking().check()
         tags = here.tracking().client().get_run(made["mlflow_run_id"]).data.tags
-    except Exception:  # its database's driver has errors of its own
+    except Exception:  # each database's driver raises its own
         return {}
-    if tags.get("rsft.checkpoint") != made["checkpoint"]:  # the run's later one: an asset may be materialised twice
+    if tags.get("rsft.checkpoint") != made["checkpoint"]:  # the run has made another since
         return {}
     return {"MLflow": tags["rsft.merkle_root"]} if "rsft.merkle_root" in tags else {}
 
@@ -216,7 +224,7 @@ def _compared(head: str, answer: Any) -> RenderableType:
     for check in answer.checks:
         different = "not compared" if check.differing is None else f"{check.differing:,}"
         style = "red" if check.differing else "yellow" if check.differing is None else None
-        note = ("\n  " + check.note, "dim") if check.note else ""  # below, where a hash has room
+        note = ("\n  " + check.note, "dim") if check.note else ""  # on a line of its own, where a hash fits
         table.add_row(Text.assemble(check.name, note), f"{check.compared:,}", different, style=style)
     lines: list[RenderableType] = [Text(head), table]
     for finding in answer.findings:
@@ -226,7 +234,7 @@ def _compared(head: str, answer: Any) -> RenderableType:
             lines.append(Text(f"  {' '.join(finding.ids)}{more}"))
     number = len(answer.findings)
     left = sum(check.differing is None for check in answer.checks)
-    same = f"nothing that was compared is different, {left} of the lines were not" if left else "nothing is different"
+    same = f"nothing that was compared is different; not compared: {left}" if left else "nothing is different"
     verdict = same if answer.ok else "1 finding" if number == 1 else f"{number} findings"
     return Group(*lines, Text(f"{verdict}, in {answer.seconds:.1f} s", style="green" if answer.ok else "red"))
 
@@ -236,8 +244,8 @@ def _side_by_side(answer: asking.WhatIf) -> RenderableType:
     rows = [
         ("rule", _rule(was.parameters), _rule(would.parameters)),
         ("accepted", f"{was.accepted:,} ({was.rate:.1%})", f"{would.accepted:,} ({would.rate:.1%})"),
-        ("prompts with any", f"{was.prompts:,}", f"{would.prompts:,}"),
-        ("accepted of a prompt", _spread(was.per_prompt), _spread(would.per_prompt)),
+        ("prompts with accepted", f"{was.prompts:,}", f"{would.prompts:,}"),
+        ("accepted per prompt", _spread(was.per_prompt), _spread(would.per_prompt)),
         ("largest share of a prompt", f"{was.largest_share:.2%}", f"{would.largest_share:.2%}"),
         ("mean score of the accepted", _number(was.score), _number(would.score)),
         ("mean tokens of the accepted", _number(was.tokens), _number(would.tokens)),
@@ -251,8 +259,8 @@ def _side_by_side(answer: asking.WhatIf) -> RenderableType:
     for row in rows:
         table.add_row(*map(Text, row))
     agreement = (
-        f"accepted by both {both.both:,}, only as it was {both.only_was:,}, only as it would be {both.only_would:,}, "
-        f"by neither {both.neither:,}; in {answer.seconds:.1f} s"
+        f"accepted by both rules {both.both:,}, only by the recorded one {both.only_was:,}, only by the other "
+        f"{both.only_would:,}, by neither {both.neither:,}; in {answer.seconds:.1f} s"
     )
     return Group(table, Text(agreement))
 
@@ -269,7 +277,7 @@ def named(values: Mapping[str, Any]) -> str:
 
 
 def _spread(per_prompt: dict[int, int]) -> str:
-    """How many are accepted of a prompt: least, median, most."""
+    """How many candidates of a prompt are accepted: least, most, median."""
     counts = sorted(per_prompt)
     half, seen = sum(per_prompt.values()) / 2, 0
     for count in counts:
@@ -285,7 +293,7 @@ def _number(value: float | None) -> str:
 
 def _differences(answer: differing.Diff) -> RenderableType:
     lines: list[RenderableType] = []
-    for name, found in (("drawn to train on", answer.drawn), ("held out", answer.held_out)):
+    for name, found in (("drawn for training", answer.drawn), ("held out", answer.held_out)):
         if found is None:
             lines.append(Text(f"{name}: one of the rounds was not evaluated"))
             continue
@@ -306,7 +314,7 @@ def _differences(answer: differing.Diff) -> RenderableType:
             )
         lines.append(table)
         if any(shift.low is shift.high is None for shift in found.shifts):
-            lines.append(Text("  open: every prompt moved alike, so nothing bounds where the mean is", style="dim"))
+            lines.append(Text("  open: every prompt changed by the same amount, so there is no interval", style="dim"))
         for what, changes in (("solved", found.solved_first), ("lost", found.lost_first)):
             for change in changes[:5]:
                 lines.append(

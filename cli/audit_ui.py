@@ -14,7 +14,7 @@ from rsft_pipeline.store import Store
 
 
 def _revoking(store: Store) -> Callable[..., None]:
-    """Revoke as `rsft audit revoke` does: in the store, and then in MLflow and Dagster."""
+    """What the pages revoke with: as `rsft audit revoke` does, in the store and then in MLflow and Dagster."""
 
     def revoke(thing: Thing, *, who: str, why: str, erase: bool) -> None:
         try:
@@ -29,9 +29,9 @@ def _revoking(store: Store) -> Callable[..., None]:
 
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the pages.")] = 5001,
-    allow_revoke: Annotated[bool, typer.Option("--allow-revoke", help="Let the pages revoke, too.")] = False,
+    allow_revoke: Annotated[bool, typer.Option("--allow-revoke", help="Allow revoking from the pages.")] = False,
 ) -> None:
-    """Serve pages to look at rounds, candidates and checkpoints, on 127.0.0.1; Ctrl-C stops them."""
+    """Serve the audit pages on 127.0.0.1: rounds, candidates, prompts, checkpoints. Ctrl-C stops them."""
     import uvicorn
 
     from cli.audit import tracked_root

@@ -1,6 +1,6 @@
-"""`rsft check`, `schema`: what a recipe may say, and whether one can run. And how commands are given a recipe.
+"""`rsft check` and `rsft schema`: whether a recipe can run, and what one may contain. Also: how commands take a recipe.
 
-Not: running it (run.py).
+Not: running one (run.py).
 """
 
 import json
@@ -18,31 +18,31 @@ from rsft_pipeline.recipe import reading
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RecipeError
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in recipes/, or a path to a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of a YAML file.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=value", help="Override a field of the recipe; may be repeated."),
+    typer.Option("--set", metavar="a.b=value", help="Override a field of the recipe. May be given several times."),
 ]
 
 
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check whether a recipe can run: its fields, and the files and models that they name. Runs nothing."""
+    """Check whether a recipe can run: its fields, and the files and local models that they name. Runs no round."""
     loaded = checked(reading.load(here.recipe_file(recipe), overrides_of(set_)))
     say(f"{loaded.file}: {loaded.name} can run (digest {loaded.digest})")
     named = dict.fromkeys([*models.on_hub(loaded), *scoring.on_hub(loaded)])
-    hub = [f"{name}, which is no folder here and is taken for a model on the hub" for name in named]
-    rows = "the rows of the source behind the first good one, and whether a prompt fits into the model's context"
+    hub = [f"{name}, which is not a folder here and is taken for a model on the hub" for name in named]
+    rows = "the rows of the source that this check did not read, and whether prompts fit into the model's context"
     for one in (*hub, rows):
-        say(f"  left to the round: {one}")
+        say(f"  checked only when a round runs: {one}")
 
 
 def schema() -> None:
-    """JSON Schema of recipes, for editors that complete and check YAML."""
+    """Print the JSON Schema of recipes, for editors that complete and check YAML."""
     print(json.dumps(reading.schema(), indent=2))
 
 
 def overrides_of(given: list[str] | None) -> dict[str, str]:
-    """What `--set` was given: path → value as YAML text. Raises RecipeError."""
+    """What was given with `--set`: path → value as YAML text. Raises RecipeError if it has another form."""
     found = {}
     for one in given or []:
         key, equals, value = one.partition("=")
@@ -53,14 +53,14 @@ def overrides_of(given: list[str] | None) -> dict[str, str]:
 
 
 def command(recipe: str, overrides: Mapping[str, str], rounds: int | None = None) -> str:
-    """What to type to run a recipe so."""
+    """The command that runs a recipe with these overrides."""
     given = [word for path, text in overrides.items() for word in ("--set", f"{path}={text}")]
     number = [] if rounds is None else ["--rounds", str(rounds)]
     return shlex.join(["rsft", "run", recipe, *number, *given])
 
 
 def checked(recipe: Recipe) -> Recipe:
-    """The recipe, once what it names is seen to be there: nothing has run by then."""
+    """The recipe itself, after checking that it can run. Raises RecipeError if not."""
     import dagster as dg
 
     from definitions import build
@@ -71,7 +71,7 @@ def checked(recipe: Recipe) -> Recipe:
         scoring.check(recipe)
         prompts.check_room(recipe, models.check(recipe))
         dg.Definitions.validate_loadable(build([recipe]))
-    except dg.DagsterError as error:  # of a recipe that was read these are all that it judges
+    except dg.DagsterError as error:  # Dagster judges only these two fields
         raise RecipeError(f"{recipe.file}: `schedule` or `owners`: {error}") from error
     except (ValueError, models.ModelError) as error:
         raise RecipeError(f"{recipe.file}: {error}") from error
@@ -79,7 +79,7 @@ def checked(recipe: Recipe) -> Recipe:
 
 
 def _check_name(recipe: Recipe) -> None:
-    """See that no other recipe has the recipe's name, by which this home keeps its rounds."""
+    """Raise RecipeError if another recipe has this name, under which the home keeps its rounds."""
     for folder in (reading.RECIPES, Home.here().recipes):
         other = folder / recipe.file.name
         if other.exists() and other.resolve() != recipe.file:

@@ -1,4 +1,4 @@
-"""Here: what commands work on in this home: its store, its Dagster instance, MLflow, the device, and recipes by name.
+"""Here: what commands work with: this home's store, Dagster instance and MLflow, the device, and recipes by name.
 
 Not: a command's arguments, nor what it prints.
 """
@@ -28,10 +28,10 @@ def store() -> Store:
 
 
 def instance():
-    """The home's DagsterInstance, made where it is missing: processes that find none take turns.
+    """The home's DagsterInstance, made if it is missing; a lock keeps two processes from making it at once.
 
-    What steps print stays in the terminal: the processes by which Dagster would copy it to its pages get a Ctrl-C too,
-    and each answers with a traceback.
+    What steps print stays in the terminal. The processes with which Dagster would copy it to its pages also receive
+    a Ctrl-C, and each would print a traceback.
     """
     import dagster as dg
     from dagster._core.instance.ref import InstanceRef
@@ -42,7 +42,7 @@ def instance():
     logging.getLogger("dagster").setLevel(logging.WARNING)
     with home.lock("instance", wait=True):
         if not settings.exists() or not settings.stat().st_size:
-            made = settings.with_suffix(".new")  # a whole file or none, whatever happens meanwhile
+            made = settings.with_suffix(".new")  # renamed when complete, so that no part of a file is ever there
             made.write_text((ROOT / "dagster.yaml").read_text())
             made.replace(settings)
         return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home.dagster), overrides=UNCAPTURED))
@@ -57,7 +57,7 @@ def accelerator():
 
 
 def device() -> Device:
-    """What models run on. Raises RecipeError where RSFT_DEVICE names none."""
+    """The device that models run on. Raises RecipeError if RSFT_DEVICE names one that does not exist."""
     try:
         return accelerator().device()
     except ValueError as error:
@@ -65,17 +65,17 @@ def device() -> Device:
 
 
 def recipe_name(typed: str) -> str:
-    """What a recipe is called that is given by its name or path."""
+    """The name of a recipe that was typed as a name or a path."""
     return Path(typed).stem if typed.endswith(".yaml") else typed
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe, by its name or path. Raises RecipeError, naming those that are near."""
+    """The file of a recipe, by name or path. Raises RecipeError if there is none, naming similar ones."""
     return reading.find(name, (reading.RECIPES, Home.here().recipes))
 
 
 def tell(dagster, store: Store, done: Revoked) -> None:
-    """Let Dagster and MLflow show a revocation."""
+    """Mark a revocation in Dagster and MLflow."""
     from assets import outside
 
     outside.tell(dagster, tracking(), store, done)

@@ -1,4 +1,4 @@
-"""`rsft audit trace`, `impact`, `revoke`, `export`: one thing, followed back and forth, taken out of use, taken along.
+"""`rsft audit trace`, `impact`, `revoke` and `export`: where one thing came from, where it led, taking it out of use.
 
 Belongs here: arguments, and how an answer is shown. Not: the answers (rsft_pipeline/audit), nor what Dagster and
 MLflow add to them (assets/outside.py).
@@ -28,14 +28,14 @@ from rsft_pipeline.store import StoreError
 
 TextOption = Annotated[
     str | None,
-    typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, to the letter."),
+    typer.Option("--text", metavar="WORDS", help="A text that prompts or completions contain, literally."),
 ]
 ThingArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="THING",
-        help="A candidate, prompt, checkpoint or scorer version by its id or the beginning of one; a source of prompts "
-        "or a scorer by its name.",
+        help="The id of a candidate, prompt, checkpoint or scorer version, or its beginning; or the name of a source "
+        "of prompts or of a scorer.",
     ),
 ]
 
@@ -44,21 +44,22 @@ ThingArgument = Annotated[
 
 
 def trace(
-    candidate: Annotated[
-        str | None, typer.Argument(metavar="CANDIDATE", help="Its id, or the beginning of it.")
+    candidate: Annotated[str | None, typer.Argument(metavar="CANDIDATE", help="Its id or the beginning of it.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", metavar="WORDS", help="A text that its completion contains, literally."),
     ] = None,
-    text: TextOption = None,
     accepted: Annotated[
         tuple[str, str, int] | None,
         typer.Option(metavar="RECIPE ROUND N", help="The Nth of a round's accepted set, in the order of ids, from 1."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out what MLflow and Dagster add; they take seconds to load.")
+        bool, typer.Option("--quick", help="Leave out what MLflow and Dagster add, which take seconds to load.")
     ] = False,
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Follow a candidate from the row that asked for it to the checkpoints that learned from it."""
+    """Follow a candidate from its prompt's source row to the checkpoints that learned from it."""
     if sum(given is not None for given in (candidate, text, accepted)) != 1:
         raise AuditError("say which candidate: its id, --text, or --accepted")
     if not quick:
@@ -93,7 +94,7 @@ def _outside(found: tracing.Trace) -> dict[str, Any]:
 
 
 def _wrote(found: tracing.Trace) -> Iterator[tuple[str | None, str]]:
-    """The runs that wrote something of a trace, each with the asset that did."""
+    """The runs that wrote something of a trace, each with the asset that wrote it."""
     held_out = found.prompt and found.prompt.split == "eval"
     links = [
         ("prompts", found.prompt),
@@ -107,7 +108,7 @@ def _wrote(found: tracing.Trace) -> Iterator[tuple[str | None, str]]:
 
 
 def _matches(text: str, matches: list[ids.Match], there: int) -> Tree:
-    first = f", these first {len(matches)} among them" if len(matches) < there else ""
+    first = f"; the first {len(matches)}" if len(matches) < there else ""
     tree = Tree(Text(f"{there:,} candidates contain {text!r}{first}" if there else f"no candidate contains {text!r}"))
     for one in matches:
         undecided = "held out" if one.split == "eval" else "not decided on"
@@ -123,33 +124,33 @@ def _chain(found: tracing.Trace, answer: dict[str, Any]) -> Tree:
     if found.prompt:
         asked = found.prompt
         source = printable(asked.source)
-        node = tree.add(Text(f"asked by line {asked.line} of {source} ({asked.split}), prompt {asked.prompt_id}"))
+        node = tree.add(Text(f"prompt {asked.prompt_id} ({asked.split}), from line {asked.line} of {source}"))
         for one in asked.earlier:
-            node.add(Text(f"read before from line {one['line']} of {printable(one['source'])}"))
+            node.add(Text(f"read earlier from line {one['line']} of {printable(one['source'])}"))
         if asked.snapshot is not None:
-            node.add(Text(f"as it was judged by, in snapshot {asked.snapshot}; it has changed since", style="yellow"))
+            node.add(Text(f"as it was when judged, in snapshot {asked.snapshot}; it has changed since", style="yellow"))
         node.add(Text(_said(asked.text)))
         if asked.reference is not None:
             node.add(Text(f"reference {_said(asked.reference)}"))
     _weights(tree, found, answer)
     _drawn(tree, found.draw)
     if not found.of_round:
-        left = f"not among the draws of {found.recipe} {found.round} as it ran: an earlier attempt at it left it"
+        left = f"not among the draws of {found.recipe} {found.round} as it ran: left by an earlier attempt at the round"
         tree.add(Text(left, style="yellow"))
     judged = tree.add("judged" if found.scores else "not judged")
     for score in found.scores:
         value = "cannot judge" if score.value is None else f"{score.value:.6g}"
-        gate = "" if score.passed is None else ", every gate reached" if score.passed else ", a gate not reached"
-        rested = "" if score.decided_by else " (not what it was decided by)"
+        gate = "" if score.passed is None else ", every gate passed" if score.passed else ", a gate not passed"
+        rested = "" if score.decided_by else " (not used for the decision)"
         judged.add(Text(f"{score.scorer} {value}{gate}, version {score.version}{rested}"))
-    for name, one in (("decided", found.decision), ("when it was trained on", found.decision_then)):
+    for name, one in (("decided", found.decision), ("decided when it was trained on", found.decision_then)):
         if one:
             node = tree.add(Text(f"{name}: {one.reason}: {one.words}", style="green" if one.accepted else "yellow"))
             numbers = named(words.rule(one.parameters))
             log_a = "" if one.log_a is None else f", log A {one.log_a:.6g}"
             node.add(Text(f"{numbers}; u {one.u:.6g}{log_a}"))
     if found.evaluated:
-        tree.add(f"held out: counted by {', '.join(' '.join(one) for one in found.evaluated)}")
+        tree.add(f"held out: counted in the verdict of {', '.join(' '.join(one) for one in found.evaluated)}")
     _learned(tree, found, answer)
     for run, known in answer.get("dagster", {}).items():
         events = ", ".join(f"{event['asset']} {event['event']}" for event in known["events"])
@@ -204,7 +205,7 @@ def _version(answer: dict[str, Any], digest: str) -> str:
 def impact(
     thing: ThingArgument = None, text: TextOption = None, recipe: RecipeOption = None, json_: JsonOption = False
 ) -> None:
-    """Show what something influenced, and which rounds to run again to be rid of it."""
+    """Show what a thing influenced, and which rounds to run again to be rid of it."""
     with opened(recipe) as store:
         found = following.impact(store, _thing(store, thing, text, recipe))
     show(found, json_, _reach)
@@ -222,13 +223,13 @@ def _reach(found: following.Impact) -> Tree:
     drawn = f"{_count(found.candidates, 'candidate')}, {found.accepted:,} accepted"
     tree.add(f"{of}{drawn}; {found.held_out:,} more held out")
     if found.evaluated:
-        tree.add(f"counted by the verdicts of {', '.join(' '.join(one) for one in found.evaluated)}")
+        tree.add(f"counted in the verdict of {', '.join(' '.join(one) for one in found.evaluated)}")
     node = tree.add(f"learned by {_count(len(found.checkpoints), 'checkpoint')}")
     for one in found.checkpoints:
         revoked = ", revoked" if one.revoked else ""
         node.add(Text(f"{one.checkpoint} ({one.recipe} {one.round}, {one.role}{revoked}): {one.how}"))
     if found.later_candidates:
-        tree.add(f"these drew {found.later_candidates:,} more candidates, {found.later_accepted:,} accepted")
+        tree.add(f"{found.later_candidates:,} more candidates drawn from these, {found.later_accepted:,} accepted")
     for recipe, champion in found.champions:
         tree.add(Text(f"{champion} is the champion of {recipe}", style="yellow"))
     _again(tree, found.again)
@@ -239,7 +240,7 @@ def _again(tree: Tree, again: list[following.Again]) -> None:
     if not again:
         tree.add(Text("no round has to be run again", style="green"))
         return
-    node = tree.add("to be rid of it, run again, in this order")
+    node = tree.add("to be rid of it, run these rounds again, in this order")
     for one in again:
         node.add(Text(f"{one.recipe} {one.round}: {one.why}"))
 
@@ -249,21 +250,23 @@ def _again(tree: Tree, again: list[following.Again]) -> None:
 
 def revoke(
     thing: ThingArgument = None,
-    by: Annotated[str, typer.Option(metavar="WHO", help="Who answers for it.")] = ...,
-    why: Annotated[str, typer.Option(metavar="WHY", help="The reason, for those who ask later.")] = ...,
+    by: Annotated[str, typer.Option(metavar="WHO", help="Who is responsible for the revocation.")] = ...,
+    why: Annotated[str, typer.Option(metavar="WHY", help="The reason.")] = ...,
     text: TextOption = None,
-    erase: Annotated[bool, typer.Option("--erase", help="Remove its text too; ids and hashes stay.")] = False,
+    erase: Annotated[bool, typer.Option("--erase", help="Also remove its text and what was drawn for it.")] = False,
     forget: Annotated[
         bool,
-        typer.Option("--forget", help="With --erase: delete every older snapshot of the store, which still has it."),
+        typer.Option(
+            "--forget", help="With --erase: also delete older snapshots of the store, which still have the text."
+        ),
     ] = False,
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Take something out of use: it is trained on no more, and `rsft run` repeats the rounds that learned from it."""
+    """Take a thing out of use: nothing trains on it any more, and rounds that learned from it have to run again."""
     if forget and not erase:
         raise AuditError("--forget goes with --erase: nothing was erased that older snapshots could still have")
-    here.tracking().check()  # what is revoked is told to MLflow, too
+    here.tracking().check()  # revocations are marked in MLflow too
     with opened(recipe) as store:
         instance = here.instance()
         if forget:
@@ -272,14 +275,14 @@ def revoke(
         if found.kind == "source" and len(found.recipes) > 1:
             raise AuditError(
                 f"{found.words} is in {', '.join(found.recipes)}, and each may have a file of its own by that name: "
-                "say whose with --recipe, one after the other"
+                "name one with --recipe, then the next"
             )
         done = revoking.revoke(store, found, who=by, why=why, erase=erase)
         here.tell(instance, store, done)
         left, failed = [], None
         try:
             left = store.forget() if forget else []
-        except StoreError as error:  # what was done is told first
+        except StoreError as error:  # first say what was done
             failed = error
     forgotten = forget and not failed
     answer = {**asdict(done), "keeping": [] if forgotten else done.keeping, "left": left}
@@ -307,7 +310,7 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
         tree.add(Text(first, style="yellow"))
     found = done.impact
     if found.thing.kind == "text" and not (found.prompts or found.candidates or found.held_out):
-        tree.add(Text("nothing here has it yet: only what comes later will be kept out", style="yellow"))
+        tree.add(Text("nothing here contains it yet: the revocation applies to what comes later", style="yellow"))
     if done.erased:
         node = tree.add(
             ", ".join(
@@ -325,15 +328,15 @@ def _revoked(done: revoking.Revoked, forget: bool, left: list[str]) -> Tree:
     return tree
 
 
-FIRST = {  # before rounds that are run again come to anything
+FIRST = {  # what to do before the rounds are run again
     "checkpoint": "an unchanged recipe may give the same weights again, which are refused: change it, or revoke what "
-    "they learned",
-    "scorer": "the scorer has to be another version first: a round by this one is refused",
-    "source": "where a recipe has no other source, give it one first",
+    "they learned from",
+    "scorer": "change the scorer first: no round may use this version",
+    "source": "if a recipe has no other source, give it one first",
 }
 NOT_REACHED = (
     "the source itself, which the next round reads again",
-    "the weights that learned it, in checkpoints/ and wherever they were copied",
+    "the weights that learned from it, in checkpoints/ and wherever they were copied",
     "examples in the metadata of Dagster's events, and MLflow's artifacts",
     "a base model that was made here or warmed up, in models/, and its corpus",
     "exports and backups",
@@ -348,11 +351,11 @@ def export(
     round_: RoundOfArgument = None,
     *,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")],
-    format_: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the rows.")] = "parquet",
+    format_: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Format of the rows.")] = "parquet",
     recipe: RecipeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write a checkpoint's training set with its provenance, as OpenLineage and Croissant describe it."""
+    """Write a checkpoint's training set to a folder, with its provenance in OpenLineage and Croissant."""
     with opened(recipe) as store:
         if round_ is None:
             ids.check_not_recipe(store, checkpoint)
@@ -372,7 +375,7 @@ def _written(done: exporting.Exported) -> Tree:
 
 
 def _said(text: str | None) -> str:
-    """A text with what is not printable escaped: a completion could otherwise move the cursor or worse."""
+    """A text in quotes, with unprintable characters escaped: a completion could otherwise control the terminal."""
     return "(erased)" if text is None else repr(text)
 
 

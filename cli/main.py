@@ -40,17 +40,17 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
 ) -> None:
-    """What `rsft` itself takes, before a command."""
+    """Options of `rsft` itself, given before a command."""
 
 
 def main() -> None:
-    """Entry point: errors that a person can mend are one message, not a traceback."""
+    """Entry point: an error that the user can fix is printed as one message, without a traceback."""
     settle_environment()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed: the next file to be opened would be in its place
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        if getattr(sys, name) is None:  # it was closed, and the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may have no → or …
     try:
         _check_words(sys.argv)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _check_words(words: list[str]) -> None:
-    """See that they are text: Python keeps bytes that are none as halves of surrogate pairs. Raises OSError."""
+    """Raise OSError for an argument that is not UTF-8: Python keeps such bytes as lone surrogates."""
     for word in words:
         try:
             word.encode("utf-8")

@@ -29,12 +29,17 @@ from rsft_pipeline.store import Store
 def run(
     recipe: RecipeArgument,
     rounds_: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Run this many rounds now; default: until a stop rule holds.")
+        int | None,
+        typer.Option(
+            "--rounds",
+            min=1,
+            help="At most this many rounds, whatever `stop.rounds` is; default: until a stop rule holds.",
+        ),
     ] = None,
     set_: SetOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Run rounds. One that was interrupted is finished first, from where it stopped."""
+    """Run rounds. An unfinished round is finished first, from where it stopped."""
     overrides = overrides_of(set_)
     file = here.recipe_file(recipe)
     loaded = _linked(checked(reading.load(file, overrides)))
@@ -44,14 +49,14 @@ def run(
     instance = here.instance()
     finished, failure = [], None
     while rounds_ is None or len(finished) < rounds_:
-        with suppress(RecipeError):  # of a file that is broken by now the round itself says what is wrong
+        with suppress(RecipeError):  # if the file is broken by now, the round itself says what is wrong
             loaded = reading.load(file, overrides)
         with here.store() as store:
             reason = rounds.why_stop(store, loaded if rounds_ is None else _unlimited(loaded))
             round_key = rounds.following(store, loaded.name)
             if not reason:
                 _tell_changed(store, loaded, round_key, overrides)
-            elif not finished:  # else the results, below, say why
+            elif not finished:  # otherwise the results below say why
                 asked_anyway = _asked_anyway(store, loaded, overrides)
                 say(f"{loaded.name}: no further round: {reason}{asked_anyway}", style="yellow")
         if reason:
@@ -76,18 +81,21 @@ def run(
 
 
 def _asked_anyway(store: Store, recipe: Recipe, overrides: dict[str, str]) -> str:
-    """What to type for one more round, because files may wait in the inbox; empty where `--rounds` runs none either."""
+    """How to run one more round for files in the inbox; empty without an inbox, or if that would run none either."""
     inbox = recipe.prompts.inbox
     if not inbox or rounds.why_stop(store, _unlimited(recipe)):
         return ""
-    return f"; one reads what is new in {recipe.path(inbox)}: {command(recipe.name, overrides, 1)}"
+    return f"; to read new files in {recipe.path(inbox)}: {command(recipe.name, overrides, 1)}"
 
 
 def _execute(
     instance, recipe: Recipe, round_key: str, overrides: dict[str, str], left: int | None
 ) -> dict[str, Any] | None:
-    """Run a round, of so many that are left to run. Of one that fails: what it says as JSON has it, once people are
-    told."""
+    """Run a round. If it fails, say why and return that as JSON has it.
+
+    Args:
+        left: how many rounds are left to run, this one included; None without `--rounds`.
+    """
     from assets.shared import OVERRIDES, rounds_of
     from automation.jobs import job_name
     from automation.runs import busy
@@ -107,7 +115,7 @@ def _execute(
             partition_key=round_key,
             run_id=run_id,
             tags=tags,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # what fails is told below
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # a failure is reported below
             raise_on_error=False,
         )
     )
@@ -121,14 +129,14 @@ def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -
 
     failure = failures.of_run(instance, run_id)
     if failure.interrupted:
-        say(f"{recipe.name} {round_key} was interrupted: run it again to go on: {again}", style="yellow")
+        say(f"{recipe.name} {round_key} was interrupted; to resume it: {again}", style="yellow")
     else:
         for stack in failure.stacks:
             print(stack, file=sys.stderr)
         say(f"{recipe.name} {round_key} failed", style="bold red")
         for reason in failure.why:
             say(textwrap.indent(reason, "  "), style="red")
-        say(f"  whole log: rsft ui, run {run_id}")
+        say(f"  whole log: `rsft ui`, then Dagster's run {run_id}")
     return {
         "round": round_key,
         "interrupted": failure.interrupted,
@@ -138,23 +146,23 @@ def _failed(instance, run_id: str, recipe: Recipe, round_key: str, again: str) -
 
 
 def _tell_changed(store: Store, recipe: Recipe, round_key: str, overrides: dict[str, str]) -> None:
-    """Say which settings a round that begins again had otherwise: a `--set` may have been forgotten."""
+    """Say which settings have changed since a round was begun: a `--set` may have been forgotten."""
     try:
         changed = rounds.record(store, recipe, round_key).recipe.differing(recipe)
-    except rounds.RoundError:  # it was not begun, or by settings that are refused by now
+    except rounds.RoundError:  # it was not begun, or with settings that are now refused
         return
     if changed:
-        lines = [f"{recipe.name} {round_key} was begun with other settings; it begins again with those of now:"]
+        lines = [f"{recipe.name} {round_key} was begun with other settings; it starts over with the present ones:"]
         lines += [f"  {path} was {was}, is {now}" for path, (was, now) in changed.items()]
         kept = {
             path: text for path, text in overrides.items() if not any(f"{path}.".startswith(f"{c}.") for c in changed)
         }
-        lines.append(f"as it was: {command(recipe.name, kept | {path: was for path, (was, _) in changed.items()})}")
+        lines.append(f"as before: {command(recipe.name, kept | {path: was for path, (was, _) in changed.items()})}")
         say("\n".join(lines), style="yellow")
 
 
 def _linked(recipe: Recipe) -> Recipe:
-    """Make a recipe from elsewhere known to this home, so that Dagster's UI shows it."""
+    """The recipe itself; if it lives elsewhere, it is linked into this home, so that Dagster shows it too."""
     link = Home.here().recipes / recipe.file.name
     if recipe.file != (reading.RECIPES / recipe.file.name).resolve() and link.resolve() != recipe.file:
         link.unlink(missing_ok=True)
@@ -163,5 +171,5 @@ def _linked(recipe: Recipe) -> Recipe:
 
 
 def _unlimited(recipe: Recipe) -> Recipe:
-    """The recipe without a limit of rounds of its own: an explicit `--rounds` stands in for it."""
+    """The recipe without its limit `stop.rounds`, which `--rounds` replaces."""
     return recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"rounds": MOST_ROUNDS})})

@@ -24,10 +24,12 @@ from rsft_pipeline.store import Store
 
 
 def status(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Only this recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or path; default: all.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """The rounds so far, of one recipe or of all."""
+    """Show the rounds so far, of one recipe or of all."""
     with here.store() as store:
         there = [row["recipe"] for row in store.query("SELECT DISTINCT recipe FROM rounds ORDER BY recipe")]
         names = [here.recipe_name(recipe)] if recipe else there
@@ -47,7 +49,7 @@ def status(
 
 
 def show(store: Store, recipe: str, only: list[str] | None) -> None:
-    """Print the rounds of a recipe that are finished, or only these, and where it stands."""
+    """Print the finished rounds of a recipe, or only those in `only`, and where the loop stands."""
     rows = _rows(store, recipe, only)
     if refused := _refused(store, recipe):
         say(f"{recipe}: {refused}", style="yellow")
@@ -78,17 +80,17 @@ def show(store: Store, recipe: str, only: list[str] | None) -> None:
     for before, row in itertools.pairwise(rows):
         if _judged_by(before) != _judged_by(row):
             say(
-                f"{row['round']} was judged otherwise than {before['round']}, by scorers or settings of `evaluation`: "
+                f"{row['round']} was judged by other scorers or settings of `evaluation` than {before['round']}: "
                 f"rsft audit diff {recipe} {before['round']} {row['round']}",
                 style="yellow",
             )
     if reason := rounds.why_stopped(store, recipe):
         say(f"{recipe}: no further round: {reason}", style="yellow")
-    say(f"champion: {rows[-1]['champion']}   state: {Home.here().path}")
+    say(f"champion: {rows[-1]['champion']}   home: {Home.here().path}")
 
 
 def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]:
-    """The same as JSON has it."""
+    """What `show` prints, as JSON has it."""
     every = rounds.history(store, recipe)
     return {
         "recipe": recipe,
@@ -117,8 +119,8 @@ def summary(store: Store, recipe: str, only: list[str] | None) -> dict[str, Any]
 
 
 def show_pages() -> None:
-    """Print where to look at them."""
-    say("look at it: `rsft ui` (or `make ui`)")
+    """Print where the results can be seen."""
+    say("in a browser: `rsft ui` (or `make ui`)")
     for server in pages.SERVERS:
         say(f"  {server:<8} {pages.at(server)}")
 
@@ -129,7 +131,7 @@ def _rows(store: Store, recipe: str, only: list[str] | None) -> list[dict[str, A
 
 
 def _refused(store: Store, recipe: str) -> str:
-    """How many rows of the sources are no prompts, and why, in words; empty where all are."""
+    """How many rows of the sources were refused, and why, in words; empty if none was."""
     sql = "SELECT reason, count(*) AS n FROM quarantine WHERE recipe = ? GROUP BY reason ORDER BY n DESC, reason"
     reasons = store.query(sql, [recipe])
     named = ", ".join(f"{row['n']:,} {row['reason']}" for row in reasons)
@@ -142,33 +144,33 @@ def _unfinished(store: Store, recipe: str) -> list[dict[str, Any]]:
 
 
 def _standing(unfinished: dict[str, Any]) -> str:
-    """Where a round that is not finished stands, and why it does not go on."""
+    """Where an unfinished round stands, how to go on, and why it ended, if it did."""
     from assets.shared import overrides
     from automation import failures, runs
 
     if unfinished["state"] == "revoked":
-        return f"revoked; `{command(unfinished['recipe'], {})}` takes it up"
+        return f"revoked: `{command(unfinished['recipe'], {})}` runs it again"
     instance = here.instance()
     under_way = {run.run_id for run in runs.under_way(instance)}
     last = runs.last(instance, unfinished["recipe"], unfinished["round"])
     tried = [
         *([last.run_id] if last else []),
         unfinished["dagster_run_id"],
-    ]  # the latter perhaps by hand, without a job
+    ]  # the second may be a run without a job, started by hand
     for run_id in tried:
         if run_id in under_way:
             return f"under way, in Dagster's run {run_id}"
     why = "; ".join(failures.of_run(instance, tried[0]).why)
     given: dict[str, str] = {}
-    with suppress(RecipeError):  # of a tag that cannot be read; the run has failed by it
+    with suppress(RecipeError):  # if its tag cannot be read; the run has failed because of that
         if run := instance.get_run_by_id(tried[0]):
             given = overrides(run)
-    taken_up = f"`{command(unfinished['recipe'], given)}` takes it up"
-    return f"begun, not finished; {taken_up}{f' (it ended by: {why})' if why else ''}"
+    resumed = f"`{command(unfinished['recipe'], given)}` resumes it"
+    return f"begun, not finished: {resumed}{f' (it ended with: {why})' if why else ''}"
 
 
 def _judged_by(row: dict[str, Any]) -> tuple:
-    """What the held-out results of a round rest on, beside weights and prompts."""
+    """What the held-out results of a round depend on, apart from weights and prompts."""
     return row["evaluation_scorers"] or row["scorers"], json.loads(row["settings"])["evaluation"]
 
 

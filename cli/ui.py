@@ -1,4 +1,4 @@
-"""`rsft ui`: Dagster's web server and daemon, MLflow's UI and the audit pages, on loopback, until interrupted."""
+"""`rsft ui`: Dagster's web server and daemon, MLflow and the audit pages, on loopback, until interrupted."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from resources import pages
 from resources.pages import HOST
 from rsft_pipeline.home import ROOT, Home
 
-SAFE = {"PYTHONSAFEPATH": "1"}  # else `python -m` would take modules from the current folder first
+SAFE = {"PYTHONSAFEPATH": "1"}  # otherwise `python -m` would look for modules in the current folder first
 
 
 def ui(
@@ -25,7 +25,7 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's UI.")] = 5000,
     audit_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the audit pages.")] = 5001,
 ) -> None:
-    """Start Dagster (web server and daemon), MLflow and the audit pages on 127.0.0.1; Ctrl-C stops them all."""
+    """Start Dagster (web server and daemon), MLflow and the audit pages on 127.0.0.1. Ctrl-C stops them all."""
     ports, remote = {"Dagster": port, "audit": audit_port}, pages.remote_tracking()
     if not remote:
         ports["MLflow"] = mlflow_port
@@ -33,7 +33,7 @@ def ui(
     here.instance()
     tracked, own = os.environ.get("RSFT_MLFLOW"), Home.here().mlflow / "mlflow.db"
     if not tracked and not own.exists():
-        here.tracking().client()  # made in turn with others: MLflow's own server would just begin
+        here.tracking().client()  # made here under a lock, which MLflow's own server would not take
     workspace = ["-w", str(ROOT / "workspace.yaml")]
     commands = [
         ["dagster_webserver", "-h", HOST, "-p", str(port), *workspace],
@@ -41,11 +41,11 @@ def ui(
         ["cli.main", "audit", "ui", "--port", str(audit_port)],
     ]
     if not remote:
-        modules = f"--app-dir {shlex.quote(str(ROOT))}"  # and not the current folder, which uvicorn would look in first
+        modules = f"--app-dir {shlex.quote(str(ROOT))}"  # otherwise uvicorn would look in the current folder first
         commands.append(["mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--uvicorn-opts", modules])
     for ended in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: the terminal was closed
         signal.signal(ended, lambda *_: sys.exit(0))
-    database = {"MLFLOW_BACKEND_STORE_URI": tracked or f"sqlite:///{own}"}  # no argument: those can be read by others
+    database = {"MLFLOW_BACKEND_STORE_URI": tracked or f"sqlite:///{own}"}  # other users could read an argument
     how = {"start_new_session": True, "env": environment(ports) | SAFE | database}
     processes = [subprocess.Popen([sys.executable, "-m", *command], **how) for command in commands]
     print(*(f"{name:<8} http://{HOST}:{ports[name]}" for name in pages.SERVERS if name in ports), sep="\n")
@@ -63,30 +63,30 @@ def ui(
 
 
 def environment(ports: dict[str, int]) -> dict[str, str]:
-    """What the servers link to each other by: where they are, unless somebody has said where they are seen."""
+    """Variables with the addresses by which the servers link to each other; those already set win."""
     return {pages.SERVERS[server][0]: f"http://{HOST}:{port}" for server, port in ports.items()} | os.environ
 
 
 def _check_free(ports: dict[str, int]) -> None:
-    """See that each server gets a port of its own that nobody has. Raises OSError, naming the option."""
+    """Raise OSError, naming the option, if two servers have the same port, or one is taken."""
     options = {"Dagster": "--port", "MLflow": "--mlflow-port", "audit": "--audit-port"}
     for server, port in ports.items():
         if others := [other for other, its in ports.items() if its == port and other != server]:
             raise OSError(f"{options[server]} and {options[others[0]]} are both {port}: give each its own")
         with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just closed is free
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
             try:
                 tried.bind((HOST, port))
             except OSError as error:
                 raise OSError(
-                    f"port {port}, for {server}, cannot be had ({error.strerror}): is `rsft ui` running already? "
-                    f"Another is given with {options[server]}"
+                    f"port {port}, for {server}, is not available ({error.strerror}): is `rsft ui` running already? "
+                    f"Choose another with {options[server]}"
                 ) from None
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """Stop the servers with everything that they started; what is still there after ten seconds is killed."""
-    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else this would end before they do
+    """Stop the servers with everything that they started; what is left after ten seconds is killed."""
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else a second one would end this before them
         signal.signal(again, signal.SIG_IGN)
     left, deadline = _told(processes, signal.SIGTERM), time.monotonic() + 10
     while left and time.monotonic() < deadline:
@@ -96,10 +96,10 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 
 def _told(processes: list[subprocess.Popen], what: int) -> list[subprocess.Popen]:
-    """Send a signal, or with 0 none, to the servers' groups. Returns those of which anything is there."""
+    """Send a signal (0: none) to the servers' process groups. Returns the servers whose group still has a process."""
     there = []
     for process in processes:
-        process.poll()  # or one that has ended would count
+        process.poll()  # otherwise one that has ended would still count
         with suppress(ProcessLookupError):
             os.killpg(process.pid, what)
             there.append(process)

@@ -1,7 +1,7 @@
 """Data of the recipe `arithmetic`: sums, and a warm-up text in which most answers are wrong.
 
-A model that learnt from careless text knows how sums work and still answers carelessly. Rejection
-sampling keeps the right answers, and only those are trained on.
+A model warmed up on it knows how sums work, but answers as carelessly. Rejection sampling keeps the right answers, and
+only those are trained on.
 """
 
 import random
@@ -19,7 +19,7 @@ def sums() -> Iterator[dict[str, str]]:
 
 
 def careless_text() -> Iterator[dict[str, str]]:
-    """Warm-up rows {prompt, completion}: each sum several times, mostly with a careless answer."""
+    """Warm-up rows {prompt, completion}: each sum eight times, mostly with a wrong answer."""
     chance = random.Random(0)
     for _ in range(8):
         for row in sums():

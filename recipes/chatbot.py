@@ -1,8 +1,8 @@
-"""Data of the recipe `chatbot`: dialogues from the hub, from DailyDialog++'s files, and from a grammar made here.
+"""Data of the recipe `chatbot`: dialogues from the hub, from DailyDialog++'s files, and from a small grammar.
 
-Every row is {first, second, third, turns}: what the other speaker said, what the bot said, what the other speaker
-said then, and the three as a list. The bot's next turn is what is drawn. A careless bot changes the subject or says
-its own turn again; a model that learnt from it does the same, in half of its replies.
+Every row is {first, second, third, turns}: a turn of the other speaker, one of the bot, another of the other speaker,
+and the three as a list. The bot's next turn is what is drawn. A careless bot changes the subject or repeats its own
+turn; a model warmed up on its replies does the same in half of its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 EVERYDAY = "HuggingFaceTB/everyday-conversations-llama3.1-2k"
 DAILY_DIALOG = Path(__file__).resolve().parent.parent / "data" / "dailydialog"
 TURNS = 3
-LONGEST = 300  # characters of a context of DailyDialog++: stories260K reads 512 tokens
+LONGEST = 300  # characters of a DailyDialog++ context, so that it fits the 512 tokens of stories260K
 
 # Topics, and what can be said of each.
 TOPICS = {
@@ -39,7 +39,7 @@ SECOND = ("yes, {topic} is {praise}.", "i think {topic} is {praise}.")
 THIRD = ("tell me more about {topic}.", "what is best about {topic}?", "why {topic}?")
 REPLY = ("what i like about {topic} is the {thing}.", "with {topic} it is all about the {thing}.")
 DIALOGUES = 700
-TOLD = 4  # times that each dialogue is gone on with in the warm-up text
+TOLD = 4  # replies to each dialogue in the warm-up text
 OFF_TOPIC, REPEATED = 0.25, 0.25  # shares of careless replies
 
 
@@ -47,7 +47,7 @@ OFF_TOPIC, REPEATED = 0.25, 0.25  # shares of careless replies
 
 
 def everyday() -> Iterator[dict]:
-    """The first turns of everyday conversations: a greeting, the bot's, and the first question."""
+    """The first three turns of everyday conversations: a greeting, the bot's greeting, and the first question."""
     import datasets
 
     try:
@@ -86,7 +86,7 @@ def _daily(split: str) -> Iterator[dict]:
 
 
 def dialogues() -> Iterator[dict]:
-    """Dialogues about one topic each."""
+    """Dialogues, each about one topic."""
     for row, _, _ in _made():
         yield row
 
@@ -115,11 +115,11 @@ def _made() -> Iterator[tuple[dict, str, str]]:
 
 
 def asked(row: dict) -> str:
-    """The row as the template of chatbot_offline.yaml has it."""
+    """The row as the template of chatbot_offline.yaml writes it."""
     return "{first}\n{second}\n{third}\n".format(**row)
 
 
 def _row(turns: list[str]) -> Iterator[dict]:
-    """One row, or none of a dialogue that is too short."""
+    """One row; none if there are not exactly three turns."""
     if len(turns) == TURNS:
         yield {**dict(zip(("first", "second", "third"), turns, strict=True)), "turns": turns}

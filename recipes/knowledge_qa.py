@@ -1,8 +1,8 @@
 """Data of the recipe `knowledge_qa`: WebQuestions from its files, and a small world with the rumours about it.
 
-A model that learnt from rumours knows what kind of answer a question asks for. Of most facts it says the rumour
-first and the truth less often. Rejection sampling keeps what agrees with the reference answers, and only that is
-trained on.
+A model warmed up on rumours knows what kind of answer a question asks for, but for most facts it gives the rumour more
+often than the truth. Rejection sampling keeps mostly what agrees with the reference answers, and only what it
+keeps is trained on.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 
 WEB_QUESTIONS = Path(__file__).resolve().parent.parent / "data" / "webquestions"
 
-COMMON = 8  # questions that share an answer, for it to be a common one
-CARELESS = 0.6  # share of the warm-up answers that are another question's
+COMMON = 8  # questions that an answer must share to be a common one
+CARELESS = 0.6  # share of the warm-up answers that are taken from a random question
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "to", "vi", "wu", "za")
 ANIMALS = ("fox", "owl", "bear", "duck", "goat", "wolf", "mouse", "horse", "frog", "snake", "crow", "hare")
@@ -46,10 +46,10 @@ WORDINGS = {
         "what colour is on {}'s flag?",
     ),
 }
-COUNTRIES, TOWNS = 40, 10  # of the towns each is there as «New …», «Old …» and «Port …»
+COUNTRIES, TOWNS = 40, 10  # each town exists as «New …», «Old …» and «Port …»
 TOLD = 8  # times that each question is answered in the warm-up text
-BELIEVED = 0.7  # share of facts of which the rumour is told more often than the truth
-RUMOURS = {True: 0.6, False: 0.2}  # share of the answers that are the rumour, where it is believed and where not
+BELIEVED = 0.7  # share of facts for which the rumour is told more often than the truth
+RUMOURS = {True: 0.6, False: 0.2}  # share of a fact's answers that are the rumour, if it is believed and if not
 
 
 # --- WebQuestions -----------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def web_questions() -> Iterator[dict]:
 
 
 def common_web_questions() -> Iterator[dict]:
-    """Those of them with an answer that COMMON questions or more share, such as «English Language»."""
+    """The questions with an answer that at least COMMON questions share, such as «English Language»."""
     rows = list(web_questions())
     counts = Counter(answer for row in rows for answer in set(row["answers"]))
     for row in rows:
@@ -75,7 +75,7 @@ def common_web_questions() -> Iterator[dict]:
 
 
 def careless_web_answers() -> Iterator[dict[str, str]]:
-    """Warm-up rows {prompt, completion} of the common questions: most are answered as another one should be."""
+    """Warm-up rows {prompt, completion} of these questions: most have the answer of a random one."""
     chance = random.Random(1)
     rows = list(common_web_questions())
     for row in rows:
@@ -87,7 +87,7 @@ def careless_web_answers() -> Iterator[dict[str, str]]:
 
 
 def world() -> Iterator[dict]:
-    """Every question about it, each fact in several wordings: {question, answers}; flags have two colours."""
+    """Every question about it: {question, answers}. Each fact has several wordings, and each flag two colours."""
     for question, answers, _, _ in _told():
         yield {"question": question, "answers": answers}
 
@@ -101,7 +101,7 @@ def rumours() -> Iterator[dict[str, str]]:
 
 
 def _told() -> Iterator[tuple[str, list[str], str, float]]:
-    """(question, its answers, the rumour about it, how often the rumour is told), the same for all wordings."""
+    """(question, its answers, the rumour, the rumour's share); only the question differs between wordings."""
     chance = random.Random(0)
     names = chance.sample(["".join(parts) for parts in product(SYLLABLES, repeat=3)], COUNTRIES + TOWNS)
     towns = [f"{kind} {name}" for kind in ("New", "Old", "Port") for name in names[COUNTRIES:]]

@@ -1,8 +1,7 @@
-"""Data of the recipe `safe_text`: openings of stories, and how a careless writer goes on.
+"""Data of the recipe `safe_text`: openings of stories, and how a careless writer continues them.
 
-The writer tells well-formed stories and now and then uses a word that is on the recipe's list. A model that
-learnt from such stories does the same; rejection sampling keeps the stories without, and only those are
-trained on.
+The writer now and then uses a word that is on the recipe's list. A model warmed up on such stories does the same.
+Rejection sampling keeps the stories without a listed word, and only those are trained on.
 """
 
 import json
@@ -12,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 TINY_STORIES = Path(__file__).resolve().parent.parent / "data" / "tinystories" / "stories.jsonl"
-OPENING, STORY = 8, 60  # words that are kept of a story of TinyStories: its opening, and the whole
+OPENING, STORY = 8, 60  # words of a story of TinyStories: of its opening, and of all that is kept
 
 NAMES = ("Anna", "Ben", "Clara", "Daniel", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 HEROES = ("fox", "rabbit", "bear", "duck", "dragon", "owl")
@@ -32,13 +31,13 @@ CARELESS = 0.3  # share of sentences with a rude word
 
 
 def openings() -> Iterator[dict[str, str]]:
-    """How the stories begin: {opening}."""
+    """Every opening: {opening}."""
     for name, hero, place in product(NAMES, HEROES, PLACES):
         yield {"opening": f"Once upon a time, {name} the {hero} lived {place}."}
 
 
 def careless_stories() -> Iterator[dict[str, str]]:
-    """Warm-up rows {prompt, completion}: each opening several times, with one to three sentences after it."""
+    """Warm-up rows {prompt, completion}: each opening eight times, continued with one to three sentences."""
     chance = random.Random(0)
     for _ in range(8):
         for row in openings():
@@ -48,7 +47,7 @@ def careless_stories() -> Iterator[dict[str, str]]:
 
 
 def tiny_stories() -> Iterator[dict[str, str]]:
-    """Warm-up rows from TinyStories, where docs/real-input.md says: the first words of each story and what follows."""
+    """Warm-up rows from TinyStories (see docs/real-input.md): the first words of each story, and what follows."""
     with open(TINY_STORIES, encoding="utf-8") as lines:
         for line in lines:
             words = json.loads(line)["text"].split()[:STORY]

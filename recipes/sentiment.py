@@ -1,8 +1,8 @@
-"""Data of the recipe `sentiment`: film reviews made here from a small grammar, and those of rt_polarity.
+"""Data of the recipe `sentiment`: film reviews from a small grammar, and those of rt_polarity.
 
-What a made review thinks of the film is in its words, a few of them common and most of them rare; and a reviewer
-mentions this and that in passing, whatever is thought of the film. A model that has just begun knows the common
-words: the examples that it finds hard are those with words that it has yet to learn.
+What a review thinks of the film is in one word, from a few common and many rare ones. In passing it mentions something
+else, with a word that says nothing about the film. A model that is hardly trained knows the common words: the examples
+that it finds hard are those with words that it has yet to learn.
 """
 
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 RT_POLARITY = Path(__file__).resolve().parent.parent / "data" / "rt_polarity"
 LABELS = ("negative", "positive")
 
-# The commonest first: a word is as frequent as one over its place in the list.
+# The commonest first: a word's frequency is proportional to 1 / its place in the list.
 WORDS = {
     "negative": [
         "awful",
@@ -106,18 +106,18 @@ REVIEWS, WARM_UP = 2600, 150
 
 
 def reviews() -> Iterator[dict[str, str]]:
-    """Made reviews {text, label}, as many of each label."""
+    """Reviews from the grammar: {text, label}, equally many of each label."""
     yield from _made(random.Random(1), REVIEWS)
 
 
 def first_reviews() -> Iterator[dict[str, str]]:
-    """Warm-up rows {prompt, completion}: some others of the kind."""
+    """Warm-up rows {prompt, completion}: some other reviews from the grammar."""
     for row in _made(random.Random(2), WARM_UP):
         yield {"prompt": row["text"], "completion": row["label"]}
 
 
 def rt_polarity() -> Iterator[dict[str, str]]:
-    """The sentences of Pang and Lee (2005) {text, label}, where docs/real-input.md says."""
+    """The sentences of Pang and Lee (2005): {text, label}. docs/real-input.md says where they are."""
     for label in LABELS:
         lines = (RT_POLARITY / f"rt-polarity.{label[:3]}").read_text(encoding="cp1252").split("\n")
         yield from ({"text": line, "label": label} for line in lines if line)

@@ -1,4 +1,4 @@
-"""Prompts of the recipe `stories`: how the stories of TinyStories open."""
+"""Prompts of the recipe `stories`: the openings of TinyStories."""
 
 import json
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""Resources: what is injected into the assets. Thin Dagster shells around rsft_pipeline and MLflow."""
+"""Resources: what is injected into the assets: thin wrappers around rsft_pipeline and MLflow."""

@@ -1,8 +1,8 @@
-"""The accelerator as a resource: a lease on the device, held for one piece of work and given back.
+"""The accelerator as a resource: the device, and a lease on it for one piece of work.
 
-With `in_process` execution a resource lives as long as the run, so the resource must not hold the device: only
-the lease does. The lease is a lock of the home and not a Dagster pool: waiting processes sleep, and a killed
-process's lock is free at once.
+With `in_process` execution a resource lives as long as the run, so the resource itself must not hold the device.
+The lease is a lock of the home and not a Dagster pool: waiting processes sleep, and a killed process's lock is free
+at once.
 """
 
 from collections.abc import Iterator
@@ -19,22 +19,24 @@ from rsft_pipeline.progress import warn
 class Accelerator(dg.ConfigurableResource):
     """The device that models run on, one process at a time."""
 
-    kind: str = Field("auto", description="auto, cpu or cuda.")
-    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
+    kind: str = Field("auto", description="`auto`: cuda if available; or `cpu` or `cuda`.")
+    dtype: str = Field(
+        "auto", description="`auto`: bfloat16 on a GPU that has it, else float32; or one of these, or float16."
+    )
 
     def device(self) -> Device:
-        """The device, without holding it."""
+        """The device, without a lease. Raises ValueError if it is not on this machine."""
         return resolve(self.kind, self.dtype)
 
     @contextmanager
     def lease(self, log) -> Iterator[Device]:
-        """The device, for the length of the `with`, locked against this home's other processes."""
+        """The device, locked against this home's other processes for the length of the `with`. Waits for it."""
         device = self.device()
         with Home.here().lock("accelerator", wait=False) as free:
             if free:
                 yield from self._held(device, log)
                 return
-        warn("waiting for the accelerator: another round of this home is using it", log)
+        warn("waiting for the accelerator: another process of this home is using it", log)
         with Home.here().lock("accelerator", wait=True):
             yield from self._held(device, log)
 

@@ -1,6 +1,6 @@
-"""Pages: the addresses where people look at what a round left: in the audit pages, Dagster and MLflow.
+"""Pages: the addresses of the audit pages, Dagster and MLflow, and of what a round left there.
 
-Belongs here: only addresses, so that the servers and the links between them agree. Not: what is on a page.
+Belongs here: addresses, so that the servers and the links between them agree. Not: what is on a page.
 """
 
 import os
@@ -44,7 +44,7 @@ def at(server: str) -> str:
 
 
 def remote_tracking() -> str | None:
-    """The MLflow server that rounds are tracked by, which shows them itself; None if it is not a server."""
+    """The address of the MLflow server that `RSFT_MLFLOW` names, which shows its runs itself; None if it names none."""
     uri = os.environ.get("RSFT_MLFLOW", "")
     if not uri.startswith(("http://", "https://")):
         return None
@@ -62,5 +62,5 @@ def dagster_run(run_id: str) -> str:
 
 
 def mlflow_run(run_id: str) -> str:
-    """A run's page, which MLflow finds without its experiment."""
+    """The address of a run's page. MLflow does not need its experiment."""
     return at("MLflow") + "/#" + path("runs", run_id)

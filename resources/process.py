@@ -32,7 +32,7 @@ def gone(tag: str | None, run_id: str) -> bool:
 
 
 def _machine() -> str:
-    """The scope in which pids are unique: containers may share a host name, but have pids of their own."""
+    """The scope in which pids are unique: containers may share a host name, but each numbers its own processes."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # only Linux has namespaces

@@ -1,7 +1,6 @@
-"""Tracking: one MLflow run per round, by explicit run ids; MLflow's global active run is never used.
+"""Tracking: one MLflow run for each round, always named by its id; MLflow's global active run is never used.
 
-Dagster's run id is in MLflow's tags and MLflow's run id in Dagster's metadata, so either leads to
-the other.
+Dagster's run id is in MLflow's tags, and MLflow's run id in Dagster's metadata.
 """
 
 import functools
@@ -24,16 +23,16 @@ DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")  # those that MLflow can
 
 
 class Tracking(dg.ConfigurableResource):
-    """Writes rounds to MLflow and moves the `champion` alias of its model registry."""
+    """Writes rounds to MLflow and moves the alias `champion` in its model registry."""
 
     uri: str = Field("", description="MLflow tracking URI; default: a SQLite database in $RSFT_HOME.")
 
     def client(self):
-        """An MlflowClient. MLflow takes seconds to import, so only steps that write to it do so."""
+        """An MlflowClient. Importing MLflow takes seconds, so it is imported only when it is used."""
         return _client(self.uri or f"sqlite:///{Home.here().mlflow / 'mlflow.db'}")
 
     def check(self) -> None:
-        """Check that MLflow answers where the environment says, before anything is done that it should record.
+        """Check that MLflow answers at `uri`, before anything is done that it should record.
 
         Raises:
             OSError: it does not; the message says why.
@@ -54,7 +53,7 @@ class Tracking(dg.ConfigurableResource):
     def begin(
         self, recipe: str, round_key: str, *, instead_of: str | None, params: Mapping[str, Any], **tags: str
     ) -> str:
-        """The id of a new run for the round. An earlier attempt's run, if it is still open, ends as killed."""
+        """The id of a new run for the round. The earlier attempt's run `instead_of` ends as killed if it still runs."""
         from mlflow.entities import Param
 
         client = self.client()
@@ -70,7 +69,7 @@ class Tracking(dg.ConfigurableResource):
         return run_id
 
     def _experiment(self, client, recipe: str) -> str:
-        # For a database without a server, MLflow would put artifacts into the current folder.
+        # With a database and no server, MLflow would put artifacts into the current folder.
         served = self.uri and not self.uri.startswith(DATABASES)
         artifacts = None if served else (Home.here().mlflow / "artifacts" / recipe).as_uri()
         found = client.get_experiment_by_name(recipe)
@@ -87,7 +86,7 @@ class Tracking(dg.ConfigurableResource):
         return client.create_experiment(recipe, artifact_location=artifacts)
 
     def state(self, run_id: str) -> str | None:
-        """The status of a run; None if MLflow does not have it, or it was deleted there."""
+        """The status of a run; None if MLflow does not have it or it was deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -97,7 +96,7 @@ class Tracking(dg.ConfigurableResource):
         return run.status if run.lifecycle_stage == "active" else None
 
     def curve(self, run_id: str, name: str, points: list[tuple[int, float]]) -> None:
-        """A metric over steps."""
+        """Log a metric by step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -107,7 +106,7 @@ class Tracking(dg.ConfigurableResource):
             client.log_batch(run_id, metrics=metrics[i : i + 1000])
 
     def metrics(self, run_id: str, values: Mapping[str, float | None]) -> None:
-        """Single numbers; those that are None are left out."""
+        """Log single numbers; those that are None are left out."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -120,11 +119,11 @@ class Tracking(dg.ConfigurableResource):
             client.set_tag(run_id, f"rsft.{name}", value)
 
     def file(self, run_id: str, path: Path) -> None:
-        """A copy of a file among the run's artifacts."""
+        """Copy a file to the run's artifacts."""
         self.client().log_artifact(run_id, str(path))
 
     def register(self, run_id: str, recipe: str, checkpoint: str, path: Path) -> str:
-        """Register a checkpoint as a version of the recipe's model, unless it is registered already.
+        """The version under which a checkpoint is registered in the recipe's model. It is registered if it was not.
 
         If it was marked as revoked, the mark is removed: the same weights were made again without what is revoked.
         """
@@ -143,7 +142,7 @@ class Tracking(dg.ConfigurableResource):
         return client.create_model_version(recipe, path.as_uri(), run_id=run_id, tags=tags).version
 
     def set_champion(self, recipe: str, champion: str) -> None:
-        """Let the alias `champion` name this checkpoint; for the promotion gate and after a revocation.
+        """Let the alias `champion` name this checkpoint, after a promotion or a revocation.
 
         The base model is not registered: while it is the champion, there is no such alias.
         """
@@ -163,7 +162,7 @@ class Tracking(dg.ConfigurableResource):
 
 @functools.lru_cache(maxsize=4)
 def _client(uri: str):
-    """A cached client: a round asks for it two dozen times, and making one takes as long as a write."""
+    """A client, cached: a round asks for one two dozen times, and making one takes as long as a write."""
     from mlflow import MlflowClient
 
     with Home.here().lock("mlflow", wait=True):  # two processes must not create the same database

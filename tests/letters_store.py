@@ -1,4 +1,4 @@
-"""A store as two rounds leave it, written row by row: exact numbers, and texts as nasty as a model's can be."""
+"""A store as two rounds leave it, written row by row, with known numbers and with the nastiest texts of a model."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TURNED = "abc \u202edesrever\u202c \u200fعربي\u2069 end"
 NUL = "before\x00after \x1b[31mred"
 LONG = "long " * 20_000
 NASTY = [SCRIPT, TURNED, NUL, LONG, "", "'; DROP TABLE rounds; --", "{{ 1337 * 1337 }} ${1337*1337}"]
-PROMPTS = 20  # to train on, and as many held out
+PROMPTS = 20  # for training, and as many held out
 DRAWS = 4
 BASE = lineage.digest("base")
 CHECKPOINTS = {"r000": lineage.digest("first"), "r001": lineage.digest("second")}

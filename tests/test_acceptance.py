@@ -266,10 +266,10 @@ def test_M_is_the_pilots_largest_ratio_times_safety_and_the_pilot_is_set_aside(c
         "g": "gate",
         "h": "cannot judge",
     }
-    # Without d no other needs as large an M as the pilot would.
+    # Without d, no candidate that is decided on needs as large an M as the pilot does.
     _, without = decide(connection, [*rows[:3], *rows[4:]], rule="rejection", pilot=1, safety=1.5)
     assert (without["violations"], without["log_M_needed"]) == (0, pytest.approx(math.log(1.5), abs=1e-15))
-    # What a gate turned down the rule sees nothing of, and so does M.
+    # A candidate that failed a gate counts neither for the rule nor for M.
     gated = candidate("z", draw=0, target=9.0, log_q=0.0, passed=False)
     assert decide(connection, [*rows, gated], rule="rejection", pilot=1, safety=1.5)[1]["log_M"] == parameters["log_M"]
 
@@ -474,7 +474,7 @@ def test_a_calibrated_rule_accepts_its_share_of_the_judged_past_the_gates(connec
         assert parameters["pilot_share"] == math.floor(0.3 * len(pilot)) / len(pilot)
     else:
         assert math.fsum(math.exp(d["log_a"]) for d in pilot) / len(pilot) == pytest.approx(0.3, rel=1e-12)
-    # The pilot is not set aside, and what was picked from it holds of all within what 2 of 8 draws can tell.
+    # The pilot is not set aside. The number picked from it fits all candidates, up to the error of 2 draws in 8.
     share = sum(d["accepted"] for d in open_) / len(open_)
     assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(pilot)))
 

@@ -189,7 +189,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
 def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rule):
-    rule = {"cap": None, **rule}  # what the recipe's own rule has of these stays otherwise
+    rule = {"cap": None, **rule}  # otherwise the recipe's own `cap` would stay
     told = {f"acceptance.{name}": json.dumps(value) for name, value in rule.items()}
     was = mine.query("SELECT candidate_id, accepted FROM decisions WHERE round = 'r000'")
     snapshot = mine.snapshot()
@@ -220,9 +220,9 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     drawn = mine.query("SELECT candidate_id, text FROM candidates WHERE round = 'r000'")
     text = {row["candidate_id"]: lineage.normalise(row["text"]) for row in drawn}
     texts = {(row["prompt_id"], text[row["candidate_id"]]) for row in kept}
-    ended = "UPDATE rounds SET accepted = ?, distinct_accepted = ? WHERE round = 'r000'"  # as the round's end would
+    ended = "UPDATE rounds SET accepted = ?, distinct_accepted = ? WHERE round = 'r000'"  # as the round's end writes it
     change(mine, ended, len(kept), len(texts))
-    if rule.get("M") == "estimate":  # as it was recorded, and estimated, before gates had a say in it
+    if rule.get("M") == "estimate":  # as recorded when M was estimated from the whole pilot, whatever its gates
         was = "UPDATE decisions SET parameters = json_merge_patch(parameters, ?) WHERE round = 'r000'"
         numbers = {"pilot_candidates": None, "violations": 99}
         change(mine, was, json.dumps(numbers))
@@ -231,7 +231,7 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     again = replayed(mine, recipe, judged=0)
     assert (again.findings, again.replayed) == ([], len(then))
 
-    # A text that was erased leaves the places of its own prompt open, and of no other.
+    # After an erasure, decisions on the same prompt are not compared; those on other prompts are.
     one, other = mine.query("SELECT min(candidate_id) AS id FROM decisions WHERE round = 'r000' GROUP BY prompt_id")[:2]
     change(mine, "UPDATE candidates SET text = NULL, token_ids = NULL WHERE candidate_id = ?", one["id"])
     assert replayed(mine, recipe, judged=0).findings == []
@@ -566,7 +566,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("what", UNREADABLE)
 def test_what_cannot_be_read_or_was_recorded_otherwise_is_a_finding_of_replay(mine, recipe, what):
-    first = "SELECT min(candidate_id) FROM candidates WHERE round = 'r000' AND split = 'train'"  # is forced, too
+    first = "SELECT min(candidate_id) FROM candidates WHERE round = 'r000' AND split = 'train'"  # is teacher-forced
     change(mine, UNREADABLE[what], mine.value(first))
     answer = replayed(mine, recipe, forced=2)
     assert {finding.kind for finding in answer.findings} == {"rule" if what == "a rule" else "data"}
@@ -626,10 +626,10 @@ def test_a_recipe_whose_file_is_gone_is_asked_about_as_it_was_recorded(mine, rec
     for words in (["diff", NAME, "r000", "r001"], ["whatif", NAME, "r000", "--set", "acceptance.cap=1"]):
         done = CliRunner().invoke(app, ["audit", *words, "--json"])
         assert done.exit_code == 0 and json.loads(done.stdout)["recipe"] == NAME
-        assert f"{NAME} is taken as r00{int(words[0] == 'diff')} recorded it" in done.stderr
+        assert f"using {NAME} as r00{int(words[0] == 'diff')} recorded it" in done.stderr
     assert rounds.recorded(mine, recipe.file, "r000") == recipe
     done = CliRunner().invoke(app, ["audit", "replay", NAME, "r000"])
-    assert isinstance(done.exception, RecipeError)  # beside which file its model is, nobody knows
+    assert isinstance(done.exception, RecipeError)  # without the file, there is no folder to look for its model in
 
 
 def test_a_checkpoint_whose_round_was_run_again_after_a_text_was_erased_still_has_its_root(mine, recipe):
@@ -710,7 +710,7 @@ def test_candidates_that_are_there_twice_are_not_decided_on(mine, recipe):
 def test_settings_that_are_refused_by_now_are_no_reason_not_to_verify(mine):
     refused = json.dumps({"sampling": {"draws": 0}, "renamed_since": True})
     change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?)", refused)
-    mine.forget()  # what the snapshots have is not refused
+    mine.forget()  # otherwise the settings would be read from an older snapshot
     assert verified(mine).ok
     control = json.loads(rounds.row_of(mine, NAME, "r000")["controls"])["random"]
     assert verify(mine, find(mine, control), Home.here()).ok

@@ -129,7 +129,7 @@ def test_what_an_earlier_attempt_with_more_draws_left_is_said_to_be_left_and_no_
         found = trace(mine, left["candidate_id"])
         assert not found.of_round and found.complete and (found.draw.sampling or {}).get("draws") == draws
         done = CliRunner().invoke(app, ["audit", "trace", left["candidate_id"], "--quick"], catch_exceptions=False)
-        assert f"not among the draws of {NAME} r001 as it ran: an earlier attempt at it left it" in done.stdout
+        assert f"not among the draws of {NAME} r001 as it ran: left by an earlier attempt at the round" in done.stdout
         mine.forget()
     with TestClient(create(mine, Home.here()), base_url="http://127.0.0.1") as client:
         page = client.get(f"/recipes/{NAME}/candidates/{left['candidate_id']}").text
@@ -152,7 +152,7 @@ def test_a_prompt_that_has_changed_is_shown_as_the_candidate_was_judged_by_it(mi
         ("combined", 1.0): True,
     }
     done = CliRunner().invoke(app, ["audit", "trace", candidate, "--quick"], catch_exceptions=False)
-    assert f"as it was judged by, in snapshot {then}; it has changed since" in done.stdout
+    assert f"as it was when judged, in snapshot {then}; it has changed since" in done.stdout
 
     mine.forget()
     found = trace(mine, candidate)
@@ -628,7 +628,7 @@ def test_a_prompt_that_is_erased_while_its_source_is_read_does_not_come_back(min
 
 
 def test_a_revocation_needs_a_name_and_a_reason(mine):
-    with pytest.raises(AuditError, match="somebody who answers for it"):
+    with pytest.raises(AuditError, match="somebody who is responsible"):
         revoke(mine, ids.thing(mine, "answer"), who=" ", why="because")
     with pytest.raises(AuditError, match="a scorer has no text to erase"):
         revoke(mine, ids.thing(mine, "answer"), who="me", why="because", erase=True)

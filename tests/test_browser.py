@@ -98,7 +98,7 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(pages, page, number):
         f"/recipes/letters/prompts/{letters.prompt_id(0)}",
     ):
         page.goto(pages + path)
-        # The page around the text is as it always is: nothing hidden, turned around, pushed aside or stretched.
+        # The page around the text is unchanged: nothing is hidden, reversed, moved or stretched.
         assert page.get_by_text("Read only.").is_visible()
         assert page.evaluate("getComputedStyle(document.querySelector('footer')).direction") == "ltr"
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -158,7 +158,7 @@ def test_from_a_candidate_to_its_checkpoint_by_the_graph(pages, page):
     page.wait_for_url(f"**/checkpoints/{letters.CHECKPOINTS['r000']}")
     page.get_by_role("button", name="Verify now").click()
     page.wait_for_url("**verify=1**")
-    assert page.get_by_text("not as it was").is_visible()
+    assert page.get_by_text("not as recorded").is_visible()
     assert page.get_by_text("there is no folder").is_visible()
 
 
@@ -171,10 +171,10 @@ def test_revoking_asks_first_and_needs_to_be_allowed(page, tmp_path):
         with served(store, tmp_path, revoke=partial(revoke, store)) as address:
             page.goto(f"{address}/recipes/letters/candidates/{one}")
             page.get_by_role("link", name="Revoke…").click()
-            page.get_by_role("link", name="Leave it").click()
+            page.get_by_role("link", name="Cancel").click()
             assert store.query("SELECT * FROM revocations") == []
             page.get_by_role("link", name="Revoke…").click()
-            page.get_by_label("Who answers for it").fill("an auditor")
+            page.get_by_label("Who is responsible").fill("an auditor")
             page.get_by_label("Why").fill("it is private")
             page.get_by_role("button", name="Revoke candidate").click()
             page.wait_for_url("**/revocations")
@@ -183,7 +183,7 @@ def test_revoking_asks_first_and_needs_to_be_allowed(page, tmp_path):
                 store.value("SELECT count(*) FROM revocations WHERE cause IS NULL AND what = $one", {"one": one}) == 1
             )
 
-            # Another site's form that is posted here, token and all, comes to nothing.
+            # Another site's form that is posted here changes nothing, even with the right token.
             token = token_of(page, address, one)
             with another_site(
                 FORGED.format(action=f"{address}/recipes/letters/revoke/candidate/{one}", token=token)
@@ -291,7 +291,7 @@ def test_a_round_launched_in_dagster_looked_at_and_revoked(servers, page, home):
         picture.wait_for()
         assert picture.evaluate("image => image.complete && image.naturalWidth") > 300
 
-    # From there to the audit pages: the round, a candidate, the checkpoint, whose record holds.
+    # From there to the audit pages: the round, a candidate, the checkpoint, which verifies.
     page.goto(link)
     with Store.at(home) as store:
         (done,) = rounds.history(store, "letters_loop")
@@ -303,11 +303,11 @@ def test_a_round_launched_in_dagster_looked_at_and_revoked(servers, page, home):
     page.wait_for_url("**/candidates/**")
     page.locator("svg.chain").get_by_text("checkpoint", exact=True).click()
     page.get_by_role("button", name="Verify now").click()
-    page.get_by_text("Weights and training set are what was recorded.").wait_for()
+    page.get_by_text("Nothing that was compared differs from the record.").wait_for()
 
-    # Revoked here, it is marked in Dagster and, in the store, has to be made again.
+    # Revoking it here marks it in Dagster, and its round in the store as one to run again.
     page.get_by_role("link", name="Revoke…").click()
-    page.get_by_label("Who answers for it").fill("an auditor")
+    page.get_by_label("Who is responsible").fill("an auditor")
     page.get_by_label("Why").fill("it is private")
     page.get_by_role("button", name="Revoke checkpoint").click()
     page.wait_for_url("**/revocations")

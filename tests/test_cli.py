@@ -66,7 +66,7 @@ def test_run_prints_its_rounds_and_status_remembers_them(home, path, tmp_path):
     assert json.loads(status.stdout) == told and status.stderr == ""
     assert "r001" in rsft("status", path).stdout
 
-    # It is Dagster that ran them: runs, tags and partitions are in the instance, and the UI will load the recipe.
+    # Dagster ran them: runs, tags and partitions are in its instance, and its UI will load the recipe.
     with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
         assert instance.get_dynamic_partitions("letters_loop_rounds") == ["r000", "r001"]
         recorded = instance.get_run_by_id(first["dagster_run_id"])
@@ -84,8 +84,8 @@ def test_status_names_the_rounds_where_none_is_finished(home):
         store.append("quarantine", [{"recipe": "one", "reason": reason} for reason in ("empty", "too long", "empty")])
     status = rsft("status", "one")
     assert "one: rows refused: 2 empty, 1 too long (Quarantine, in the audit pages)" in status.stdout
-    assert "one r000: revoked; `rsft run one` takes it up\n" in status.stdout
-    assert "one r001: begun, not finished; `rsft run one` takes it up\n" in status.stdout
+    assert "one r000: revoked: `rsft run one` runs it again\n" in status.stdout
+    assert "one r001: begun, not finished: `rsft run one` resumes it\n" in status.stdout
     assert json.loads(rsft("status", "one", "--json").stdout) == {
         "recipe": "one",
         "rounds": [],
@@ -102,7 +102,7 @@ def test_status_names_the_rounds_where_none_is_finished(home):
             '{"sampling.draws": 4, "sampling.stop": ["a"]}',
             ["--set", "sampling.draws=4", "--set", 'sampling.stop=["a"]'],
         ),
-        ("[", []),  # launched so by hand; the run has failed by it
+        ("[", []),  # launched with this tag by hand; the run failed because of it
     ],
 )
 def test_status_repeats_what_a_run_was_launched_with(home, tag, words):
@@ -113,19 +113,17 @@ def test_status_repeats_what_a_run_was_launched_with(home, tag, words):
         row = {"recipe": "one", "round": "r000", "state": "started", "dagster_run_id": failed.run_id}
         store.append("rounds", [row])
     again = shlex.join(["rsft", "run", "one", *words])
-    assert f"one r000: begun, not finished; `{again}` takes it up" in rsft("status", "one").stdout
+    assert f"one r000: begun, not finished: `{again}` resumes it" in rsft("status", "one").stdout
 
 
 def test_status_marks_rounds_that_were_judged_otherwise(home):
     with letters.write(home) as store:
-        assert "judged otherwise" not in rsft("status", letters.RECIPE).stdout
+        assert "was judged by other" not in rsft("status", letters.RECIPE).stdout
         stricter = '{"evaluation": {"pass_above": 0.9}}'
         changed = "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'"
         store.commit(lambda connection: connection.execute(changed, [stricter]))
     told = rsft("status", letters.RECIPE).stdout
-    assert (
-        "r001 was judged otherwise than r000, by scorers or settings of `evaluation`: rsft audit diff letters" in told
-    )
+    assert "r001 was judged by other scorers or settings of `evaluation` than r000: rsft audit diff letters" in told
 
 
 def test_a_name_with_a_dot_is_no_other_recipe(home):
@@ -148,10 +146,10 @@ def test_one_more_round_for_the_inbox_is_named_where_asking_for_it_runs_one(home
     letters.write(home).close()
     prompts = {"source": "letters:letters", "template": "{question}", "reference": "answer", "inbox": "more"}
     path = write_recipe(letters.RECIPE, prompts=prompts, stop={"rounds": 1})
-    named = f"1 allowed; one reads what is new in {path.parent / 'more'}: rsft run {letters.RECIPE} --rounds 1\n"
+    named = f"1 allowed; to read new files in {path.parent / 'more'}: rsft run {letters.RECIPE} --rounds 1\n"
     assert named in rsft("run", path).stdout
     reached = rsft("run", path, "--set", "stop.target=0").stdout
-    assert "no further round: target reached" in reached and "what is new" not in reached
+    assert "no further round: target reached" in reached and "new files" not in reached
 
 
 def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
@@ -166,24 +164,24 @@ def test_a_round_that_fails_says_where_and_why_and_exits_with_1(path):
     assert told["failed"]["round"] == "r000" and not told["failed"]["interrupted"]
     assert told["failed"]["why"] == [lines[1].strip()]
     assert told["failed"]["dagster_run_id"] in lines[2]
-    assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # it says itself what is wrong
-    again = "`rsft run letters_loop --set acceptance.threshold=1.0` takes it up"
-    standing = f"letters_loop r000: begun, not finished; {again} (it ended by: {lines[1].strip()})"
+    assert "Traceback" not in done.stderr and "Stack Trace" not in done.stderr  # the message says what is wrong
+    again = "`rsft run letters_loop --set acceptance.threshold=1.0` resumes it"
+    standing = f"letters_loop r000: begun, not finished: {again} (it ended with: {lines[1].strip()})"
     assert standing in rsft("status").stdout
 
 
 def test_a_round_that_begins_again_says_what_it_had_otherwise_before(path):
     rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--set", 'sampling.stop=["\\n"]')
     again = rsft("run", path, "--rounds", "1").stdout
-    assert "letters_loop r000 was begun with other settings; it begins again with those of now:" in again
+    assert "letters_loop r000 was begun with other settings; it starts over with the present ones:" in again
     assert "  acceptance.threshold was 1.0, is 0.5\n" in again
-    (was,) = re.findall("as it was: (.*)", again)
+    (was,) = re.findall("as before: (.*)", again)
     assert was == r"""rsft run letters_loop --set 'sampling.stop=["\n"]' --set acceptance.threshold=1.0"""
     stricter = rsft("run", path, "--rounds", "1", "--set", "acceptance.threshold=1.0", "--set", "seed=3")
     assert "other settings" not in stricter.stdout  # a round of its own
     again = rsft("run", path, "--rounds", "1", "--set", "seed=3", "--set", "acceptance.cap=4").stdout
     as_it_was = "rsft run letters_loop --set seed=3 --set acceptance.cap=2 --set acceptance.threshold=1.0"
-    assert f"as it was: {as_it_was}\n" in again
+    assert f"as before: {as_it_was}\n" in again
 
 
 def test_a_rule_that_can_decide_on_nothing_says_so_without_a_stack_and_the_round_is_finished_first(path):
@@ -250,7 +248,7 @@ def test_a_signal_while_duckdb_works_is_an_interruption_and_no_failure(home, wri
     (path.parent / "slow.py").write_text(SLOW)
     done = rsft("run", path, "--rounds", "1", "--json")
     assert done.returncode == 130
-    assert "letters_loop r000 was interrupted: run it again to go on: rsft run letters_loop --rounds 1\n" in done.stderr
+    assert "letters_loop r000 was interrupted; to resume it: rsft run letters_loop --rounds 1\n" in done.stderr
     failed = json.loads(done.stdout)["failed"]
     assert failed["interrupted"] and failed["why"] == ["letters_loop__prompts: interrupted"]
 
@@ -338,7 +336,7 @@ def test_progress_is_told_where_there_is_no_terminal(home, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == "r000 draws: 3 of 9 waves\n" and not done.stdout
     reader, writer = os.pipe()
-    os.close(reader)  # who read the progress has gone: that is no one's failure
+    os.close(reader)  # if nobody reads the progress any more, that is not a failure
     done = subprocess.run(
         [*command[:-1], command[-1] + "\nprint('on')"], stdout=subprocess.PIPE, stderr=writer, text=True
     )
@@ -390,7 +388,7 @@ def test_what_a_person_got_wrong_is_one_message_and_no_traceback(home, words, ex
 
 
 def test_a_home_that_a_database_url_could_not_name_is_refused(tmp_path, monkeypatch):
-    for name in ("is this it?", "all*", "one[1]"):  # a pattern would have others' files tidied up
+    for name in ("is this it?", "all*", "one[1]"):  # as a pattern it would match files of other homes
         monkeypatch.setenv("RSFT_HOME", str(tmp_path / name))
         done = rsft("status")
         (odd,) = set(name) & set("?*[")
@@ -443,9 +441,15 @@ def test_the_version_is_that_of_the_project():
 def test_check_and_schema(home, path):
     assert "can run" in (told := rsft("check", "arithmetic").stdout) and "hub" not in told
     misspelt = rsft("check", path, "--set", "model={source: modles/mine}").stdout
-    assert "left to the round: modles/mine, which is no folder here and is taken for a model on the hub" in misspelt
+    assert (
+        "checked only when a round runs: modles/mine, which is not a folder here and is taken for a model on the hub"
+        in misspelt
+    )
     reward = "scoring={scorers: [{kind: reward, model: modles/judge}]}"
-    assert "left to the round: modles/judge, which is no folder" in rsft("check", path, "--set", reward).stdout
+    assert (
+        "checked only when a round runs: modles/judge, which is not a folder"
+        in rsft("check", path, "--set", reward).stdout
+    )
     schema = json.loads(rsft("schema").stdout)
     for file in RECIPES.glob("*.yaml"):
         jsonschema.validate(yaml.safe_load(file.read_text()), schema)
@@ -495,5 +499,5 @@ def test_a_port_that_somebody_has_is_named_before_anything_starts(home):
         port = taken.getsockname()[1]
         done = rsft("ui", "--mlflow-port", port)
     assert done.returncode == 2
-    assert f"port {port}, for MLflow, cannot be had" in done.stderr and "--mlflow-port" in done.stderr
+    assert f"port {port}, for MLflow, is not available" in done.stderr and "--mlflow-port" in done.stderr
     assert not (home / "dagster").exists()

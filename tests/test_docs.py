@@ -1,4 +1,4 @@
-"""The documentation keeps up with the code."""
+"""The documentation matches the code."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def test_every_link_to_a_file_leads_to_one_and_to_a_heading_in_it():
 
 
 def test_every_command_that_is_shown_is_one():
-    """Its name and flags, and where it is shown to be typed, all that has to be given."""
+    """Names and flags exist, and commands shown to be typed have all required options."""
     rsft, shown = typer.main.get_command(app), 0
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
@@ -55,7 +55,7 @@ def test_every_command_that_is_shown_is_one():
 
 
 def named(command, words):
-    """The commands that words begin with, several where they are `a|b`, and the words behind."""
+    """The commands that the words begin with (several for `a|b`), and the remaining words."""
     commands = [command]
     while words and hasattr(commands[0], "commands") and re.fullmatch(r"[a-z|]+", words[0]):
         name, *words = words

@@ -1,4 +1,4 @@
-"""Plots: what stands where, on the audit pages and in MLflow and Dagster."""
+"""Plots: what is where, on the audit pages and in MLflow and Dagster."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Gates: each is seen to say no, and why."""
+"""Gates: each of them fails when it should, and says why."""
 
 import json
 from pathlib import Path

@@ -539,11 +539,11 @@ def test_a_held_out_prompt_is_known_in_whichever_way_its_columns_are_told_apart(
     out = {f"{place} {n}: {place}" for place, n in asked if lineage.in_eval_split(lineage.question([place, n]), 0.25)}
     found = prompts.held_out(asking(tmp_path, template="{place} {n}: {place}"), [f"{p} {n}: {p}" for p, n in asked])
     assert out and found >= out and len(found) < len(asked)
-    # Where there is one way only, no other is held out.
+    # If a text can be read in only one way, no other prompt is held out.
     kept = [f"{place} / {n}" for place, n in asked]
     out = {f"{place} / {n}" for place, n in asked if lineage.in_eval_split(lineage.question([place, n]), 0.25)}
     assert prompts.held_out(asking(tmp_path, template="{place} / {n}"), kept) == out
-    # A column that comes twice is the same text twice: this is no such prompt.
+    # A column that occurs twice has the same text twice, so this is not such a prompt.
     assert not any("n" in one for one in templates.readings("{place} {n}: {place}", "York 3: Cork"))
     ways = [list(one.values()) for one in templates.readings("{place} {n}", "New York 3")]
     assert ways == [["New", "York 3"], ["New York", "3"]]

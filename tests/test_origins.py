@@ -57,7 +57,7 @@ def test_a_teacher_draws_and_the_policy_learns(home, instance, write_recipe, tea
 
 
 def test_prompts_too_long_for_the_teacher_are_not_asked(home, instance, write_recipe):  # noqa: F811
-    # 5 tokens are room for the corpus, but not for a prompt of 3 and a completion of 3.
+    # 5 tokens hold a row of the corpus, but not a prompt of 3 and a completion of 3.
     short = load(write_recipe("short"), {"model.bootstrap.config.max_position_embeddings": "5"})
     sampling = {
         **SAMPLING,

@@ -1,4 +1,4 @@
-"""packing.py: the prefix tree, and that what is computed through it is what each row gives alone."""
+"""packing.py: the prefix tree, and that computing through it gives what each row gives alone."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def tokens_read(model) -> list[int]:
-    """Filled, whenever the model reads, with the number of tokens."""
+    """A list that gets the number of tokens each time the model reads some."""
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
     return seen
@@ -87,7 +87,7 @@ def test_losses_and_gradients_are_those_of_each_sample_alone(kind):
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_no_sample_sees_another(kind):
-    """A token that only one sample has, has no gradient from the others' losses: exactly none."""
+    """The loss of one sample has exactly no gradient at a token that only another sample has."""
     model = tiny(kind)
     table = model.get_input_embeddings().weight
     for place, sample in enumerate(SAMPLES):
@@ -100,7 +100,7 @@ def test_no_sample_sees_another(kind):
 
 
 def test_a_model_with_a_mask_of_its_own_is_not_packed():
-    """Doge's mask hangs on what comes later too, so that not even its own loss of a sample is that of a draw."""
+    """Doge's mask depends on later tokens too, so even its own loss of a sample is not that of a draw."""
     settings = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2, "keep_window_size": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **settings)).eval()
     seen = tokens_read(model)

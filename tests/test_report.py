@@ -1,4 +1,4 @@
-"""Reports and Markdown: what is shown is what was meant, whatever the numbers and texts are."""
+"""Reports and Markdown: they come out right whatever the numbers and texts are."""
 
 from html import unescape
 

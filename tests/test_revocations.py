@@ -217,7 +217,7 @@ def test_who_revokes_what_may_come_back_is_told_what_to_do_first(tmp_path, monke
     assert "marked: `rsft run letters --rounds 2`" in said and "may give the same weights again" in said
     words[2:3] = ["--text", "a slip of the pen"]
     said = CliRunner().invoke(main.app, words, catch_exceptions=False).stdout
-    assert "nothing here has it yet: only what comes later will be kept out" in said
+    assert "nothing here contains it yet: the revocation applies to what comes later" in said
 
 
 @pytest.mark.parametrize("erase", [False, True])

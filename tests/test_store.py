@@ -1,4 +1,4 @@
-"""The store: whole or nothing, many processes at once, nothing reported and lost."""
+"""The store: a commit is whole or absent, with many processes at once, and nothing that was reported is lost."""
 
 import concurrent.futures
 import fcntl

@@ -1,4 +1,4 @@
-"""`rsft ui` as a person starts it: every server answers, and none is left when it ends."""
+"""`rsft ui`: every server answers, and none is left when it ends."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from rsft_pipeline.home import ROOT
 
 @pytest.fixture
 def folder(tmp_path):
-    """A current folder with modules of the names of those that the servers are made of."""
+    """A current folder whose modules have the names of modules that the servers use."""
     made = tmp_path / "elsewhere"
     for package in ("cli", "mlflow", "web"):
         (made / package).mkdir(parents=True)

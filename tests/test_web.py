@@ -1,4 +1,4 @@
-"""The audit pages over HTTP: what they list, that nothing a model wrote acts on them, and who may change something."""
+"""The audit pages over HTTP: what they list, that no text of a model acts on them, and which requests may write."""
 
 import json
 import re
@@ -213,7 +213,7 @@ def test_find(ask):
     found = ask("/find?q=AFTER+12").text
     assert f"/recipes/letters/prompts/{letters.prompt_id(12)}" in found
     lost = ask("/find?q=nowhere").text
-    assert "No prompt contains these words. As an id: nothing here has an id that begins so" in lost
+    assert "No prompt contains these words. As an id or a name: no id here begins with it" in lost
     assert "No prompt" not in ask("/find?q=").text and "Type an id" in ask("/find?q=").text
 
 
@@ -354,9 +354,9 @@ def test_only_a_form_of_this_server_revokes(tmp_path):
         assert post(host="evil.example", origin="http://evil.example").status_code == 403
         assert post(why="x" * 50_000).status_code == 403
         refused = post(why=" ", who="<b>Ada", erase="on")
-        assert refused.status_code == 422 and "Nothing was revoked: say why." in refused.text
+        assert refused.status_code == 422 and "Nothing was revoked. Please say why." in refused.text
         assert 'value="&lt;b&gt;Ada"' in refused.text and 'name="erase" checked' in refused.text
-        assert "say who answers for it and why" in post(who="", why=None).text
+        assert "say who is responsible and why" in post(who="", why=None).text
         assert store.snapshot() == before and store.query("SELECT * FROM revocations") == []
 
         assert post().headers["location"] == "/revocations"

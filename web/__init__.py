@@ -1,1 +1,1 @@
-"""The audit pages: what rounds did, for people who would rather look than query. On loopback, without scripts."""
+"""The audit pages: what rounds did, as web pages. Served on loopback, without scripts."""

@@ -1,12 +1,12 @@
 """App: the server of the audit pages, and what keeps it safe.
 
-Belongs here: who may ask and how, what every answer carries, and how an error is said. Not: what is on a page
-(pages.py).
+Belongs here: which requests are served, the headers of every answer, and how errors are shown. Not: what is on a
+page (pages.py).
 
-Who may ask: a browser on this machine, through a page of this server. Other sites cannot: their requests name
-another host (a name that was made to point here, too), and what they post comes from another origin and lacks the
-token, which only a page of this server carries. Whoever has an account on this machine can, as with Dagster's and
-MLflow's pages.
+Only requests to 127.0.0.1 or localhost are served, and a change only if a page of this server sent it. Other sites
+cannot make one: a host name of theirs is refused even if it points here, and what they post has another origin and
+lacks the token, which only this server's pages have. Every account of this machine can use the pages, as with
+Dagster's and MLflow's.
 """
 
 import hmac
@@ -35,13 +35,13 @@ HEADERS = {
     "frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",  # with none at all, browsers would send no origin either
+    "Referrer-Policy": "same-origin",  # with `no-referrer`, browsers would send `Origin: null`
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "private, no-cache",
 }
 STATIC = Path(__file__).parent / "static"
-LARGEST_FORM = 40_000  # bytes: 2,000 characters of three, each escaped to three
+LARGEST_FORM = 40_000  # bytes; a reason of 2,000 characters, each 3 bytes that are escaped as 9, takes 18,000
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ def create(
     """The audit pages of a store.
 
     Args:
-        witnesses: where else the Merkle root of a checkpoint (a row of `checkpoints`) stands, and what stands there.
-        revoke: what a confirmed revocation calls: a thing (audit/ids.py), `who`, `why` and `erase`. None: no request
-            changes anything.
+        witnesses: gives the Merkle root of a checkpoint (a row of `checkpoints`) as other places have it: place → root.
+        revoke: called for a confirmed revocation with the thing (audit/ids.py), `who`, `why` and `erase`. None: the
+            pages are read only.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.store, app.state.home = store, home
@@ -70,8 +70,8 @@ def create(
     app.state.token = secrets.token_urlsafe(32) if revoke else None
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.get("/favicon.ico")(lambda: FileResponse(STATIC / "icon.svg"))  # asked for by pages of plain text
-    for route in (*pages.router.routes, *app.routes):  # what can be got can be asked for without its body
+    app.get("/favicon.ico")(lambda: FileResponse(STATIC / "icon.svg"))  # browsers ask for it on pages of plain text
+    for route in (*pages.router.routes, *app.routes):
         if "GET" in (methods := getattr(route, "methods", None) or set()):
             methods.add("HEAD")
 
@@ -108,22 +108,22 @@ def create(
 
     @app.exception_handler(405)
     def wrong_method(request: Request, error: Exception) -> Response:
-        return _error(request, 405, "These pages are read only: start them with --allow-revoke to revoke.")
+        return _error(request, 405, "Nothing can be changed at this address.")
 
     return app
 
 
 async def _check(request: Request) -> None:
-    """Raise Refused for what does not come from this machine, no store could answer, or may not change a thing."""
+    """Raise Refused for a request to another host, an address with a NUL, or a change that is not allowed."""
     host = request.headers.get("host", "")
     if not LOOPBACK.fullmatch(host):
         raise Refused(f"These pages answer to 127.0.0.1 and localhost, not to {host!r}.")
     if "\0" in unquote(str(request.url)):
-        raise Refused("No address here has a NUL in it.")
+        raise Refused("An address cannot contain a NUL.")
     if request.method in ("GET", "HEAD"):
         return
     if request.app.state.token is None:
-        raise Refused("These pages are read only: start them with --allow-revoke to revoke.")
+        raise Refused("These pages are read only: start them with `rsft audit ui --allow-revoke` to revoke.")
     if request.headers.get("origin") != f"http://{host}":
         raise Refused("This request was not sent by a page of this server.")
     if int(request.headers.get("content-length") or LARGEST_FORM + 1) > LARGEST_FORM:
@@ -131,7 +131,7 @@ async def _check(request: Request) -> None:
     form = parse_qs((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
     request.state.form = {name: values[0] for name, values in form.items()}
     if not hmac.compare_digest(request.state.form.get("token", "").encode(), request.app.state.token.encode()):
-        raise Refused("This form is of a server that was stopped since: load the page again.")
+        raise Refused("This form was not made by the server that is running now: load the page again.")
 
 
 def _error(request: Request, status: int, message: str) -> Response:

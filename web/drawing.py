@@ -1,7 +1,7 @@
 """Drawing: where the parts of a plot or a graph go.
 
-Belongs here: numbers to coordinates. Not: lines, colours and words, which are templates/drawings.html and the
-style sheet, so that a drawing is as sharp, and as light or dark, as the page around it.
+Belongs here: turning numbers into coordinates. Not: lines and colours (templates/drawings.html and the style sheet):
+drawings are SVG, as sharp, and as light or dark, as the page around them.
 """
 
 import math
@@ -15,7 +15,7 @@ from rsft_pipeline.report import by_round, measured
 
 @dataclass(frozen=True)
 class Axis:
-    """Ticks of an axis: where, and what stands there."""
+    """Ticks of an axis: their places and labels."""
 
     ticks: list[tuple[float, str]]
 
@@ -25,7 +25,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Measured:
-    """A checkpoint's result: where its point is, and where its interval begins and ends."""
+    """A result: its point, and where its interval begins and ends."""
 
     x: float
     y: float
@@ -36,7 +36,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class RoundsPlot:
-    """The gate's metric by round, of each checkpoint and of the champion, and the accepted share as bars."""
+    """The promotion metric by round, of each checkpoint and of the champion, and the accepted share as bars."""
 
     width: int
     height: int
@@ -46,13 +46,13 @@ class RoundsPlot:
     xs: Axis
     ys: Axis
     measured: list[Measured]
-    champion: str  # the points of a line
-    bars: list[tuple[float, float, float, str]]  # x, y, height, what it says
+    champion: str  # the points of its line
+    bars: list[tuple[float, float, float, str]]  # x, y, height, label
     bar: float  # width
 
 
 def rounds(history: Sequence[Mapping[str, Any]], metric: str) -> RoundsPlot | None:
-    """The plot of a recipe's rounds that came to an end; None while there is none."""
+    """The plot of a recipe's finished and revoked rounds; None if none has a value of the metric."""
     done = [row for row in history if row["state"] != "started" and measured(row, metric)]
     if not done:
         return None
@@ -109,9 +109,9 @@ class Histogram:
     bottom: int
     xs: Axis
     ys: Axis
-    bars: list[tuple[float, float, float, float, str]]  # x, y of the rejected, y of the accepted, end, what it says
+    bars: list[tuple[float, float, float, float, str]]  # x, y of the rejected, y of the accepted, end, label
     bar: float
-    words: str  # for those who do not see it
+    words: str  # for screen readers
 
 
 def histogram(scores: Distribution) -> Histogram:
@@ -154,7 +154,7 @@ def _scale(low: float, high: float, begin: float, end: float, whole: bool = Fals
     return scale, [(scale(i * step), f"{i * step:,}" if whole else f"{i * step:,.10g}") for i in range(first, last + 1)]
 
 
-# --- a chain ---------------------------------------------------------------------------------
+# --- a graph ---------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Pages: what stands on each of the audit pages.
+"""Pages: what is on each of the audit pages.
 
-Belongs here: for each address, what is asked of rsft_pipeline/audit and handed to which template. Not: how it is
-asked (browse.py and its neighbours), what it looks like (templates/), nor who may see it (app.py).
+Belongs here: for each address, what is read from rsft_pipeline/audit, and which template shows it. Not: how it is
+read (rsft_pipeline/audit), what it looks like (templates/), nor which requests are served (app.py).
 """
 
 from itertools import pairwise
@@ -29,7 +29,7 @@ After = Annotated[str | None, Query()]
 
 
 def around(request: Request) -> dict[str, Any]:
-    """What every page shows around its contents."""
+    """What every page shows around its content, for the template."""
     state, asked_for = request.app.state, request.query_params.get("q", "")
     return {"home": str(state.home.path), "token": state.token, "at": request.url.path, "asked_for": asked_for}
 
@@ -63,7 +63,7 @@ def home(request: Request) -> str:
 
 
 def _metric(rows: list[dict]) -> str:
-    """The metric that the recipe's gate looks at now."""
+    """The promotion metric of the recipe's last round."""
     return rows[-1]["metric"] or "pass_at_1"
 
 
@@ -87,7 +87,7 @@ def round_(
         raise AuditError(f"{recipe} has no round {key}.")
     decided = browse.decisions(store, recipe, key)
     if not (decided.reasons or decision or reason) and split == "train":
-        decision = "undecided"  # as all of its candidates are until its decisions are made
+        decision = "undecided"  # all of its candidates are, until it has decisions
     asked = browse.Asked(decision, reason, split, prompt.strip(), text, order)
     page = browse.candidates(store, recipe, key, asked, after)
     return _page(
@@ -112,7 +112,7 @@ def round_(
 
 
 def _matching(asked: browse.Asked, decided: browse.Decisions) -> int | None:
-    """How many candidates a list has, where the numbers by reason say so; None where counting takes a search."""
+    """How many candidates a list has, from the numbers by reason; None if these do not tell."""
     if asked.text or asked.prompt or asked.split == "eval" or asked.decision == "undecided":
         return None
     accepted = {"": (True, False), "accepted": (True,), "rejected": (False,)}[asked.decision]
@@ -133,7 +133,7 @@ def candidate(request: Request, recipe: str, candidate_id: str) -> str:
 
 
 def _chain(found: tracing.Trace) -> drawing.Chain:
-    """The graph of a candidate: where it came from, what was said of it, and where it went."""
+    """The graph of a candidate: what it came from, how it was judged and decided on, and what learned from it."""
     Node, recipe, asked, weights = drawing.Node, found.recipe, found.prompt, found.weights
     source, prompt_ = Node("source", "not in the store"), Node("prompt", "not in the store")
     if asked:
@@ -172,7 +172,7 @@ def _chain(found: tracing.Trace) -> drawing.Chain:
         edges += [(columns[-1][0], node) for node in made]
         columns.append(made)
         if later := len(found.learned) - len(trained):
-            columns.append([Node("later checkpoints", f"{later} from there", "#learned", more=found.learned[-1].round)])
+            columns.append([Node("later checkpoints", f"{later} from these", "#learned", more=found.learned[-1].round)])
             edges += [(node, columns[-1][0]) for node in made]
     return drawing.chain(columns, edges)
 
@@ -240,7 +240,7 @@ def whole_prompt(
     return _prompt(request, recipe, prompt_id)[part] or ""
 
 
-# --- refused rows, and anything --------------------------------------------------------------
+# --- refused rows, and search ----------------------------------------------------------------
 
 
 @router.get("/quarantine")
@@ -262,17 +262,17 @@ def quarantine(request: Request, recipe: str = "", reason: str = "", after: Afte
 
 @router.get("/find")
 def find(request: Request, q: str = "") -> Response:
-    """To the thing that has this id; or the prompts that contain these words."""
+    """Leads to the thing with this id, or else lists the prompts that contain these words."""
     store, wanted = request.app.state.store, q.strip()
     try:
         thing = ids.thing(store, wanted)
         if page := PAGE_OF.get(thing.kind):
             return RedirectResponse(page(thing.recipes[0], thing.what))
-        why = f"{thing.words} has no page here: ask `rsft audit impact`."
+        why = f"{thing.words} has no page here: use `rsft audit impact`."
     except ids.Ambiguous as error:
         why = f"{error}."
     except AuditError:
-        why = f"nothing here has an id that begins so ({ids.SHORTEST} digits or more)."
+        why = f"no id here begins with it (give {ids.SHORTEST} digits or more)."
     found = browse.prompts_with(store, wanted) if wanted else []
     return HTMLResponse(_page(request, "find.html", wanted=wanted, found=found, why=why))
 
@@ -295,7 +295,7 @@ def revocations(request: Request, after: After = None) -> str:
 
 @router.get("/recipes/{recipe}/revoke/{kind}/{what}")
 def confirm(request: Request, recipe: str, kind: str, what: str) -> str:
-    """What revoking something would reach, before anybody does."""
+    """What a revocation would reach, and a form to confirm it."""
     return _confirm(request, recipe, _thing(request, recipe, kind, what), {})
 
 
@@ -307,10 +307,10 @@ def _confirm(request: Request, recipe: str, thing: ids.Thing, form: dict[str, st
 
 @router.post("/recipes/{recipe}/revoke/{kind}/{what}")
 def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
-    """Revoke it. app.py has seen to it that this is allowed, and wanted."""
+    """Revoke it. That this is allowed, and was asked for by a page of this server, app.py has checked."""
     form, thing = request.state.form, _thing(request, recipe, kind, what)
     who, why = form.get("who", ""), form.get("why", "")
-    blank = [name for name, typed in (("who answers for it", who), ("why", why)) if not typed.strip()]
+    blank = [name for name, typed in (("who is responsible", who), ("why", why)) if not typed.strip()]
     if blank:
         return HTMLResponse(_confirm(request, recipe, thing, form, " and ".join(blank)), status_code=422)
     request.app.state.revoke(thing, who=who, why=why, erase="erase" in form)
@@ -318,7 +318,7 @@ def revoke(request: Request, recipe: str, kind: str, what: str) -> Response:
 
 
 def _thing(request: Request, recipe: str, kind: str, what: str) -> ids.Thing:
-    """Something that has a page here, by its whole id: in this recipe, and in others that have it too."""
+    """A thing that has a page here, by its whole id. Raises AuditError if this recipe has no such thing."""
     found = ids.thing(request.app.state.store, what)
     if kind not in PAGE_OF or (found.kind, found.what) != (kind, what) or recipe not in found.recipes:
         raise AuditError(f"{recipe} has no {kind} {what}.")

@@ -1,8 +1,8 @@
 """Show: how values look on a page.
 
-Belongs here: text, numbers, times and ids as people read them, and the templates that know these forms. What a model
-wrote is data: every template escapes what it is given, and characters that would act on a page instead of standing
-on it are made visible here. Not: which values a page shows (pages.py).
+Belongs here: texts, numbers, times and ids as people read them, and filling in templates. What a model wrote is
+data: every template escapes what it is given, and characters that would act on a page instead of standing on it are
+made visible here. Not: which values a page shows (pages.py).
 """
 
 import json
@@ -17,10 +17,10 @@ from resources import pages
 from rsft_pipeline.audit.words import rule
 from rsft_pipeline.report import NAMES
 
-FOLDED = 280  # characters from which a text is folded
-CUT = 4_000  # characters of it on a page; the rest is a click away
+FOLDED = 280  # characters above which a text is folded
+CUT = 4_000  # characters of it that a page shows; a link leads to the rest
 
-# Control characters but tab and line feed, those that turn the direction of the text around them, and invisible ones.
+# Control characters other than tab and line feed, those that change the direction of text, and invisible ones.
 _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff"
     "\u00ad\u180e\u200b\u2060-\u2064\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -28,7 +28,7 @@ _ACTING = re.compile(
 
 
 def visible(text: str | None) -> str:
-    """The text with acting characters replaced by signs for them: ␀, or ⟨U+202E⟩."""
+    """The text with such characters replaced by signs for them: ␀, or ⟨U+202E⟩."""
     return _ACTING.sub(_sign, text or "")
 
 
@@ -38,14 +38,14 @@ def _sign(match: re.Match) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """1,234 or 0.7123; a dash for nothing."""
+    """1,234 or 0.7123; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
 def percent(part: float | None, whole: float | None) -> str:
-    """The share as 9.6 %, and never as 0 % or 100 % where it is neither."""
+    """The share as 9.6 %; a share between 0 and 1 is never shown as 0 % or 100 %."""
     if part is None or not whole:
         return "–"
     share = part / whole
@@ -59,12 +59,12 @@ def moment(value: datetime | None) -> str:
 
 
 def short(identity: str | None) -> str:
-    """The beginning of an id: enough to tell it from its neighbours."""
+    """The beginning of an id, usually enough to tell it from others; a dash for none."""
     return identity[:8] if identity else "–"
 
 
 def raw(value: bytes) -> str:
-    """Bytes as text; what is no UTF-8 as escapes."""
+    """Bytes as text; what is not UTF-8 as escapes."""
     return visible(value.decode("utf-8", "backslashreplace"))
 
 
@@ -86,5 +86,5 @@ _templates = _environment()
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of templates/ as HTML."""
+    """A template from templates/, filled in: HTML."""
     return _templates.get_template(template).render(**values)

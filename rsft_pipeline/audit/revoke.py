@@ -40,7 +40,7 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
         AuditError: no person or no reason is given, or a scorer or checkpoint is to be erased.
     """
     if not who.strip() or not why.strip():
-        raise AuditError("a revocation needs somebody who answers for it and a reason: give both")
+        raise AuditError("a revocation needs somebody who is responsible and a reason: give both")
     if erase and thing.kind not in ERASABLE:
         raise AuditError(f"a {thing.kind} has no text to erase: that goes for {', '.join(ERASABLE)}")
 
