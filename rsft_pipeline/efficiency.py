@@ -19,7 +19,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-from scipy.special import betainc
 
 from rsft_pipeline import acceptance
 from rsft_pipeline.calibration import CalibrationError
@@ -229,6 +228,8 @@ def draws_needed(rate: float, accepted: int = 1, confidence: float = CONFIDENCE)
     Each draw is accepted with probability `rate`; prompts that are harder than their group, or whose texts repeat,
     need more. None if the rate is 0.
     """
+    from scipy.special import betainc
+
     if rate <= 0:
         return None
 

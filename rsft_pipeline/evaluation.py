@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import stdtrit
 
 from rsft_pipeline.recipe.evaluation import Promotion, Stop
 
@@ -240,6 +239,8 @@ def interval(values: np.ndarray, confidence: float, bounds: tuple[float, float] 
     outright and the other differences are 0, except for one draw of one prompt: a 95 % interval over 100 prompts then
     misses the mean 13 times in 100, whenever no lost prompt is among them.
     """
+    from scipy.special import stdtrit
+
     n, mean, alpha = len(values), float(values.mean()), 1 - confidence
     bounds = bounds or (-math.inf, math.inf)
     if np.ptp(values) > 1e-12 * max(1.0, abs(mean)):  # more than rounding does
