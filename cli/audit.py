@@ -262,7 +262,7 @@ def _side_by_side(answer: asking.WhatIf) -> RenderableType:
         f"accepted by both rules {both.both:,}, only by the recorded one {both.only_was:,}, only by the other "
         f"{both.only_would:,}, by neither {both.neither:,}; in {answer.seconds:.1f} s"
     )
-    return Group(table, Text(agreement))
+    return Group(table, Text(agreement), *(Text(note, style="yellow") for note in answer.notes))
 
 
 def _rule(parameters: dict[str, Any]) -> str:

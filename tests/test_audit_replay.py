@@ -194,7 +194,7 @@ def test_whatif_is_what_the_rule_then_decides_and_that_replays(mine, recipe, rul
     was = mine.query("SELECT candidate_id, accepted FROM decisions WHERE round = 'r000'")
     snapshot = mine.snapshot()
     answer = whatif(mine, recipe, "r000", told)
-    assert mine.snapshot() == snapshot
+    assert mine.snapshot() == snapshot and answer.notes == ()
 
     settings = {**recipe.model_dump(mode="json"), "acceptance": rule}
     written = "UPDATE rounds SET settings = ?, recipe_digest = ? WHERE round = 'r000'"

@@ -125,6 +125,8 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
         # Another rule can be asked about, one that could not be drawn until: on all that was drawn.
         other = whatif(store, recipe, "r000", {"acceptance.rule": "top_k", "acceptance.k": "1"})
         assert (other.candidates, other.would.accepted) == (sum(row["draws"] for row in rows), len(rows))
+        (note,) = other.notes
+        assert "enough accepted by the recorded rule" in note
         (note,) = diff(store, recipe, "r000", "r000").notes
         assert "ended with enough accepted" in note
         before = store.query("SELECT candidate_id FROM candidates ORDER BY 1")

@@ -64,6 +64,7 @@ class WhatIf:
     was: Side
     would: Side
     agreement: Agreement
+    notes: tuple[str, ...]  # why the other rule's numbers may mislead
     seconds: float
 
 
@@ -105,7 +106,14 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
         connection.execute(f"CREATE TEMP TABLE would AS ({decided}) UNION ALL BY NAME ({revoked})")
         sides = _side(connection, "was", json.loads(found[0])), _side(connection, "would", parameters)
         agreement = _agreement(connection)
-    return WhatIf(recipe.name, round_key, *counted, *sides, agreement, time.perf_counter() - began)
+    notes = (_UNTIL,) if round_.recipe.sampling.until else ()
+    return WhatIf(recipe.name, round_key, *counted, *sides, agreement, notes, time.perf_counter() - began)
+
+
+_UNTIL = (
+    "draws of a prompt ended with enough accepted by the recorded rule (`sampling.until`): the other rule decides on "
+    "these, and would itself have had other prompts drawn for longer"
+)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
