@@ -112,7 +112,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     mlflow_run_id VARCHAR, dagster_run_id VARCHAR
 );
 
--- What may be trained on no more, from then on (revocations.py). The rows of other tables stay as they are.
+-- What may no longer be trained on, from then on (revocations.py). The rows of other tables stay as they are.
 CREATE TABLE IF NOT EXISTS revocations (
     recipe VARCHAR,          -- '*': prompts and texts of every recipe, also of those to come
     kind VARCHAR,            -- 'candidate', 'prompt', 'source', 'scorer', 'checkpoint', 'text' or 'refused'

@@ -37,7 +37,7 @@ class Prompt:
     reference: str | None
     fields: dict[str, Any] | None
     content: str | None  # digest of what scorers see of it
-    active: bool  # still in the sources
+    active: bool  # it was there when the sources were last read, and is not revoked
     dagster_run_id: str | None
     snapshot: int | None  # of the store, in which it is as when the candidate was judged; None: it is shown as now
 

@@ -137,9 +137,8 @@ def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         given["decoder_input_ids"] = torch.tensor([written], device=model.device)
     else:
         given["logits_to_keep"] = len(tokens)
-        if first := configuration.first_position(
-            model.config
-        ):  # else a drawn padding token would not be counted as a position
+        first = configuration.first_position(model.config)
+        if first:  # else a drawn padding token would not be counted as a position
             given["position_ids"] = torch.arange(first, first + len(read), device=model.device)[None]
     logits = model(**given).logits[0, -len(tokens) :].float()
     chosen = torch.tensor(tokens, device=model.device)[:, None]
