@@ -16,7 +16,7 @@ CREATE TABLE IF NOT EXISTS prompts (
     source VARCHAR, line BIGINT,
     settings VARCHAR,        -- digest of the recipe's section `prompts` that the sources were read by
     source_digest VARCHAR,   -- of all that was read with it
-    active BOOLEAN,          -- still in the sources; only such prompts are drawn from
+    active BOOLEAN,          -- there when the sources were last read, not revoked; only such prompts are drawn from
     dagster_run_id VARCHAR
 );
 
