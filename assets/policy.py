@@ -31,12 +31,11 @@ def policy(recipe: Recipe) -> dg.AssetsDefinition:
                 "reload the code location; if they were given at launch, use `rsft run --set`"
             )
         with store.open() as lake:
-            rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
+            earlier = rounds.check_nothing_stands_on(lake, now.name, round_key)  # before MLflow hears of the attempt
             weights = rounds.starting_weights(lake, now, Home.here(), round_key, now.policy)
             teacher = now.sampling.teacher and models.teacher(now, weights.path)
             drawn_from = teacher.digest if teacher else weights.digest
             answers = draw.answers(lake, now)
-            earlier = rounds.row_of(lake, now.name, round_key)
             run_id = tracking.begin(
                 now.name,
                 round_key,

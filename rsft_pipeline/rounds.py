@@ -57,23 +57,26 @@ class Round:
     answers: str | None = None  # digest of the reference answers it began with, if they are its candidates
 
 
-def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> None:
-    """Raise RoundError if later rounds build on this one: neither it nor a step of it can then be run again.
+def check_nothing_stands_on(store: Store, recipe: str, round_key: str) -> dict | None:
+    """The round's row, or None; RoundError if later rounds build on it: no step of it can then be run again.
 
     Only what was revoked with it builds on a revoked round. Once such a round has begun again, the later rounds that
     started before that do not build on it either.
     """
-    now = row_of(store, recipe, round_key)
-    if now and now["state"] == "revoked":
-        return
-    later = """SELECT round FROM rounds WHERE recipe = $recipe AND round > $round AND state <> 'revoked'
-               AND ($since IS NULL OR started_at > $since) ORDER BY round"""
-    since = now and now["started_at"]
-    if standing := store.query(later, {"recipe": recipe, "round": round_key, "since": since}):
-        raise RoundError(
-            f"{recipe} {round_key} cannot be run again: {standing[0]['round']} stands on it. "
-            "To start over with another recipe, copy it under another name"
-        )
+    sql = "SELECT * FROM rounds WHERE recipe = ? AND round >= ? ORDER BY round"
+    rows = {row["round"]: row for row in store.query(sql, [recipe, round_key])}
+    own = rows.pop(round_key, None)
+    if own and own["state"] == "revoked":
+        return own
+    since = own and own["started_at"]
+    for later, row in rows.items():
+        begun = row["started_at"]
+        if row["state"] != "revoked" and (since is None or (begun is not None and begun > since)):
+            raise RoundError(
+                f"{recipe} {round_key} cannot be run again: {later} stands on it. "
+                "To start over with another recipe, copy it under another name"
+            )
+    return own
 
 
 def begin(store: Store, round_: Round, dagster_run_id: str) -> None:
@@ -116,7 +119,10 @@ def finish(store: Store, round_: Round, **outcome) -> None:
 
 def record(store: Store, recipe: Recipe, round_key: str) -> Round:
     """The record of a round that was begun. Raises RoundError if it was not, or its settings are refused by now."""
-    row = row_of(store, recipe.name, round_key)
+    return _record(recipe, round_key, row_of(store, recipe.name, round_key))
+
+
+def _record(recipe: Recipe, round_key: str, row: dict | None) -> Round:
     if row is None:
         raise RoundError(f"{recipe.name} {round_key} was not begun: materialise its policy first")
     as_it_was = _as_recorded(row, recipe.as_recorded)
@@ -151,8 +157,7 @@ def _as_recorded(row: dict, make: Callable[[dict], Recipe]) -> Recipe:
 
 def resume(store: Store, recipe: Recipe, round_key: str) -> Round:
     """The record of a round whose next step is about to run. Also raises RoundError if later rounds build on it."""
-    check_nothing_stands_on(store, recipe.name, round_key)
-    return record(store, recipe, round_key)
+    return _record(recipe, round_key, check_nothing_stands_on(store, recipe.name, round_key))
 
 
 def row_of(store: Store, recipe: str, round_key: str) -> dict | None:
