@@ -223,13 +223,13 @@ class Store:
         Snapshots are never expired here: each checkpoint names the one that it was trained from.
 
         Args:
-            patience: seconds to wait for readers and writers; if they take longer, nothing is merged this time.
+            patience: seconds to wait for readers and writers; if they take longer, it is left for the next time.
         """
-        with suppress(BlockingIOError), self._alone(patience):
+        with suppress(BlockingIOError, StoreError), self._alone(patience):
             self._patiently(lambda: self._connection.cursor().execute("CALL ducklake_merge_adjacent_files('lake')"))
         for tidy in ("ducklake_cleanup_old_files", "ducklake_delete_orphaned_files"):
             sql = f"CALL {tidy}('lake', older_than => now() - INTERVAL 1 DAY)"
-            with suppress(duckdb.IOException):  # another process deleted the file first
+            with suppress(duckdb.IOException, StoreError):  # another process deleted the file first, or keeps writing
                 self._patiently(lambda sql=sql: self._connection.cursor().execute(sql))
 
     def forget(self, patience: float = 60.0) -> list[str]:
@@ -239,7 +239,7 @@ class Store:
         uncommitted files would be taken for a killed writer's. Returns local files that are left over nevertheless.
 
         Raises:
-            StoreError: somebody read the store for longer than `patience` seconds, and nothing was forgotten.
+            StoreError: somebody read the store for longer than `patience` seconds; the message says what is left.
         """
         try:
             with self._alone(patience):
@@ -251,21 +251,34 @@ class Store:
                     "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
                 ):
                     self._patiently(lambda sql=sql: self._connection.cursor().execute(f"CALL {sql}"))
+                self._rewrite_catalog(patience)
         except BlockingIOError:
             raise StoreError(
                 f"older snapshots were not forgotten: somebody was reading the store for {patience:.0f} s, a page or a "
                 "command. What was revoked and erased stays so; do it again when they are done"
             ) from None
-        backend, _, catalog = self.catalog.partition(":")
-        if backend == "sqlite":  # what SQLite deletes stays in its file until that is rewritten
-            with closing(sqlite3.connect(catalog, timeout=60, isolation_level=None)) as connection:
-                connection.execute("VACUUM")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         tables = self.query("SELECT table_name FROM ducklake_table_info('lake')")
         listed = "SELECT data_file, delete_file FROM ducklake_list_files('lake', ?)"
         there = (file for row in tables for one in self.query(listed, [row["table_name"]]) for file in one.values())
         present = {Path(file).resolve() for file in there if isinstance(file, str)}
         return sorted(str(file) for file in Path(self.data).rglob("*.parquet") if file.resolve() not in present)
+
+    def _rewrite_catalog(self, patience: float) -> None:
+        """Rewrite a SQLite catalog: what SQLite deletes stays in its files until then. Raises StoreError."""
+        backend, _, catalog = self.catalog.partition(":")
+        if backend != "sqlite":
+            return
+        with closing(sqlite3.connect(catalog, timeout=patience, isolation_level=None)) as connection:
+            try:
+                connection.execute("VACUUM")
+                (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.OperationalError as error:
+                busy = error
+        if busy:
+            raise StoreError(
+                f"older snapshots were forgotten, but the files of {catalog} may still have texts of them: another "
+                "program was reading it. Do it again when it is done"
+            )
 
     def _patiently(self, attempt: Callable[[], T], patience: float = 60.0) -> T:
         """Try again while another process is writing, for up to a minute."""
@@ -304,7 +317,10 @@ def _spill(folder: Path) -> IO[bytes]:
     Returns:
         A locked file named like the folder, with `.lock` appended; DuckDB makes the folder when it needs it.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StoreError(f"{folder}, to which texts would be spilled, belongs to another user: remove it")
     for lock in folder.glob(f"*{LOCK}"):
         with suppress(OSError), open(lock, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process is alive

@@ -4,10 +4,12 @@ import concurrent.futures
 import fcntl
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import duckdb
@@ -253,3 +255,30 @@ def test_what_cannot_be_forgotten_while_somebody_reads_is_told(tmp_path):
                 one.forget(patience=0.2)
             one.compact(patience=0.2)  # is left for the next time
         assert one.forget() == []
+
+
+def test_a_catalog_that_another_program_reads_is_told_to_have_what_was_forgotten(tmp_path):
+    with Store.at(tmp_path) as store:
+        store.append("quarantine", [{"recipe": "a"}])
+        with closing(sqlite3.connect(tmp_path / "store" / "catalog.sqlite", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM ducklake_table").fetchall()
+            with pytest.raises(StoreError, match="may still have texts of them: another program was reading it"):
+                store.forget(patience=0.2)
+        assert store.forget() == []
+
+
+def test_files_that_cannot_be_merged_now_are_left_for_the_next_time(tmp_path, monkeypatch):
+    def locked(self, attempt):
+        raise StoreError("the store stayed locked for 60 s")
+
+    with Store.at(tmp_path) as store:
+        monkeypatch.setattr(Store, "_patiently", locked)
+        store.compact()
+
+
+def test_nothing_is_spilled_to_a_folder_of_somebody_else(tmp_path, monkeypatch):
+    (tmp_path / "store" / "spill").mkdir(parents=True)
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(StoreError, match="belongs to another user"):
+        Store.at(tmp_path)
