@@ -9,7 +9,6 @@ is made on the CPU, where two builds give the same bits.
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -225,9 +224,7 @@ def _made(root: Path, key: str) -> Checkpoint | None:
 def _remember(root: Path, key: str, checkpoint: Checkpoint) -> Checkpoint:
     file = root / "bootstrap" / f"{key}.txt"
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(checkpoint.digest, "utf-8")
-    temporary.replace(file)
+    checkpoints.replace(file, checkpoint.digest)
     shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # the state that a killed warm-up would go on from
     return checkpoint
 
@@ -388,7 +385,7 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
         special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     labels = models.head(recipe.model.labels) if recipe.model.labels else {}
     config = _configuration(settings, **special, **labels, vocab_size=len(tokenizer))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = _random(config, recipe)
     if model.can_generate():

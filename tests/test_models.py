@@ -139,6 +139,17 @@ def test_a_single_changed_byte_is_named(tmp_path):
     assert checkpoints.verify(saved) == ["chat_template.jinja", "model.safetensors", "tokenizer.json"]
 
 
+def test_a_change_that_leaves_size_and_time_is_found_by_hashing_anew(tmp_path):
+    saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
+    weights = saved.path / "model.safetensors"
+    then, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert checkpoints.verify(saved) == []  # as this process has hashed it
+    assert checkpoints.verify(saved, anew=True) == ["model.safetensors"]
+
+
 def test_a_record_that_was_rewritten_to_match_is_named_too(tmp_path):
     saved = checkpoints.save(tiny(), characters(), tmp_path, {}, "")
     (saved.path / "config.json").write_text("{}")

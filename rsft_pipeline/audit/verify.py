@@ -141,7 +141,7 @@ def _weights(made: Mapping[str, Any], home: Home, note: Notes) -> None:
         note(Check(name, 0, 1), Finding("weights", f"there is no folder {folder}", 1))
         return
     try:
-        changed = checkpoints.verify(saved)
+        changed = checkpoints.verify(saved, anew=True)
     except (models.ModelError, ValueError) as error:
         note(Check(name, 0, 1), Finding("weights", f"{folder}: {error}", 1))
         return

@@ -108,20 +108,22 @@ def _move(temporary: Path, saved: Checkpoint) -> None:
 
 def describe(saved: Checkpoint, meta: dict, card: str) -> None:
     """Rewrite a checkpoint's `meta.json` and README.md; the recorded digests of its files are kept."""
-    _replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
+    replace(saved.path / META, _as_json({**meta, "digest": saved.digest, "files": read_meta(saved.path)["files"]}))
     write_card(saved.path, card)
 
 
 def write_card(folder: Path, text: str) -> None:
     """Replace the model card, which is not part of the checkpoint's digest."""
-    _replace(folder / "README.md", text)
+    replace(folder / "README.md", text)
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all, even if the machine fails meanwhile."""
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
     temporary.write_text(text, "utf-8")
+    _sync(temporary)
     temporary.replace(file)
+    _sync(file.parent)
 
 
 def _as_json(meta: dict) -> str:
@@ -139,10 +141,13 @@ def read_meta(path: Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def verify(saved: Checkpoint) -> list[str]:
+def verify(saved: Checkpoint, anew: bool = False) -> list[str]:
     """Names of the files that differ from what was saved: changed, missing or added since.
 
     `meta.json` is among them if it is the record of other weights, such as another folder's.
+
+    Args:
+        anew: hash files again that this process has hashed before, even if their size and time are the same.
 
     Raises:
         ModelError: there is no record to compare with.
@@ -152,6 +157,8 @@ def verify(saved: Checkpoint) -> list[str]:
             pass
         case _:
             raise ModelError(f"{saved.path} has no {META} with file digests: it was not saved as a checkpoint")
+    if anew:
+        _digests.clear()
     now = _file_digests(saved.path)
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
     if not _digest_of(then) == digest == saved.digest:
