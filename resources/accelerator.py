@@ -31,19 +31,19 @@ class Accelerator(dg.ConfigurableResource):
     @contextmanager
     def lease(self, log) -> Iterator[Device]:
         """The device, locked against this home's other processes for the length of the `with`. Waits for it."""
-        device = self.device()
         with Home.here().lock("accelerator", wait=False) as free:
             if free:
-                yield from self._held(device, log)
+                yield from self._held(log)
                 return
         warn("waiting for the accelerator: another process of this home is using it", log)
         with Home.here().lock("accelerator", wait=True):
-            yield from self._held(device, log)
+            yield from self._held(log)
 
-    def _held(self, device: Device, log) -> Iterator[Device]:
+    def _held(self, log) -> Iterator[Device]:
+        device = self.device()  # only now: looking at a GPU takes some of its memory, which whoever holds it plans with
         try:
             yield device
         finally:
-            release(device)
-            report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device).items()}
+            release(device.kind)
+            report = {name: f"{size / 2**30:.2f} GiB" for name, size in memory(device.kind).items()}
             log.info("device %s (%s): %s", device.kind, device.dtype, report)

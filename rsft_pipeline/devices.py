@@ -1,6 +1,8 @@
 """Devices: which processor the weights are on, in which number format, and how much memory it has."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,11 +42,11 @@ def resolve(kind: str = "auto", dtype: str = "auto") -> Device:
     return Device(kind, dtype)
 
 
-def memory(device: Device) -> dict[str, int]:
+def memory(kind: str) -> dict[str, int]:
     """The device's memory in bytes: free and total, and the most that this process has held."""
     import torch
 
-    if device.kind == "cuda":
+    if kind == "cuda":
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by PyTorch
         return {"free": free, "total": total, "peak": torch.cuda.max_memory_allocated()}
@@ -96,9 +98,18 @@ def _left(group: Path, bound: str, taken: str, dropped: str) -> tuple[int, int] 
     return max(0, most - used + int(files.get(dropped, 0))), most
 
 
-def release(device: Device) -> None:
+@contextmanager
+def own_rng(kind: str) -> Iterator[None]:
+    """Random numbers drawn and seeded inside leave those outside as they were: the CPU's and this device's."""
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+        yield
+
+
+def release(kind: str) -> None:
     """Give unused device memory back, once the models on it are no longer referenced."""
-    if device.kind == "cpu":
+    if kind == "cpu":
         return  # unreferenced memory is free already, and collecting takes half a second
     import torch
 

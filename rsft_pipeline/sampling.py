@@ -153,7 +153,7 @@ class InProcess:
 
     def __exit__(self, *_: object) -> None:
         self.model = None
-        release(self.device)
+        release(self.device.kind)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Candidate]:
         if sampling.source == "reference":

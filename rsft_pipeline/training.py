@@ -28,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from rsft_pipeline.devices import Device
+from rsft_pipeline.devices import Device, own_rng
 from rsft_pipeline.lineage import digest
 from rsft_pipeline.models.configuration import context_of
 from rsft_pipeline.recipe.training import Training
@@ -125,7 +125,7 @@ def fit(
     state = State(Path(scratch) / "state.pt", _fingerprint(samples, training, start, seed, device, parameters))
     mixed = torch.autocast(device.kind, torch.bfloat16) if device.dtype == "bfloat16" else nullcontext()
 
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.kind == "cuda" else []):
+    with own_rng(device.kind):
         torch.manual_seed(seed)
         history = state.restore(parameters, optimizer) or History()
         began = time.perf_counter() - history.seconds
@@ -307,7 +307,7 @@ class State:
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rng = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
+        if next(iter(parameters.values())).is_cuda:
             rng["cuda"] = torch.cuda.get_rng_state()
         temporary = self.path.with_suffix(f".{os.getpid()}")
         with open(temporary, "wb") as file:

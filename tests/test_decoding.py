@@ -478,7 +478,7 @@ def test_a_container_has_less_memory_than_its_host(tmp_path, monkeypatch):
         (tmp_path / "memory" / f"memory.{name}").write_text(said)
     assert devices.of_a_container(tmp_path, own) == (0, 1000)
     monkeypatch.setattr(devices, "of_a_container", lambda: (500, 1000))
-    assert devices.memory(devices.Device("cpu", "float32")).items() >= {"free": 500, "total": 1000}.items()
+    assert devices.memory("cpu").items() >= {"free": 500, "total": 1000}.items()
 
 
 def test_the_plain_loop_reads_no_more_at_once_than_the_shared_ones(monkeypatch):
@@ -504,9 +504,11 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
     def step(self):
         raise RuntimeError("shapes do not match")
 
+    model = tiny("llama")
+    decode(model, mixed_draws(), shape(), pad_id=0)  # the trial that a model stands once
     monkeypatch.setattr(shared_prefix.Loop, "_step", step)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        decode(tiny("llama"), mixed_draws(1, 4), shape(stop_ids=frozenset()), pad_id=0, at_once=4)
+        decode(model, mixed_draws(1, 4), shape(stop_ids=frozenset()), pad_id=0, at_once=4)
 
 
 def test_state_bytes_count_what_is_allocated():
@@ -611,13 +613,24 @@ def test_a_model_that_fails_in_a_way_of_its_own_is_told_in_a_line():
     assert "\n" not in str(told.value)
 
 
-def test_a_failure_without_words_is_a_failure(monkeypatch):
-    def tried(model, loop, *_):
-        if loop is not shared_prefix.draw:
-            raise NotImplementedError
-        return "it is a test"
+@pytest.mark.parametrize("error", [AttributeError("no layer_idx"), RuntimeError("a kernel's own"), ValueError()])
+def test_a_model_on_which_the_shared_loop_fails_in_any_way_is_drawn_from_by_the_plain_one(error, monkeypatch, caplog):
+    draws = mixed_draws(3, 2)
+    expected = [drawn.token_ids for drawn in decode(tiny("llama"), draws, shape(), pad_id=0)]
 
-    monkeypatch.setattr(decoding, "_tried", tried)
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(shared_prefix, "draw", failing)
+    assert [drawn.token_ids for drawn in decode(tiny("llama"), draws, shape(), pad_id=0)] == expected
+    assert f"keeps its own copy of the prompt, because {type(error).__name__}" in caplog.text
+
+
+def test_a_failure_without_words_is_a_failure(monkeypatch):
+    def trial(model, loop, *_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(decoding, "_trial", trial)
     with pytest.raises(RuntimeError, match="a LlamaForCausalLM cannot be drawn from: NotImplementedError"):
         decode(tiny("llama"), mixed_draws(), shape(), pad_id=0)
 

@@ -97,7 +97,7 @@ def replay(
             if rows := row_checks.readable(rows, note, of):
                 row_checks.draws(rows, source, note, of)
                 row_checks.prompts(rows, note, of)
-                row_checks.scorers(store, round_, rows, judged_by, device, forced, note, of)
+                row_checks.scorers(store, round_, rows, judged_by, device, forced, tolerance, note, of)
         _weights(store, round_, home, device, stored, forced, tolerance, note)
     return Replay(
         recipe.name,
@@ -337,7 +337,7 @@ def _forced(path, tokenizer, round_: Round, device: Device, rows: list[dict], to
     model = models.load(path, device, task=round_.recipe.task)
     found = task.log_probabilities(model, samples, tokenizer.pad_token_id)
     del model
-    release(device)
+    release(device.kind)
     stored = ["log_p"]
     if how.source != "reference" and (how.temperature, how.top_p, how.top_k) == (1.0, 1.0, None):
         stored.append("log_q")

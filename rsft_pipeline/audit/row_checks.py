@@ -155,10 +155,16 @@ def scorers(
     version_of: dict[str, str],
     device: Device,
     forced: int,
+    tolerance: float,
     note: Notes,
     of: str = "",
 ) -> None:
-    """Judge again with those scorers whose version is still the recorded one."""
+    """Judge again with those scorers whose version is still the recorded one.
+
+    Args:
+        forced: how many candidates to ask a model about; 0: no model is loaded.
+        tolerance: by how much a model's score may differ: of its size, if that is above 1.
+    """
     before = accepted_before(store, round_)
     rows = [row for row in rows if row["unchanged"]]
     for config in round_.recipe.scoring.scorers:
@@ -183,7 +189,7 @@ def scorers(
         except ScoringError as error:
             note(Check(name, 0, None, f"it failed: {error}"))
             continue
-        near = 1e-3 if config.kind in ASK_A_MODEL else 0.0
+        near = tolerance if config.kind in ASK_A_MODEL else 0.0
         wrong = [
             row["candidate_id"]
             for row, value in zip(again, values, strict=True)

@@ -27,9 +27,10 @@ from rsft_pipeline.models import configuration
 
 log = logging.getLogger(__name__)
 
-# Tokens drawn to try a loop on a model, and nats per token by which their log-probability may differ from that of one
-# pass over all of them: rounding gives 1e-5 in float32 and a tenth in half precision, a different attention whole nats.
-TRIAL, TOLERANCE = 4, {"torch.float32": 0.01}
+TRIAL = 4  # tokens drawn to try a loop on a model
+# Nats per token by which their log-probability may differ from that of one pass over all of them: rounding gives 1e-5
+# in float32 and a tenth in half precision, a different attention whole nats.
+TOLERANCE, TOLERANCE_OF_HALF = 0.01, 0.25
 
 
 def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once: int | None = None) -> list[Drawn]:
@@ -67,7 +68,7 @@ def decode(model: Any, draws: Sequence[Draw], shape: Shape, pad_id: int, at_once
                     raise
             # Outside the handler: a traceback would keep the failed batch's tensors alive.
             at_once = min(at_once, len(waiting)) // 2 or 1
-            devices.release(devices.Device(model.device.type, "float32"))
+            devices.release(model.device.type)
             log.warning("out of memory: going on with %d draws at once", at_once)
     return [made[i] for i in range(len(draws))]
 
@@ -76,54 +77,60 @@ def _loop(
     model: Any, draws: Sequence[tuple[int, Draw]], shape: Shape, pad_id: int, at_once: int
 ) -> Iterator[tuple[int, Drawn]]:
     from rsft_pipeline.decoding import shared_encoder, shared_prefix
-    from rsft_pipeline.decoding.attention import Unsupported
 
     shared = shared_encoder if model.config.is_encoder_decoder else shared_prefix
-    asked = [draw for _, draw in draws]
-    try:
-        if wrong := _tried(model, shared.draw, asked, min(TRIAL, shape.max_tokens), pad_id):
-            raise Unsupported(wrong)
-        yield from shared.draw(model, draws, shape, pad_id, at_once)
-    except Unsupported as reason:
-        log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, reason)
+    prompts, tokens = [draw.prompt_ids for _, draw in draws], min(TRIAL, shape.max_tokens)
+    loop, wrong = shared.draw, _wrong(model, shared.draw, prompts, tokens, pad_id)
+    if wrong:
+        log.warning("%s: each draw keeps its own copy of the prompt, because %s", type(model).__name__, wrong)
+        loop, wrong = plain.draw, _wrong(model, plain.draw, prompts, tokens, pad_id)
+    if wrong:
+        raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}")
+    yield from loop(model, draws, shape, pad_id, at_once)
+
+
+# model → loop → what is wrong with the loop's draws from that model
+_known: weakref.WeakKeyDictionary[Any, dict[Callable, str | None]] = weakref.WeakKeyDictionary()
+
+
+def _wrong(model: Any, loop: Callable, prompts: Sequence[tuple[int, ...]], tokens: int, pad_id: int) -> str | None:
+    """What is wrong with a loop's draws from a model, in words; None if it serves this model. It is tried once.
+
+    It draws a few tokens, and their log-probability is compared with the model's own, since no list of families is
+    complete. Raises RuntimeError if memory runs out.
+    """
+    from rsft_pipeline.decoding.attention import Unsupported
+
+    known = _known.setdefault(model, {})
+    if loop not in known:
         try:
-            wrong = _tried(model, plain.draw, asked, min(TRIAL, shape.max_tokens), pad_id)
+            apart = _trial(model, loop, prompts, tokens, pad_id)
+            same = apart <= (TOLERANCE_OF_HALF if model.dtype.itemsize == 2 else TOLERANCE)
+            differ = f"its draws came out {apart:.2g} nats a token from what the model gives them"
+            known[loop] = None if same else differ
+        except Unsupported as reason:
+            known[loop] = str(reason)
         except Exception as error:  # model families fail with different errors
             if devices.out_of_memory(error):
                 raise
-            wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if wrong:
-            raise RuntimeError(f"a {type(model).__name__} cannot be drawn from: {wrong}") from None
-        yield from plain.draw(model, draws, shape, pad_id, at_once)
+            known[loop] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return known[loop]
 
 
-# model → loop → nats per token by which the loop's draws differ from the model's own pass
-_apart: weakref.WeakKeyDictionary[Any, dict[Callable, float]] = weakref.WeakKeyDictionary()
-
-
-def _tried(model: Any, loop: Callable, draws: Sequence[Draw], tokens: int, pad_id: int) -> str | None:
-    """Draw a few tokens and compare their log-probability with the model's own, since no list of families is complete.
+def _trial(model: Any, loop: Callable, prompts: Sequence[tuple[int, ...]], tokens: int, pad_id: int) -> float:
+    """Nats per token by which log-probabilities of the loop's draws differ from the model's own pass over them.
 
     Two draws share the longest prompt, one has another prompt of that length, and one a shorter, possibly padded one.
-
-    Returns:
-        What is wrong, in words; None if the loop serves this model.
     """
-    off = _apart.setdefault(model, {})
-    if loop not in off:
-        prompts = sorted((draw.prompt_ids for draw in draws), key=len)
-        longest = prompts[-1]
-        shorter = prompts[0] if len(prompts[0]) < len(longest) else longest[1:] or longest
-        trial = [Draw(longest, 0), Draw(longest, 1), Draw(longest[::-1], 2), Draw(shorter, 3)]
-        shape = Shape(1.0, 1.0, None, tokens, frozenset())
-        drawn = dict(loop(model, list(enumerate(trial)), shape, pad_id, len(trial)))
-        for one in drawn.values():
-            check_number(model, one.log_q)
-        apart = [abs(drawn[i].log_p - _rated(model, one.prompt_ids, drawn[i].token_ids)) for i, one in enumerate(trial)]
-        off[loop] = float(np.max(apart)) / tokens  # np.max keeps a NaN, which exceeds every tolerance
-    if off[loop] <= TOLERANCE.get(str(model.dtype), 0.25):
-        return None
-    return f"its draws came out {off[loop]:.2g} nats a token from what the model gives them"
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    shorter = shortest if len(shortest) < len(longest) else longest[1:] or longest
+    trial = [Draw(longest, 0), Draw(longest, 1), Draw(longest[::-1], 2), Draw(shorter, 3)]
+    shape = Shape(1.0, 1.0, None, tokens, frozenset())
+    drawn = dict(loop(model, list(enumerate(trial)), shape, pad_id, len(trial)))
+    for one in drawn.values():
+        check_number(model, one.log_q)
+    apart = [abs(drawn[i].log_p - _rated(model, one.prompt_ids, drawn[i].token_ids)) for i, one in enumerate(trial)]
+    return float(np.max(apart)) / tokens  # np.max keeps a NaN, which exceeds every tolerance
 
 
 def _rated(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:

@@ -40,5 +40,5 @@ def draws_at_once(model: Any, draws: Sequence[Draw], shape: Shape) -> int:
     number = model.dtype.itemsize + 4 * 4  # as computed, and in four arrays of choose() in float32
     logits = configuration.vocabulary_of(model.config) * number
     each = state_bytes(model, shape.max_tokens) + 2 * state_bytes(model, longest) / of_a_prompt + logits
-    free = devices.memory(devices.Device(device, "float32"))["free"]
+    free = devices.memory(device)["free"]
     return max(1, min(DRAWS[device], int(SHARE[device] * free / each)))

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
+from rsft_pipeline import devices
 from rsft_pipeline.models import configuration
 from rsft_pipeline.models.checkpoints import ModelError
 from rsft_pipeline.recipe.model import Model
@@ -66,7 +67,7 @@ def _with_adapters(model, config: Model, seed: int):
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
         task_type=kind,
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with devices.own_rng(model.device.type), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses an old name
         torch.manual_seed(seed)
         try:

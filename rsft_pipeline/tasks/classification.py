@@ -65,7 +65,7 @@ def _read(model, prompts: Sequence[Sequence[int]], pad_id: int, rows: int) -> tu
                 raise
         # Outside the handler: a traceback would keep the failed batch's tensors alive.
         rows = len(batch) // 2
-        devices.release(devices.Device(model.device.type, "float32"))
+        devices.release(model.device.type)
         log.warning("out of memory: going on with %d texts at once", rows)
     return torch.cat(read), torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
 
