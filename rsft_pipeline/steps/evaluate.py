@@ -128,15 +128,21 @@ def judge(store: Store, round_: Round, between: Contest, run_id: str) -> Outcome
     return Outcome(summaries, comparison, compared, won, verdict, scorers)
 
 
+# Held-out candidates, the same ones whoever asks: two rounds that evaluate the same weights at once, in two homes on
+# one catalog, may both have drawn them.
+_EACH_ONCE = f"SELECT DISTINCT ON (candidate_id) * FROM ({EVALUATION_CANDIDATES}) ORDER BY candidate_id, text"
+
+
 def results(query: Query, round_: Round, policy: str, version: str) -> list[PromptResult]:
     """A policy's results on each of the round's held-out prompts, by the combined score of this version."""
     recipe = round_.recipe
     rows = query(
-        f"""WITH judged AS (  -- each once: two rounds that evaluate the same weights at once may both have drawn
+        f"""WITH judged AS (
                 SELECT DISTINCT ON (c.candidate_id) c.prompt_id, c.text, c.tokens, s.value, s.passed
-                FROM ({EVALUATION_CANDIDATES}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
+                FROM ({_EACH_ONCE}) c JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe
                 JOIN scores s ON s.candidate_id = c.candidate_id AND s.recipe = $recipe AND s.content = p.content
                     AND s.scorer = '{COMBINED}' AND s.version = $version
+                ORDER BY c.candidate_id, s.value
             )
             SELECT prompt_id, count(*) AS draws,
                 count(*) FILTER (value > $above AND passed) AS passes, avg(value) AS score,
@@ -155,7 +161,7 @@ def results(query: Query, round_: Round, policy: str, version: str) -> list[Prom
 def answers(store: Store, round_: Round, policy: str) -> Answers:
     """A policy's answers to the round's held-out prompts."""
     rows = store.query(
-        f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({EVALUATION_CANDIDATES}) c
+        f"""SELECT c.prompt_id, p.reference, c.text, count(*) AS n FROM ({_EACH_ONCE}) c
             JOIN prompts p ON p.prompt_id = c.prompt_id AND p.recipe = $recipe GROUP BY ALL""",
         of_evaluation(round_, policy),
     )
