@@ -510,6 +510,9 @@ def test_a_function_of_rows_that_wants_an_argument_is_named(tmp_path):
 
 
 ENDLESS = """
+from fractions import Fraction
+
+
 def rows():
     yield {"q": "a"}
     yield {"q": 10**5000}
@@ -517,6 +520,8 @@ def rows():
     around["itself"] = around
     yield around
     yield {"q": "c", "unused": 10**5000, "half \\ud800": around, 10**5000: 1}
+    yield {"q": "e", "unused": Fraction(10) ** 400}
+    yield {"q": "f", "unused": {1: "one", "1": "another"}}
     yield {"q": "d"}
 """
 
@@ -525,7 +530,7 @@ def test_a_row_that_json_cannot_even_write_is_refused_and_those_behind_it_are_re
     (tmp_path / "endless.py").write_text(ENDLESS)
     found = read(make(source="endless:rows"))
     assert [prompt.text for prompt in found.prompts] == ["a", "d"]
-    assert [(row.line, row.reason) for row in found.refused] == [(n, "not storable") for n in (2, 3, 4)]
+    assert [(row.line, row.reason) for row in found.refused] == [(n, "not storable") for n in (2, 3, 4, 5, 6)]
     assert found.refused[1].raw == b"a row that JSON cannot write; its columns: q, itself"
 
 

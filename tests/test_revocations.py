@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cli import audit, main
 from rsft_pipeline import lineage, report, revocations, rounds
-from rsft_pipeline.audit import browse, ids, verify
+from rsft_pipeline.audit import browse, ids, training_set, verify
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import impact
 from rsft_pipeline.audit.revoke import revoke
@@ -144,8 +144,10 @@ def test_a_prompt_is_revoked_whatever_its_spaces(store, known):
         Prompt(lineage.prompt_id(text), text, None, None, {"q": text}, "q", "train", "people.jsonl", i)
         for i, text in enumerate([*texts, "who else?"])
     ]
-    left = revocations.without(store, letters.RECIPE, Ingest(asked, [], 4, "digest"))
+    read = Ingest(asked, [], 4)
+    left = revocations.without(store, letters.RECIPE, read)
     assert [prompt.text for prompt in left.prompts] == ["who else?"]
+    assert left.digest == Ingest(asked[-1:], [], 1).digest != read.digest
 
 
 @pytest.mark.parametrize("kind", ["prompt", "text"])
@@ -259,7 +261,7 @@ def test_an_erased_text_does_not_come_back_with_what_was_refused(store):
     store.append("quarantine", [{"recipe": letters.RECIPE, **vars(row)} for row in refused])
     assert revoke(store, ids.text(store, "Jane Roe"), **WORDS, erase=True).erased["quarantine"] == 1
     for recipe in (letters.RECIPE, "a copy"):
-        read = revocations.without(store, recipe, Ingest([], refused, 1, "digest"))
+        read = revocations.without(store, recipe, Ingest([], refused, 1))
         assert [row.raw for row in read.refused] == [b"", refused[1].raw]
 
 
@@ -281,7 +283,7 @@ def test_of_an_erased_source_nothing_comes_back_with_what_was_refused(store):
     refused = Refused(
         "letters.jsonl", 3, b'{"a": "Jane Roe"}', "no label", "the reference is 'Jane Roe'; labels are a, b"
     )
-    read = revocations.without(store, letters.RECIPE, Ingest([], [refused], 1, "digest"))
+    read = revocations.without(store, letters.RECIPE, Ingest([], [refused], 1))
     assert "Jane" not in repr(read.refused) and len(read.refused) == 1
 
 
@@ -351,7 +353,7 @@ def test_a_damaged_file_that_only_an_older_snapshot_has_is_a_finding(store, tmp_
 
 
 def test_verify_is_of_one_moment(store, tmp_path, monkeypatch):
-    made, before, calls = verify.find(store, letters.CHECKPOINTS["r000"]), verify.as_of, []
+    made, before, calls = verify.find(store, letters.CHECKPOINTS["r000"]), training_set.as_of, []
 
     def revoked_meanwhile(connection, tables, snapshot=None):
         calls.append(snapshot)
@@ -365,5 +367,5 @@ def test_verify_is_of_one_moment(store, tmp_path, monkeypatch):
         ]
 
     quiet = different()
-    monkeypatch.setattr(verify, "as_of", revoked_meanwhile)
+    monkeypatch.setattr(training_set, "as_of", revoked_meanwhile)
     assert different() == quiet and calls[0] == calls[2] != calls[1]

@@ -50,7 +50,12 @@ class Ingest:
     prompts: list[Prompt]
     refused: list[Refused]
     rows: int
-    digest: str  # of the set of prompts and their fields, independent of their order
+
+    @property
+    def digest(self) -> str:
+        """Digest of the set of prompts, their fields and splits, independent of their order."""
+        content = ([p.prompt_id, p.text, p.reference, p.fields, p.split] for p in self.prompts)
+        return lineage.set_digest(map(lineage.digest, content))
 
 
 def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
@@ -95,8 +100,7 @@ def read(recipe: Recipe, tokenizer, context_length: int | None) -> Ingest:
             break
     if recipe.group_by and not any(recipe.group_by in prompt.fields for prompt in prompts):
         raise PromptError(_no_group(recipe.group_by, prompts[0]))
-    content = (lineage.digest([p.prompt_id, p.text, p.reference, p.fields, p.split]) for p in prompts)
-    return Ingest(prompts, refused, len(prompts) + len(refused), lineage.set_digest(content))
+    return Ingest(prompts, refused, len(prompts) + len(refused))
 
 
 def check(recipe: Recipe) -> None:
@@ -220,7 +224,7 @@ def _outcome(row: Row | Refused, recipe: Recipe, tokenizer, longest: float) -> P
         values = {name: _text(_column(fields, name)) for part in parts for name in templates.placeholders(part)}
     except _Missing as missing:
         return row.refused("missing column", str(missing))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         return row.refused("not storable", str(error))
     if reference is not None and recipe.task == "classification" and reference not in recipe.model.labels:
         return row.refused("no label", f"the reference is {reference!r:.100}; labels are {recipe.model.labels}")
@@ -304,7 +308,8 @@ def _storable(value: Any) -> Any:
 
     Raises:
         TypeError: a type that JSON has no equivalent of.
-        ValueError: an integer of thousands of digits.
+        ValueError: an integer of thousands of digits, or two keys that are the same text.
+        OverflowError: a fraction too large for a float.
         UnicodeEncodeError: text with half a surrogate pair, which no UTF-8 file can hold.
     """
     match value:
@@ -319,7 +324,10 @@ def _storable(value: Any) -> Any:
         case numbers.Real():
             return float(value) if math.isfinite(value) else None
         case Mapping():
-            return {_storable(str(key)): _storable(part) for key, part in value.items()}
+            stored = {_storable(str(key)): _storable(part) for key, part in value.items()}
+            if len(stored) < len(value):
+                raise ValueError(f"two of its keys are the same text: {', '.join(map(repr, value))}")
+            return stored
         case list() | tuple():
             return [_storable(part) for part in value]
         case datetime.date() | datetime.time() | datetime.timedelta() | decimal.Decimal() | uuid.UUID():

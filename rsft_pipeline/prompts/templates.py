@@ -109,8 +109,8 @@ def render(tokenizer, messages: list[dict], finished: bool = False) -> str:
     """
     if tokenizer is None or not tokenizer.chat_template:
         return "\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])
-    template = _STOPPED_CLOCK + tokenizer.get_chat_template()
     try:
+        template = _STOPPED_CLOCK + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=not finished
         )

@@ -111,16 +111,22 @@ def _ask(child: subprocess.Popen, expressions: list[str]) -> float | None:
 
 def _answer(child: subprocess.Popen, seconds: float):
     """The next line that the child writes, as JSON; None when it is killed for taking longer, or dies."""
-    timer = threading.Timer(seconds, child.kill)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, stop)
     timer.start()
     try:
         line = child.stdout.readline()
     finally:
         timer.cancel()
-    if not line:
-        child.wait()
-        return None
-    return json.loads(line)
+        timer.join()
+    if late.is_set() or not line:
+        child.wait()  # so that the next question finds it ended, even if this answer came just in time
+    return json.loads(line) if line.endswith("\n") else None
 
 
 def _child() -> None:
