@@ -1,5 +1,6 @@
 """Asset checks: the gates of rsft_pipeline/steps/gates.py, where Dagster and people see them."""
 
+import functools
 from collections.abc import Callable
 
 import dagster as dg
@@ -27,11 +28,9 @@ def checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
     ]
 
 
+@functools.wraps(gates.source_is_latest)
 def source_is_latest(store: Store, round_: Round) -> gates.Finding:
     return gates.source_is_latest(store, round_, Home.here())
-
-
-source_is_latest.__doc__ = gates.source_is_latest.__doc__
 
 
 def _check(

@@ -52,7 +52,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             outcome = evaluate.judge(lake, round_, contest, context.run.run_id)
             by_scorer = report.held_out_scores(lake, round_, contest)
             labelled = round_.recipe.task == "classification" and round_.recipe.prompts.reference is not None
-            by_class = report.classes(lake, round_, contest) if labelled else None
+            by_class = report.by_class(lake, round_, contest) if labelled else None
             path = rounds.locate(lake, round_.recipe, home, contest.checkpoint).path
             measured = asdict(outcome.summaries["checkpoint"])
             checkpoints.write_card(path, card(checkpoints.read_meta(path), measured, outcome.verdict))

@@ -187,13 +187,12 @@ def suggestions(connection: duckdb.DuckDBPyConnection, decided: str, parameters:
 # --- its groups -----------------------------------------------------------------------------
 
 
-def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule, accepted: int = 1) -> list[Group]:
+def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule) -> list[Group]:
     """Acceptance in each group of prompts, the lowest rate first, and how many draws it needs.
 
     Args:
         decided: table or view with prompt_id, draw, accepted, reason and `grouped`.
         rule: the recipe's acceptance section.
-        accepted: how many accepted samples a prompt should get; see `draws_needed`.
     """
     parameters = rule.model_dump(mode="json")
     counted = _rows(
@@ -206,7 +205,7 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
     )
     groups = []
     for row in counted:
-        needed = draws_needed(row["ruled"] / row["open"], accepted) if rule.per_candidate and row["open"] else None
+        needed = draws_needed(row["ruled"] / row["open"]) if rule.per_candidate and row["open"] else None
         groups.append(
             Group(
                 row["grouped"],
@@ -222,27 +221,15 @@ def coverage(connection: duckdb.DuckDBPyConnection, decided: str, rule: AnyRule,
     return groups
 
 
-def draws_needed(rate: float, accepted: int = 1, confidence: float = CONFIDENCE) -> int | None:
-    """The fewest draws of which at least `accepted` are accepted with this probability, by the binomial distribution.
+def draws_needed(rate: float) -> int | None:
+    """The fewest draws of which one at least is accepted with a probability of CONFIDENCE: 1 − (1 − rate)ⁿ.
 
     Each draw is accepted with probability `rate`; prompts that are harder than their group, or whose texts repeat,
     need more. None if the rate is 0.
     """
-    from scipy.special import betainc
-
     if rate <= 0:
         return None
-
-    def enough(draws: int) -> bool:
-        return betainc(accepted, draws - accepted + 1, rate) >= confidence  # P(X ≥ accepted), X binomial
-
-    low, high = accepted - 1, accepted  # low is too few
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return 1 if rate >= CONFIDENCE else math.ceil(math.log1p(-CONFIDENCE) / math.log1p(-rate))
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -148,14 +148,22 @@ def compare(
     drift = sum(tokens_after[p] for p in common) / sum(tokens_before[p] for p in common)
     return Comparison(
         metric,
-        difference.value,
-        difference.low,
-        difference.high,
-        len(common),
-        drift,
-        _mean(eligible, confidence, (-1.0, 1.0)),
-        bounds and _unseen(difference.value, len(common), confidence, bounds)[0],
+        difference=difference.value,
+        low=difference.low,
+        high=difference.high,
+        n=len(common),
+        length_drift=drift,
+        eligible=_mean(eligible, confidence, (-1.0, 1.0)),
+        unseen=bounds and _unseen(difference.value, len(common), confidence, bounds)[0],
     )
+
+
+_VERDICTS = {
+    ("better", True): "better",
+    ("better", False): "not better",
+    ("not_worse", True): "not worse",
+    ("not_worse", False): "may be worse",
+}
 
 
 def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
@@ -169,9 +177,7 @@ def promoted(comparison: Comparison, promotion: Promotion) -> tuple[bool, str]:
     if promotion.require == "not_worse":
         needed, low = -promotion.margin, low if comparison.unseen is None else min(low, comparison.unseen)
     passes = low > needed
-    verdict = {"better": "better", "not_worse": "not worse"}[promotion.require]
-    if not passes:
-        verdict = {"better": "not better", "not_worse": "may be worse"}[promotion.require]
+    verdict = _VERDICTS[promotion.require, passes]
     relation = ">" if passes else "is not wholly >"
     difference = shown(comparison.difference, low, comparison.high)
     numbers = f"{comparison.metric} {difference} {relation} {needed:g} over {comparison.n} prompts"

@@ -5,14 +5,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rsft_pipeline import acceptance, efficiency, revocations
+from rsft_pipeline import acceptance, classes, efficiency, revocations
 from rsft_pipeline.evaluation import Estimate, interval
 from rsft_pipeline.lineage import digest, set_digest
 from rsft_pipeline.markdown import picture, table
+from rsft_pipeline.rounds import Round
 from rsft_pipeline.steps import decide, evaluate
 from rsft_pipeline.steps.evaluate import Contest
 from rsft_pipeline.steps.rows import (
@@ -26,9 +27,6 @@ from rsft_pipeline.steps.rows import (
 )
 from rsft_pipeline.steps.score import versions
 from rsft_pipeline.store import Store
-
-if TYPE_CHECKING:
-    from rsft_pipeline.rounds import Round
 
 NAMES = {"pass_at_1": "pass@1", "pass_at_k": "pass@k", "mean_score": "mean score"}
 SHOWN = 6  # rows of each kind in a table of examples
@@ -138,7 +136,7 @@ class CandidateFacts:
     examples: str
 
 
-def candidates(store: Store, round_: "Round") -> CandidateFacts:
+def candidates(store: Store, round_: Round) -> CandidateFacts:
     """A round's candidates in numbers, with some examples."""
     parameters = of_round(round_)
     facts = store.query(
@@ -167,7 +165,7 @@ class ScoreFacts:
     histogram: str
 
 
-def scores(store: Store, round_: "Round") -> ScoreFacts:
+def scores(store: Store, round_: Round) -> ScoreFacts:
     """A round's scores in numbers, by scorer, and the distribution of the combined one."""
     version_of = versions(store, round_)
     rows = store.query(
@@ -209,7 +207,7 @@ class DecisionFacts:
     coverage_table: str  # of the recipe's `group_by`; empty without
 
 
-def decisions(store: Store, round_: "Round") -> DecisionFacts:
+def decisions(store: Store, round_: Round) -> DecisionFacts:
     """A round's decisions in numbers, by reason, and some accepted and rejected candidates side by side."""
     of = {"recipe": round_.recipe.name, "round": round_.key}
     here = "WHERE d.recipe = $recipe AND d.round = $round"
@@ -302,7 +300,7 @@ class HeldOutScores:
     table: str
 
 
-def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutScores:
+def held_out_scores(store: Store, round_: Round, contest: Contest) -> HeldOutScores:
     """Each scorer's mean over the held-out prompts, such as exact match and F1 side by side, for each role."""
     means = contest.by_role(lambda weights: _means(store, round_, weights))
 
@@ -316,7 +314,7 @@ def held_out_scores(store: Store, round_: "Round", contest: Contest) -> HeldOutS
     return HeldOutScores(means, table(rows))
 
 
-def _means(store: Store, round_: "Round", policy: str) -> dict[str, Estimate | None]:
+def _means(store: Store, round_: Round, policy: str) -> dict[str, Estimate | None]:
     """Means over the prompts with a judged candidate; intervals as for the mean score (evaluation.py)."""
     version_of = versions(store, round_)
     rows = store.query(
@@ -343,20 +341,18 @@ class ClassFacts:
     table: str
 
 
-def classes(store: Store, round_: "Round", contest: Contest) -> ClassFacts:
+def by_class(store: Store, round_: Round, contest: Contest) -> ClassFacts:
     """Macro-F1 of each model of a contest, and precision, recall and F1 of each label."""
-    from rsft_pipeline import classes as by_class
-
     recipe, overall, rows = round_.recipe, [], []
     how = {"confidence": recipe.evaluation.confidence, "seed": recipe.seed}
     answers = contest.by_role(lambda weights: evaluate.answers(store, round_, weights))
-    found = {role: by_class.macro_f1(each, **how) for role, each in answers.items()}
+    found = {role: classes.macro_f1(each, **how) for role, each in answers.items()}
     for role, each in answers.items():
         overall.append(
             {"weights": role, "macro-F1": f"{found[role].value:.4f} ({found[role].low:.4f} to {found[role].high:.4f})"}
         )
         rows += [
             {"weights": role, **vars(one), "f1": "neither asked nor answered" if one.f1 is None else one.f1}
-            for one in by_class.classes(each, recipe.model.labels)
+            for one in classes.classes(each, recipe.model.labels)
         ]
     return ClassFacts({role: one.value for role, one in found.items()}, f"{table(overall)}\n\n{table(rows)}")

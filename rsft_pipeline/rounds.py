@@ -238,7 +238,7 @@ class Weights:
 
     digest: str
     path: Path
-    source: str  # `base`, or the round that produced them
+    source: str  # `base`, `teacher`, or the round that produced them
 
 
 def starting_weights(store: Store, recipe: Recipe, home: Home, round_key: str, choice: str) -> Weights:

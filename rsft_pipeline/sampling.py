@@ -164,12 +164,11 @@ class InProcess:
         """The reference answers, with their probability under the policy; nothing is sampled."""
         asked = list({request.asked: None for request in requests})
         texts = [prompt.reference for prompt in asked]
-        ids = self.task.completion_ids(self.model, self.tokenizer, texts)
-        samples = [Sample(prompt.prompt_id, prompt.prompt_ids, each) for prompt, each in zip(asked, ids, strict=True)]
-        log_p = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id)
-        rated = {prompt: (each, p) for prompt, each, p in zip(asked, ids, log_p, strict=True)}
+        ids = dict(zip(asked, self.task.completion_ids(self.model, self.tokenizer, texts), strict=True))
+        samples = [Sample(prompt.prompt_id, prompt.prompt_ids, ids[prompt]) for prompt in asked]
+        rated = self.task.log_probabilities(self.model, samples, self.tokenizer.pad_token_id)
+        log_p = dict(zip(asked, rated, strict=True))
         return [
-            Candidate(one, one.asked.reference, ids, "stop", None, log_p)
-            for one in requests
-            for ids, log_p in [rated[one.asked]]
+            Candidate(request, request.asked.reference, ids[request.asked], "stop", None, log_p[request.asked])
+            for request in requests
         ]

@@ -4,7 +4,7 @@ Belongs here: opening the lake, all-or-nothing writes, reads, compaction. Not: t
 table, which schema.sql explains, nor queries, which are beside the steps that need them.
 
 Other processes may read and write at any time: every commit is a snapshot, and a writer that
-conflicts with another retries. Only merging files needs a moment when nobody reads or writes.
+conflicts with another retries. Only merging files and forgetting need a moment when nobody reads or writes.
 """
 
 import fcntl

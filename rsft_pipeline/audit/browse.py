@@ -17,7 +17,7 @@ from typing import Any
 
 from rsft_pipeline.audit.ids import AuditError
 from rsft_pipeline.audit.impact import MADE, descend
-from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.audit.reading import at_once, named
 from rsft_pipeline.audit.trace import EARLIER, REVOKED
 from rsft_pipeline.revocations import EVERY, OF, said
 from rsft_pipeline.store import Query, Store
@@ -175,7 +175,7 @@ def candidates(store: Store, recipe: str, round_key: str, asked: Asked, after: s
     known = "" if asked.source == _DRAWN else f", {_DECISION}"
     sql = f"""SELECT candidate_id, prompt_id, round, {key} AS key{known} FROM ({asked.source})
               WHERE {" AND ".join(conditions) or "true"} ORDER BY key {direction}, candidate_id LIMIT {ROWS + 1}"""
-    rows = store.query(sql, _used(sql, of))
+    rows = store.query(sql, named(sql, of))
     return _page(_described(store, recipe, rows[:ROWS]), rows, "key")
 
 
@@ -238,7 +238,7 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
     known = all(row.get("reason") for row in rows)
     decided = {} if known else among("decisions", f"candidate_id, {_DECISION}")
     sql = f"SELECT {_PROMPT_COLUMNS} FROM prompts WHERE recipe = $recipe AND {near}"
-    prompts = {row["prompt_id"]: row for row in store.query(sql, _used(sql, parameters))}
+    prompts = {row["prompt_id"]: row for row in store.query(sql, named(sql, parameters))}
     described = [
         {
             **_UNKNOWN,
@@ -251,7 +251,7 @@ def _described(store: Store, recipe: str, rows: Sequence[dict]) -> list[dict]:
     ]
     if undecided := {row["candidate_id"]: row for row in described if row["reason"] is None}:
         contents = [row["content"] for row in prompts.values()]
-        of = _used(_JUDGED, {**parameters, "ids": list(undecided), "contents": contents})
+        of = named(_JUDGED, {**parameters, "ids": list(undecided), "contents": contents})
         for judged in store.query(_JUDGED, of):
             undecided[judged["candidate_id"]]["score"] = judged["score"]
     revoked = _revoked(store, recipe, described, parameters)
@@ -272,15 +272,15 @@ def _near(recipe: str, rows: Sequence[dict]) -> tuple[str, dict[str, Any]]:
 
 def _revoked(store: Store, recipe: str, rows: Sequence[dict], parameters: dict[str, Any]) -> set[str]:
     """Which of the candidates are revoked: themselves, their prompt, their policy, or a scorer that decided on them."""
-    judges = store.query(_SCORERS, _used(_SCORERS, parameters))
+    judges = store.query(_SCORERS, named(_SCORERS, parameters))
     versions = {row["round"]: json.loads(row["scorers"] or "{}").values() for row in judges}
 
     def came_of(row: dict) -> set[str | None]:
         scorers = versions.get(row["round"], ()) if row["reason"] is not None else ()
         return {row["candidate_id"], row["prompt_id"], row["policy"], *scorers}
 
-    named = list(set().union(*map(came_of, rows)))
-    revoked = {row["what"] for row in store.query(REVOKED, {"recipe": recipe, "ids": named})}
+    ids = list(set().union(*map(came_of, rows)))
+    revoked = {row["what"] for row in store.query(REVOKED, {"recipe": recipe, "ids": ids})}
     return {row["candidate_id"] for row in rows if not revoked.isdisjoint(came_of(row))}
 
 
@@ -433,8 +433,3 @@ def _place(after: str, kind: type) -> tuple[Any, str]:
         return kind(key), candidate_id
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise AuditError("this page's address is not one that a list gave: begin at the first page") from None
-
-
-def _used(sql: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Only the parameters that a query names: DuckDB refuses others."""
-    return {name: value for name, value in parameters.items() if f"${name}" in sql}

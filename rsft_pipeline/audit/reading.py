@@ -30,10 +30,14 @@ def on(connection) -> Query:
     """Queries inside an open transaction; parameters that a query does not name are left out."""
 
     def query(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        used = {name: value for name, value in (parameters or {}).items() if re.search(rf"\${name}\b", sql)}
-        return connection.execute(sql, used or None).to_arrow_table().to_pylist()
+        return connection.execute(sql, named(sql, parameters or {}) or None).to_arrow_table().to_pylist()
 
     return query
+
+
+def named(sql: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Only the parameters that a query names: DuckDB refuses others."""
+    return {name: value for name, value in parameters.items() if re.search(rf"\${name}\b", sql)}
 
 
 @contextmanager

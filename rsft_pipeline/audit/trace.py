@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from rsft_pipeline import sampling
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
@@ -296,7 +294,7 @@ def _shapes(recorded: Mapping, drawn: Mapping) -> Recipe | None:
 def _recipe(recorded: str, name: str) -> Recipe | None:
     try:
         return Recipe.of_file(Path(name), json.loads(recorded), RECORDED)
-    except ValidationError:  # from another version of this program
+    except (TypeError, ValueError):  # from another version of this program, or no longer JSON
         return None
 
 

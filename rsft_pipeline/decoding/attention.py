@@ -32,10 +32,8 @@ from rsft_pipeline.decoding.cache import CompiledCache, SharedPrefixCache, Share
 
 NAME = "rsft_shared_prefix"
 # Arguments that models pass to their attention function and that do not change its result for a single query.
-UNHEEDED = {
-    *("dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position"),
-    *("output_attentions", "output_router_logits"),
-}
+UNHEEDED = {"dropout", "is_causal", "position_ids", "sliding_window", "use_cache", "cache_position"}
+UNHEEDED |= {"output_attentions", "output_router_logits"}
 
 
 class Unsupported(Exception):

@@ -101,10 +101,8 @@ class _Causal:
         import torch
         from transformers import DynamicCache
 
-        self.cache, self.position = (
-            DynamicCache(config=self.model.config),
-            configuration.first_position(self.model.config),
-        )
+        self.cache = DynamicCache(config=self.model.config)
+        self.position = configuration.first_position(self.model.config)
         return self.follow(torch.tensor(prompts, device=self.model.device))
 
     def select(self, rows: Any) -> None:

@@ -136,6 +136,8 @@ def _assign(tree: dict, key: str, text: str, path: Path) -> None:
 
 
 def _index(node: list, part: str, key: str, path: Path) -> int:
+    if not node:
+        raise RecipeError(f"{path}: cannot set {key}: that list is empty")
     if not part.isdecimal() or int(part) >= len(node):
         raise RecipeError(f"{path}: cannot set {key}: expected a list position from 0 to {len(node) - 1}, got {part!r}")
     return int(part)

@@ -18,7 +18,7 @@ class Training(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the data.")
     batch_size: int = Field(32, ge=1, description="Samples per optimiser step.")
     accumulation: int = Field(
-        1, ge=1, description="Parts that a step is computed in, to save memory; the result is the same."
+        1, ge=1, description="Parts that a step is computed in at least, to save memory; the result is the same."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay after the warm-up.")

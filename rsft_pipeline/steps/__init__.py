@@ -6,5 +6,6 @@ the steps and showing their outcome (the assets).
 
 Every step can be repeated: what is there already is kept, and what is replaced is replaced as a whole.
 
-Modules are named after what they do, not after what they make; all of them build on `rows`.
+A step is named after what it does, not after what it makes. `rows` says which rows they read, `gates` what must hold
+between them.
 """

@@ -57,9 +57,12 @@ def ask(store: Store, round_: Round, tokenizer, *, split: str, run_id: str) -> l
     rows = [{**of, "prompt_id": row["prompt_id"], "dagster_run_id": run_id} for row in chosen]
     store.replace("round_prompts", rows, **of)
     return [
-        Asked(row["prompt_id"], tuple(ids), row["reference"])
+        Asked(
+            row["prompt_id"],
+            tuple(prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)),
+            row["reference"],
+        )
         for row in chosen
-        for ids in [prompts.encode(tokenizer, row["text"], row["chat"], recipe.task)]
     ]
 
 

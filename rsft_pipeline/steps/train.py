@@ -153,10 +153,10 @@ def _write(
 ) -> None:
     """Write the rows of a saved checkpoint, and name it in its round's record."""
     made = {"recipe": meta["recipe"], "round": meta["round"], "checkpoint": checkpoint.digest}
-    said = ("parent", "policy", "drawn_from", "trained_on", "accepted_digest", "samples", "steps", "loss")
+    copied = ("parent", "policy", "drawn_from", "trained_on", "accepted_digest", "samples", "steps", "loss")
     row = {
         **made,
-        **{name: meta[name] for name in said},
+        **{name: meta[name] for name in copied},
         "path": str(checkpoint.path),
         "snapshot": meta["store_snapshot"],
         "meta": json.dumps(meta),
@@ -178,11 +178,12 @@ def _write(
             replace(connection, "checkpoints", [row], **made)
             replace(connection, "training_samples", members, **made)
         revocations.lift(connection, checkpoint.digest)
-        told = "checkpoint = ?", checkpoint.digest
-        if not accepted:
-            control = json.dumps({meta["trained_on"]: checkpoint.digest})
-            told = "controls = json_merge_patch(coalesce(controls, '{}'), ?)", control
-        of = [meta["recipe"], meta["round"]]
-        connection.execute(f"UPDATE rounds SET {told[0]} WHERE recipe = ? AND round = ?", [told[1], *of])
+        if accepted:
+            column, value = "checkpoint = ?", checkpoint.digest
+        else:
+            column = "controls = json_merge_patch(coalesce(controls, '{}'), ?)"
+            value = json.dumps({meta["trained_on"]: checkpoint.digest})
+        of_round = [meta["recipe"], meta["round"]]
+        connection.execute(f"UPDATE rounds SET {column} WHERE recipe = ? AND round = ?", [value, *of_round])
 
     store.commit(work)
