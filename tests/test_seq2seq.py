@@ -372,8 +372,8 @@ def test_a_causal_sequences_log_probability_is_its_tokens_one_by_one(kind):
 
 
 def test_a_batch_holds_what_was_drawn_and_never_the_start_token():
-    batch = seq2seq.collate(SAMPLES[:2], pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, EOS], [9, EOS, 0]]
+    batch = seq2seq.collate(SAMPLES[:2], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, EOS], [9, EOS, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[7, 8, EOS], [10, EOS, -100]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
