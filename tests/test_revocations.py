@@ -333,6 +333,35 @@ def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):
 # --- verify ------------------------------------------------------------------------------------
 
 
+def test_weights_that_several_rounds_and_recipes_came_to_are_verified_as_those_of_each(store, tmp_path):
+    copy(store, "zeta")
+    same, now = letters.CHECKPOINTS["r000"], store.snapshot()
+    every = [(recipe, key) for recipe in (letters.RECIPE, "zeta") for key in letters.CHECKPOINTS]
+
+    def alike(connection):
+        for table in ("checkpoints", "training_samples", "rounds"):
+            of = "" if table == "rounds" else "recipe = 'zeta' OR "  # zeta's own are by now another
+            connection.execute(f"UPDATE {table} SET checkpoint = ? WHERE {of} round = 'r001'", [same])
+        for recipe, key in every:
+            learned = "SELECT candidate_id FROM training_samples WHERE recipe = ? AND round = ?"
+            of = [recipe, key]
+            digest = lineage.set_digest(one for (one,) in connection.execute(learned, of).fetchall())
+            written = "UPDATE checkpoints SET accepted_digest = ?, snapshot = ? WHERE recipe = ? AND round = ?"
+            connection.execute(written, [digest, now, *of])
+
+    store.commit(alike)
+    for recipe, key in every:
+        (made,) = store.query("SELECT * FROM checkpoints WHERE recipe = ? AND round = ?", [recipe, key])
+        found = {one.name: one for one in verify.verify(store, made, Home(tmp_path)).checks}
+        for name, compared in (("the training set, counted and hashed", 2), (verify._THEN, letters.PROMPTS)):
+            assert (found[name].compared, found[name].differing) == (compared, 0), (recipe, key, name)
+        there = store.value("SELECT checkpoint FROM rounds WHERE recipe = ? AND round = ?", [recipe, key])
+        assert ("begun again since" in found[verify._NOW].note) == (there != same)
+        if there == same:
+            assert verify.find(store, recipe, key) == made
+    assert verify.find(store, same[:9])["round"] == "r001"
+
+
 def test_a_damaged_file_that_only_an_older_snapshot_has_is_a_finding(store, tmp_path):
     def files():
         listed = store.query("SELECT data_file FROM ducklake_list_files('lake', 'decisions')")
