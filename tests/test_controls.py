@@ -303,12 +303,12 @@ def test_a_round_that_is_killed_after_each_wave_draws_the_waves_of_one_that_was_
 
     def killed(*given, **named):
         if next(calls) % 2 == 0:  # before what was just drawn is scored
-            raise KeyboardInterrupt
+            raise InterruptedError
         return score(*given, **named)
 
     monkeypatch.setattr(until, "score", killed)
     for _ in told:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedError):
             draw_until(**THREE_OF_EACH)
     assert draw_until(**THREE_OF_EACH)[1] == (0, 0)
     assert drawn(mine) == whole
