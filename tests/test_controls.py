@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from rsft_pipeline import lineage, models, rounds, sampling, tasks
+from rsft_pipeline import lineage, models, rounds, sampling, scoring, tasks
 from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.replay import replay
@@ -20,7 +20,7 @@ from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps import draw as drawing
-from rsft_pipeline.steps import evaluate, until
+from rsft_pipeline.steps import evaluate, score, until
 from rsft_pipeline.steps.decide import accepted_so_far
 from rsft_pipeline.store import Store
 from tests.test_round import checks, failure_of, instance, run  # noqa: F401 (a fixture)
@@ -137,6 +137,7 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
         assert store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1") == decisions
 
 
+CPU = Device("cpu", "float32")
 SCORER = """
 def exact(samples):
     return [float(sample.completion == sample.reference) for sample in samples]
@@ -193,6 +194,14 @@ def test_a_scorer_that_is_edited_while_the_round_draws_stops_it_and_nothing_is_l
         assert judged == store.value("SELECT count(*) FROM candidates")
 
 
+def test_a_scorer_that_is_edited_while_it_is_loaded_is_not_gone_by(home, by_function, monkeypatch):
+    recipe, file = by_function()
+    round_ = rounds.Round(recipe, "r000", "policy", "base", "policy", "none")
+    monkeypatch.setattr(scoring, "judges", edited(scoring.judges, file))
+    with Store.at(home) as store, pytest.raises(rounds.RoundError, match="`exact` has changed since it was loaded"):
+        score.load(store, round_, CPU)
+
+
 def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by_function, monkeypatch):  # noqa: F811
     recipe, file = by_function()
     monkeypatch.setattr(evaluate, "contest", edited(evaluate.contest, file))
@@ -231,9 +240,6 @@ def test_a_round_ends_with_the_wave_that_makes_its_accepted_enough(home, instanc
         drawn = store.value("SELECT count(*) FROM candidates WHERE split = 'train'")
         assert wanted <= accepted < wanted + 20
         assert drawn % 2 == 0 and drawn < 12 * 67
-
-
-CPU = Device("cpu", "float32")
 
 
 @pytest.fixture
@@ -299,12 +305,12 @@ def test_a_round_that_is_killed_after_each_wave_draws_the_waves_of_one_that_was_
     }
 
     undraw(mine)
-    score, calls = until.score, itertools.count(1)
+    then, calls = until.score, itertools.count(1)
 
     def killed(*given, **named):
         if next(calls) % 2 == 0:  # before what was just drawn is scored
             raise InterruptedError
-        return score(*given, **named)
+        return then(*given, **named)
 
     monkeypatch.setattr(until, "score", killed)
     for _ in told:

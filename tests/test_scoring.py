@@ -594,9 +594,12 @@ def judge(tmp_path, write_recipe):
         yield judge
 
 
-def test_a_candidate_is_judged_once_by_each_version_of_a_scorer_and_content_of_its_prompt(judge):
+def test_a_candidate_is_judged_once_by_each_version_of_a_scorer_and_content_of_its_prompt(judge, monkeypatch):
     assert judge() == (80, {"answer": 80, "combined": 80})  # those that are there are by other versions
-    assert judge() == (0, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "judges", lambda *_: pytest.fail("scorers were loaded for nothing"))
+        assert judge() == (0, {})
+    assert judge({**EXACT, "match": "numeric"}) == (80, {"answer": 80, "combined": 80})
     assert judge({**EXACT, "weight": 2.0}) == (80, {"combined": 80})
     gate = {**EXACT, "minimum": 0.5}
     assert judge(gate) == judge(gate, combine="all") == (80, {"combined": 80})
