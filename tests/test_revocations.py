@@ -19,7 +19,9 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.prompts import Ingest, Prompt, PromptError, Refused
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import rows
 from rsft_pipeline.steps.ingest import ingest
+from rsft_pipeline.steps.score import check_not_revoked
 from rsft_pipeline.store import Store
 
 WORDS = {"who": "Ada", "why": "asked to"}
@@ -302,6 +304,69 @@ def test_a_checkpoint_that_learned_from_a_teacher_in_an_earlier_round_is_not_pro
     revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": teacher, "who": "me", "why": "licence"}
     store.append("revocations", [revoked])  # while r001 was training
     assert f"checkpoint {teacher} was revoked" in revocations.of_checkpoint(store, letters.RECIPE, second)
+
+
+@pytest.mark.parametrize("what", ["policy", "teacher"])
+def test_a_round_whose_policy_or_teacher_was_revoked_does_not_go_on(store, write_recipe, what):
+    round_ = rounds.Round(load(write_recipe(letters.RECIPE)), "r001", "policy", "r000", "teacher", "none")
+    revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", **WORDS}
+    store.append("revocations", [{**revoked, "what": letters.BASE}])
+    check_not_revoked(store, round_)
+    store.append("revocations", [{**revoked, "what": what}])
+    with pytest.raises(rounds.RoundError, match=f"letters r001: checkpoint {what} was revoked by Ada: asked to"):
+        check_not_revoked(store, round_)
+
+
+MADE_FROM = {"parent": "parent", "policy": "policy", "drawn_from": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "made_from", "reached"),
+    [
+        ("checkpoint", letters.CHECKPOINTS["r001"], {}, True),
+        ("checkpoint", "parent", {}, True),
+        ("checkpoint", "policy", {}, True),  # from before it was written down what it learned from
+        ("checkpoint", "teacher", {"drawn_from": "teacher"}, True),
+        ("checkpoint", "policy", {"drawn_from": "teacher"}, False),
+        ("scorer", "version-answer", {}, True),
+        ("candidate", letters.candidate_id("r001", 3, 0), {}, True),
+        ("candidate", letters.candidate_id("r001", 3, 1), {}, False),  # a duplicate, which it did not learn
+        ("candidate", letters.candidate_id("r000", 3, 0), {}, False),
+        ("prompt", letters.prompt_id(3), {}, True),
+        ("prompt", letters.prompt_id(3, "eval"), {}, False),
+    ],
+)
+def test_a_checkpoint_is_not_used_if_what_it_was_made_from_was_revoked_meanwhile(store, kind, what, made_from, reached):
+    made, columns = letters.CHECKPOINTS["r001"], {**MADE_FROM, **made_from}
+    written = ", ".join(f"{name} = ?" for name in columns)
+    store.commit(lambda c: c.execute(f"UPDATE checkpoints SET {written} WHERE round = 'r001'", list(columns.values())))
+    store.append("revocations", [{"recipe": letters.RECIPE, "kind": kind, "what": what, **WORDS}])
+    why = revocations.of_checkpoint(store, letters.RECIPE, made)
+    assert (why is not None) == reached and (not reached or what in why)
+    store.append("revocations", [{"recipe": "other", "kind": "prompt", "what": letters.prompt_id(4), **WORDS}])
+    assert revocations.of_checkpoint(store, letters.RECIPE, made) == why
+
+
+def test_what_was_revoked_in_another_recipe_alone_may_be_trained_on(store):
+    one = letters.candidate_id("r001", 7, 0)
+    revoked = [
+        ("other", "prompt", letters.prompt_id(3)),
+        ("other", "text", "answer 5 0"),
+        (revocations.EVERY, "prompt", letters.prompt_id(4)),
+        (revocations.EVERY, "text", "answer 6 0"),
+        ("other", "candidate", one),  # an id is of one recipe, whichever that is
+        ("other", "scorer", "answer 8 0"),  # that is no text
+    ]
+    store.append(
+        "revocations", [{"recipe": recipe, "kind": kind, "what": what, **WORDS} for recipe, kind, what in revoked]
+    )
+    drawn = f"FROM candidates s WHERE round = 'r001' AND split = 'train' AND ({revocations.REVOKED})"
+    aside = store.query(f"SELECT candidate_id {drawn}", {"recipe": letters.RECIPE})
+    of_four = {letters.candidate_id("r001", 4, draw) for draw in range(letters.DRAWS)}
+    assert {row["candidate_id"] for row in aside} == of_four | {one, letters.candidate_id("r001", 6, 0)}
+    sql, of = rows.training_rows(letters.RECIPE, "r001", letters.RECIPE_AS_RUN)
+    learned = {row["candidate_id"] for row in store.query(sql, of)}
+    assert learned == {letters.candidate_id("r001", n, 0) for n in range(letters.PROMPTS) if n not in (4, 7)}
 
 
 def test_a_scorers_version_is_followed_in_every_recipe_that_has_it(store):
