@@ -612,6 +612,15 @@ def test_a_candidate_is_judged_once_by_each_version_of_a_scorer_and_content_of_i
     assert right == [{"candidate_id": letters.candidate_id("r001", 3, 1)}] * 2
 
 
+def test_scorers_see_of_a_candidate_what_its_row_has():
+    turns = [{"role": "user", "content": "2 + 2"}]
+    row = {"prompt": "2 + 2", "text": "4", "reference": "four", "fields": '{"level": 1}', "log_p": -1.5}
+    ended = score.judged_sample({**row, "messages": None, "finish_reason": "stop"})
+    assert ended == Sample("2 + 2", "4", "four", {"level": 1}, -1.5, None, True)
+    cut = score.judged_sample({**row, "messages": json.dumps(turns), "finish_reason": "length"})
+    assert cut == Sample("2 + 2", "4", "four", {"level": 1}, -1.5, turns, False)
+
+
 def test_what_was_erased_is_judged_no_more(judge):
     assert judge()[0] == 80
     judge.change("UPDATE prompts SET content = 'another'")
