@@ -425,6 +425,9 @@ def test_weights_that_several_rounds_and_recipes_came_to_are_verified_as_those_o
         if there == same:
             assert verify.find(store, recipe, key) == made
     assert verify.find(store, same[:9])["round"] == "r001"
+    store.append("checkpoints", [{**made, "checkpoint": f"{same[:9]}0"}])
+    with pytest.raises(AuditError, match=f"^2 checkpoints begin with '{same[:9]}': {same[:9]}"):
+        verify.find(store, same[:9])
 
 
 def test_a_damaged_file_that_only_an_older_snapshot_has_is_a_finding(store, tmp_path):

@@ -73,9 +73,8 @@ def find(store: Store, checkpoint: str, round_key: str | None = None) -> dict[st
     if not rows:
         nothing = f"no checkpoint begins with {checkpoint!r}, and no recipe here is called so"
         raise AuditError(f"{checkpoint} {round_key} has made no checkpoint" if round_key else nothing)
-    if len({row["checkpoint"] for row in rows}) > 1:
-        there = ", ".join(sorted({row["checkpoint"] for row in rows})[:5])
-        raise AuditError(f"{len(rows)} checkpoints begin with {checkpoint!r}: {there}")
+    if len(there := sorted({row["checkpoint"] for row in rows})) > 1:
+        raise AuditError(f"{len(there)} checkpoints begin with {checkpoint!r}: {', '.join(there[:5])}")
     return rows[-1]
 
 
