@@ -387,6 +387,47 @@ def test_what_is_touched_itself_is_not_counted_again_among_what_came_later(store
     assert (one.later_candidates, one.later_accepted) == (letters.PROMPTS * letters.DRAWS, letters.PROMPTS)
 
 
+BOTH = ["r000", "r001"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "counts", "evaluated", "learned"),
+    [
+        ("candidate", letters.candidate_id("r001", 3, 0), (0, 1, 0, 1), [], [("r001", 1)]),
+        ("candidate", letters.candidate_id("r000", 3, 1), (0, 1, 0, 0), [], []),
+        ("candidate", letters.candidate_id("r000", 0, 0, "eval"), (0, 0, 1, 0), ["r000"], []),
+        ("candidate", letters.candidate_id("r001", 0, 0, "eval"), (0, 0, 1, 0), BOTH, []),
+        ("prompt", letters.prompt_id(3), (1, 8, 0, 2), [], [("r000", 1), ("r001", 1)]),
+        ("prompt", letters.prompt_id(0, "eval"), (1, 0, 8, 0), BOTH, []),
+        ("source", "letters.jsonl", (40, 160, 16, 40), BOTH, [("r000", 20), ("r001", 20)]),
+        ("text", "answer 3 0", (0, 1, 0, 1), [], [("r001", 1)]),
+        ("text", "comes after 3?", (2, 8, 0, 2), [], [("r000", 1), ("r001", 1)]),  # one prompt of them is held out
+        ("checkpoint", letters.CHECKPOINTS["r000"], (0, 80, 8, 20), BOTH, [("r000", 0), ("r001", 20)]),
+        ("scorer", "version-answer", (0, 160, 16, 40), BOTH, [("r000", 20), ("r001", 20)]),
+    ],
+)
+def test_a_thing_of_one_recipe_is_counted_there_alone(store, kind, what, counts, evaluated, learned):
+    policy = {"r000": letters.BASE, "r001": letters.CHECKPOINTS["r000"]}
+    for key, own in letters.CHECKPOINTS.items():
+        of = {"recipe": letters.RECIPE, "round": key, "prompt_id": letters.prompt_id(0, "eval")}
+        both = {"policy": policy[key], "checkpoint": own}
+        store.append("evaluations", [{**of, "role": role, "checkpoint": each} for role, each in both.items()])
+    copy(store, "zeta")
+    found = impact(store, ids.Thing(kind, what, (letters.RECIPE,)))
+    assert (found.prompts, found.candidates, found.held_out, found.accepted) == counts
+    assert found.evaluated == [(letters.RECIPE, key) for key in evaluated]
+    there = [(one.round, one.samples) for one in found.checkpoints if one.recipe == letters.RECIPE]
+    assert there == learned
+
+
+def test_a_champion_is_in_use_only_after_the_last_finished_round(store):
+    thing = ids.Thing("candidate", letters.candidate_id("r000", 8, 0), (letters.RECIPE,))
+    assert impact(store, thing).champions == [(letters.RECIPE, letters.CHECKPOINTS["r000"])]
+    for key, champions in (("r001", 1), ("r000", 0)):
+        store.commit(lambda c, key=key: c.execute("UPDATE rounds SET state = 'revoked' WHERE round = ?", [key]))
+        assert len(impact(store, thing).champions) == champions
+
+
 def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):
     store.commit(
         lambda c: c.execute("UPDATE prompts SET source = 'answer' WHERE prompt_id = ?", [letters.prompt_id(1)])
