@@ -464,6 +464,25 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
 
 
+def test_rows_of_now_that_were_changed_with_their_leaves_or_are_there_twice_are_told_by_the_root(mine, recipe):
+    mine.forget()
+    candidate, (sql, given) = some(mine)["candidate_id"], training_rows(NAME, "r000", recipe)
+    change(mine, "INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "are there more than once" in finding.what and finding.ids == (candidate,)
+    change(mine, "DELETE FROM candidates WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "rows at the snapshot gone" in finding.what and finding.ids == (candidate,)
+    left = min(mine.query(sql, given), key=lambda row: row["candidate_id"])["candidate_id"]
+    change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
+    change(mine, "UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", left)
+    (row,) = [row for row in mine.query(sql, given) if row["candidate_id"] == left]
+    change(mine, "UPDATE training_samples SET leaf = ? WHERE candidate_id = ?", leaf(row).hex(), left)
+    counted, finding = verified(mine).findings
+    assert "`training_samples` gives" in counted.what
+    assert "the recorded leaves were changed along with the rows" in finding.what
+
+
 def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine):
     made = find(mine, NAME, "r001")
     candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001'")
