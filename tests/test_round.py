@@ -625,6 +625,7 @@ def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use
         for key, state, champion in (("r000", "revoked", "old"), ("r001", "finished", "b"), ("r002", "revoked", "c")):
             store.append("rounds", [{"recipe": "a", "round": key, "state": state, "champion": champion}])
         assert rounds.in_use(store, "a", "r000", "first") == "b"
+        assert rounds.in_use(store, "a", "r001", "second") == "second"
         assert rounds.in_use(store, "a", "r002", "third") == "third"
 
 
@@ -651,6 +652,8 @@ def test_what_a_recipe_records_of_its_rounds_is_nothing_to_another(tmp_path, wri
         assert rounds.why_stopped(store, letters.RECIPE) == "rounds used up: 2 finished, 2 allowed"
         assert rounds.why_stopped(store, "other") is None and rounds.why_stopped(store, "another") is None
         assert (rounds.last_begun(store, letters.RECIPE), rounds.last_begun(store, "other")) == ("r001", "r002")
+
+        assert rounds.row_of(store, "other", "r001")["recipe"] == "other"
 
         rounds.check_nothing_stands_on(store, letters.RECIPE, "r001")
         with pytest.raises(rounds.RoundError, match="other r001 cannot be run again: r002 stands on it"):
