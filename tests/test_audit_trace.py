@@ -442,6 +442,24 @@ def test_rounds_do_not_go_back_to_another_base_model(mine, recipe):
     assert rounds.locate(mine, other, Home.here(), base) == rounds.locate(mine, recipe, Home.here(), base)
 
 
+def test_a_round_starts_from_the_weights_of_its_choice_unless_they_were_revoked(mine, recipe):
+    def start(round_key, choice):
+        found = rounds.starting_weights(mine, recipe, Home.here(), round_key, choice)
+        return found.digest, found.source
+
+    first, second = rounds.history(mine, NAME)
+    mine.commit(lambda c: c.execute("UPDATE rounds SET champion = ? WHERE round = 'r001'", [first["checkpoint"]]))
+    assert start("r002", "champion") == start("r001", "previous") == (first["checkpoint"], "r000")
+    assert start("r002", "previous") == (second["checkpoint"], "r001")
+    for choice in ("champion", "previous", "base"):
+        assert start("r000", choice) == (first["policy"], "base")
+    revoked = {"recipe": NAME, "kind": "checkpoint", "what": second["checkpoint"], "who": "me", "why": "because"}
+    mine.append("revocations", [revoked])
+    with pytest.raises(RoundError, match=f"r002 would start from r001: checkpoint {second['checkpoint']} was revoked"):
+        start("r002", "previous")
+    assert start("r002", "champion") == (first["checkpoint"], "r000")
+
+
 def test_while_a_round_is_revoked_no_stop_rule_holds(mine, recipe):
     enough = recipe.model_copy(update={"stop": recipe.stop.model_copy(update={"target": 0.0})})
     assert "target" in rounds.why_stop(mine, enough)
