@@ -269,6 +269,28 @@ def draw_until(mine, about_to_draw):
     return draw
 
 
+def test_a_round_that_draws_as_many_for_each_prompt_draws_what_is_missing_and_says_how_much(mine, about_to_draw):
+    round_, told = about_to_draw(sampling={"prompts": 12, "draws": 2, "max_tokens": 2, "wave_size": 10}), []
+    weights = Home.here().checkpoints / round_.drawn_from
+    asked = drawing.ask(mine, round_, models.tokenizer(weights), split="train", run_id="run")
+
+    def draw_all():
+        def show(done, words, total):
+            assert "tokens/s" in words
+            told.append((done, total))
+
+        with sampling.InProcess(weights, round_.recipe, tasks.of(round_.recipe), CPU) as session:
+            return drawing.draw_all(mine, round_, session, asked, run_id="run", show=show)
+
+    made = draw_all()
+    whole = drawn(mine)
+    assert made == (24, sum(row["tokens"] for row in whole)) and told == [(10, 24), (20, 24), (24, 24)]
+    mine.commit(lambda c: c.execute("DELETE FROM candidates WHERE round = 'r002' AND wave <> 1"))
+    again = draw_all()
+    assert again == (14, sum(row["tokens"] for row in whole if row["wave"] != 1)) and told[3:] == [(10, 14), (14, 14)]
+    assert drawn(mine) == whole and draw_all() == (0, 0)
+
+
 def drawn(store):
     return store.query("SELECT candidate_id, wave, tokens, token_ids FROM candidates WHERE round = 'r002' ORDER BY ALL")
 

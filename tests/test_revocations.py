@@ -355,7 +355,7 @@ def test_what_was_revoked_in_another_recipe_alone_may_be_trained_on(store):
         (revocations.EVERY, "prompt", letters.prompt_id(4)),
         (revocations.EVERY, "text", "answer 6 0"),
         ("other", "candidate", one),  # an id is of one recipe, whichever that is
-        ("other", "scorer", "answer 8 0"),  # that is no text
+        (letters.RECIPE, "scorer", "answer 8 0"),  # that is no text
     ]
     store.append(
         "revocations", [{"recipe": recipe, "kind": kind, "what": what, **WORDS} for recipe, kind, what in revoked]

@@ -148,3 +148,7 @@ def test_a_round_asks_some_of_its_recipes_prompts_that_are_in_use_and_evaluation
         change("UPDATE prompts SET settings = 'of now' WHERE prompt_id = ?", letters.prompt_id(11))
         with pytest.raises(RoundError, match="its prompts were read with another section `prompts` than the round"):
             asked("r000", "train")
+        revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": "teacher", "who": "Ada", "why": "licence"}
+        store.append("revocations", [revoked])
+        with pytest.raises(RoundError, match="checkpoint teacher was revoked by Ada: licence"):
+            asked("r001", "train")
