@@ -200,15 +200,18 @@ def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
         "c.txt": "Jürgen Müller, Köln".encode(),
         "d.jsonl": rb'{"q": "see https:\/\/jane.example\/secret"}',
         "e.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller, K\u00f6ln"]}',
-        "f.txt": b"somebody else",
+        "f.txt": b"and who is somebody else???",
         "g.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller"]}',
         "h.jsonl": rb'{"J\u00fcrgen M\u00FCller, K\u00f6ln": null}',
+        "i.jsonl": b"[" * 100_000,  # too deep to be parsed
+        "j.txt": "王小明".encode(),  # which Latin-1 cannot write
     }
     store.append("quarantine", [{**of, "source": source, "raw": raw} for source, raw in refused.items()])
-    for text in ('she said "my name is Jane Roe" twice', "Jürgen Müller, Köln", "https://jane.example/secret"):
+    named = ("Jürgen Müller, Köln", "王小明", "https://jane.example/secret", 'she said "my name is Jane Roe" twice')
+    for text in named:
         revoke(store, ids.text(store, text), **WORDS, erase=True)
     left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%' ORDER BY 1")
-    assert left == [{"source": "f.txt"}, {"source": "g.jsonl"}]
+    assert left == [{"source": "f.txt"}, {"source": "g.jsonl"}, {"source": "i.jsonl"}]
 
 
 def test_who_revokes_what_may_come_back_is_told_what_to_do_first(tmp_path, monkeypatch):
@@ -367,6 +370,9 @@ def test_what_was_revoked_in_another_recipe_alone_may_be_trained_on(store):
     sql, of = rows.training_rows(letters.RECIPE, "r001", letters.RECIPE_AS_RUN)
     learned = {row["candidate_id"] for row in store.query(sql, of)}
     assert learned == {letters.candidate_id("r001", n, 0) for n in range(letters.PROMPTS) if n not in (4, 7)}
+    policy = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": letters.CHECKPOINTS["r000"], **WORDS}
+    store.append("revocations", [policy])
+    assert store.query(sql, of) == []
 
 
 def test_a_scorers_version_is_followed_in_every_recipe_that_has_it(store):
