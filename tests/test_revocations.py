@@ -150,6 +150,20 @@ def test_a_prompt_is_revoked_whatever_its_spaces(store, known):
     assert [prompt.text for prompt in left.prompts] == ["who else?"]
 
 
+@pytest.mark.parametrize("where", ["text", "reference", "fields"])
+def test_a_revoked_text_keeps_out_prompts_that_have_it_anywhere(store, where):
+    words = 'José "Joe" Roe'
+    revoke(store, ids.text(store, words), **WORDS)
+    has = {"text": "who?", "reference": "nobody", "fields": {"q": "who?"}}
+    has[where] = {"q": "who?", "by": f"{words}, Köln"} if where == "fields" else f"{words}, Köln"
+    of = {"messages": None, "question": "q", "split": "train", "source": "people.jsonl"}
+    one = Prompt(prompt_id="a", **has, **of, line=1)
+    other = Prompt(prompt_id="b", text="else?", reference=None, fields={"q": "else?"}, **of, line=2)
+    left = revocations.without(store, letters.RECIPE, Ingest([one, other], [], 2, "digest"))
+    assert left.prompts == [other]
+    assert [(row.line, row.raw, row.reason, row.detail) for row in left.refused] == [(1, b"", "revoked", "")]
+
+
 @pytest.mark.parametrize("kind", ["prompt", "text"])
 def test_who_erased_what_somebody_had_revoked_is_written_down_too(store, kind):
     named = {"prompt": lambda: ids.thing(store, letters.prompt_id(3)), "text": lambda: ids.text(store, "answer 3 0")}
