@@ -440,6 +440,14 @@ def test_a_thing_of_one_recipe_is_counted_there_alone(store, kind, what, counts,
     assert there == learned
 
 
+@pytest.mark.parametrize("column", ["text", "reference", "fields", "messages"])
+def test_a_text_reaches_prompts_that_have_it_in_any_column(store, column):
+    row = {"recipe": letters.RECIPE, "prompt_id": "a", "text": "who?", "fields": "{}", "split": "train"}
+    words = "by Jane Roe" if column in ("text", "reference") else json.dumps([{"content": "by Jane Roe"}])
+    store.append("prompts", [{**row, column: words}])
+    assert impact(store, ids.text(store, "Jane Roe")).prompts == 1
+
+
 def test_a_champion_is_in_use_only_after_the_last_finished_round(store):
     thing = ids.Thing("candidate", letters.candidate_id("r000", 8, 0), (letters.RECIPE,))
     assert impact(store, thing).champions == [(letters.RECIPE, letters.CHECKPOINTS["r000"])]
