@@ -24,7 +24,7 @@ from rsft_pipeline import lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, export
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.audit.impact import impact
+from rsft_pipeline.audit.impact import earlier, impact
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
@@ -266,6 +266,20 @@ def test_a_round_on_all_rounds_is_not_held_to_attempts_that_were_run_again_befor
             meta = json.dumps({"training": {"data": data}, "scorers": []})
             store.append("checkpoints", [{**row, "trained_on": "accepted", "snapshot": snapshot, "meta": meta}])
         assert of_prompt(store, "p0")[0] == ["k0", "k1"]
+
+
+def test_a_checkpoint_on_all_rounds_has_learned_from_its_recipes_last_attempts_at_earlier_rounds():
+    def row(checkpoint, round_key, snapshot, recipe="a", trained_on="accepted", data="all_rounds"):
+        of = {"recipe": recipe, "round": round_key, "checkpoint": checkpoint}
+        return {**of, "snapshot": snapshot, "trained_on": trained_on, "data": data}
+
+    last = row("last", "r002", 6)
+    made = [row("first", "r000", 1), row("again", "r000", 2, trained_on=None), row("other's", "r000", 3, recipe="z")]
+    made += [row("second", "r001", 4), row("control", "r001", 5, trained_on="random"), last]
+    made += [row("last again", "r002", 7), row("since", "r001", 8)]
+    found = {key: one["checkpoint"] for key, one in earlier(last, made).items()}
+    assert found == {"r000": "again", "r001": "second"}
+    assert earlier({**last, "data": "round"}, made) == {}
 
 
 def of_prompt(store, prompt):
