@@ -11,7 +11,8 @@ on (texts, scorers).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,10 +53,10 @@ def spellings(words: str) -> list[str]:
     return sorted({words, json.dumps(words, ensure_ascii=False)[1:-1], escaped, capital})
 
 
-def finder(words: str, encodings: Iterable[str]) -> Callable[[bytes], bool]:
+def finder(words: str, encodings: Collection[str]) -> Callable[[bytes], bool]:
     """Tells whether a source's bytes have the words: in these encodings, as JSON or CSV writes them, or parsed."""
     written = {*spellings(words), *(each.replace("/", "\\/") for each in spellings(words)), words.replace('"', '""')}
-    patterns = {each.encode(encoding, "replace") for each in written for encoding in encodings}
+    patterns = {pattern for each in written for pattern in _encoded(each, encodings)}
 
     def has(raw: bytes) -> bool:
         if any(pattern in raw for pattern in patterns):
@@ -66,6 +67,13 @@ def finder(words: str, encodings: Iterable[str]) -> Callable[[bytes], bool]:
             return False
 
     return has
+
+
+def _encoded(words: str, encodings: Collection[str]) -> Iterator[bytes]:
+    """The words in those of the encodings that have all their characters: others cannot have written them."""
+    for encoding in encodings:
+        with suppress(UnicodeEncodeError):
+            yield words.encode(encoding)
 
 
 def _within(words: str, value: Any) -> bool:

@@ -464,20 +464,55 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
 
 
+def test_rows_of_now_that_were_changed_with_their_leaves_or_are_there_twice_are_told_by_the_root(mine, recipe):
+    mine.forget()
+    candidate, (sql, given) = some(mine)["candidate_id"], training_rows(NAME, "r000", recipe)
+    change(mine, "INSERT INTO candidates SELECT * FROM candidates WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "are there more than once" in finding.what and finding.ids == (candidate,)
+    change(mine, "DELETE FROM candidates WHERE candidate_id = ?", candidate)
+    (finding,) = verified(mine).findings
+    assert "rows at the snapshot gone" in finding.what and finding.ids == (candidate,)
+    left = min(mine.query(sql, given), key=lambda row: row["candidate_id"])["candidate_id"]
+    change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
+    change(mine, "UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", left)
+    (row,) = [row for row in mine.query(sql, given) if row["candidate_id"] == left]
+    change(mine, "UPDATE training_samples SET leaf = ? WHERE candidate_id = ?", leaf(row).hex(), left)
+    counted, finding = verified(mine).findings
+    assert "`training_samples` gives" in counted.what
+    assert "the recorded leaves were changed along with the rows" in finding.what
+
+
 def test_a_round_that_was_begun_again_and_what_was_revoked_are_no_findings(mine):
     made = find(mine, NAME, "r001")
     candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001'")
     from rsft_pipeline.audit import ids
 
     revoke(mine, ids.thing(mine, candidate), who="me", why="because")
-    answer = verified(mine, "r001")
+    answer, at_snapshot = verified(mine, "r001"), "rows at the snapshot, leaf by leaf and by the root"
     assert answer.ok and answer.checks[-1].note == "1 was revoked since"
+    assert checks(answer)[at_snapshot] == (made["samples"], 0)
+    assert checks(answer)["rows of now, against those at the snapshot"] == (made["samples"] - 1, 0)
     change(mine, "UPDATE rounds SET checkpoint = 'another' WHERE round = 'r001'")
     answer = verify(mine, made, Home.here())
     assert answer.ok and answer.checks[-1].differing is None and "begun again" in answer.checks[-1].note
+    assert checks(answer)[at_snapshot] == (made["samples"], 0)
     mine.forget()
     answer = verify(mine, made, Home.here())
     assert answer.ok and "the snapshot was forgotten" in answer.checks[-1].note
+
+
+def test_what_is_left_after_a_revocation_is_compared_where_the_snapshot_is_gone(mine):
+    candidate = mine.value("SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001'")
+    revoke(mine, thing(mine, candidate), who="me", why="because")
+    mine.forget()
+    answer = verified(mine, "r001")
+    assert answer.ok and answer.root == answer.recorded_root
+    assert checks(answer)["rows of now, leaf by leaf, and the leaves by the root"] == (answer.samples - 1, 0)
+    left = "SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001' AND candidate_id <> ?"
+    other = mine.value(left, [candidate])
+    change(mine, "UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", other)
+    assert [finding.ids for finding in verified(mine, "r001").findings] == [(other,)]
 
 
 def test_rows_that_were_all_revoked_are_not_said_to_have_been_compared(mine):
@@ -511,39 +546,66 @@ def test_a_round_under_way_again_has_decided_nothing_yet(mine, recipe):
 
 def test_an_earlier_round_that_was_begun_again_explains_other_rows_where_all_rounds_are_learned_from(mine):
     everything = json.dumps({"training": {"data": "all_rounds"}})
-    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", everything)
     change(mine, "UPDATE rounds SET started_at = now() WHERE round = 'r000'")
+    assert verified(mine, "r001").checks[-1].note == ""
+    change(mine, "UPDATE rounds SET settings = json_merge_patch(settings, ?) WHERE round = 'r001'", everything)
     assert verified(mine, "r001").checks[-1].note == "r000, which it learned from too, was begun again since"
 
 
 R000 = "round = 'r000' AND ? <> ''"
 ITS_PROMPT = "prompt_id = (SELECT prompt_id FROM decisions WHERE candidate_id = ?)"
+SINCE, LEAVES = "were changed since the snapshot", "rows of `training_samples` changed, while"
 BROKEN = {
-    "a leaf that is no hash": "UPDATE training_samples SET leaf = 'xyz' WHERE candidate_id = ?",
-    "a weight that was trained with": "UPDATE training_samples SET weight = 5 WHERE candidate_id = ?",
-    "the record of a checkpoint": "UPDATE checkpoints SET meta = '[' WHERE ? <> ''",
-    "the snapshot of a checkpoint": "UPDATE checkpoints SET snapshot = 3 WHERE ? <> ''",
-    "the samples of a checkpoint": "UPDATE checkpoints SET samples = 7 WHERE ? <> ''",
-    "a round without a record": "DELETE FROM rounds WHERE ? <> ''",
-    "a parent, in its record too": """UPDATE checkpoints SET parent = 'fee', meta = json_merge_patch(meta, '{"parent":
-        "fee"}') WHERE ? <> ''""",
-    "its samples, in its record too": """UPDATE checkpoints SET samples = 7, meta = json_merge_patch(meta, '{"samples":
-        7}') WHERE ? <> ''""",
-    "what it was trained by": """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"training": {"epochs": 9}}')
+    "a leaf that is no hash": ("UPDATE training_samples SET leaf = 'xyz' WHERE candidate_id = ?", LEAVES),
+    "a weight that was trained with": ("UPDATE training_samples SET weight = 5 WHERE candidate_id = ?", LEAVES),
+    "the record of a checkpoint": ("UPDATE checkpoints SET meta = '[' WHERE ? <> ''", "cannot be read or is empty"),
+    "the snapshot of a checkpoint": ("UPDATE checkpoints SET snapshot = 3 WHERE ? <> ''", "snapshot 3, and its record"),
+    "the samples of a checkpoint": ("UPDATE checkpoints SET samples = 7 WHERE ? <> ''", "samples 7, and its record"),
+    "a round without a record": ("DELETE FROM rounds WHERE ? <> ''", "has no record of r000 any more"),
+    "a parent, in its record too": (
+        """UPDATE checkpoints SET parent = 'fee', meta = json_merge_patch(meta, '{"parent": "fee"}') WHERE ? <> ''""",
+        "in `checkpoints` has another parent than its folder's",
+    ),
+    "its samples, in its record too": (
+        """UPDATE checkpoints SET samples = 7, meta = json_merge_patch(meta, '{"samples": 7}') WHERE ? <> ''""",
+        "the samples 7, and `training_samples` gives",
+    ),
+    "the digest of its samples, in its record too": (
+        """UPDATE checkpoints SET accepted_digest = 'fee', meta = json_merge_patch(meta, '{"accepted_digest": "fee"}')
         WHERE ? <> ''""",
-    "the side of a prompt": f"UPDATE prompts SET split = 'eval' WHERE {ITS_PROMPT}",
-    "a record of nothing": "UPDATE checkpoints SET meta = '[]' WHERE ? <> ''",
-    "a record without its root": """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"merkle_root": null}')
-        WHERE ? <> ''""",
+        "the accepted_digest 'fee', and `training_samples` gives",
+    ),
+    "what it was trained by": (
+        """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"training": {"epochs": 9}}') WHERE ? <> ''""",
+        "in `checkpoints` has another training than its folder's",
+    ),
+    "the side of a prompt": (f"UPDATE prompts SET split = 'eval' WHERE {ITS_PROMPT}", SINCE),
+    "the text of a prompt": (f"UPDATE prompts SET text = 'zz' WHERE {ITS_PROMPT}", SINCE),
+    "the form of a prompt": (f"UPDATE prompts SET chat = true WHERE {ITS_PROMPT}", SINCE),
+    "the score of a sample": ("UPDATE decisions SET score = 0.75 WHERE candidate_id = ?", SINCE),
+    "a record of nothing": ("UPDATE checkpoints SET meta = '[]' WHERE ? <> ''", "cannot be read or is empty"),
+    "a record without its root": (
+        """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"merkle_root": null}') WHERE ? <> ''""",
+        "has the root (none), but",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_cannot_be_read_or_was_recorded_otherwise_is_a_finding_of_verify(mine, what):
     made = find(mine, NAME, "r000")["checkpoint"]
-    change(mine, BROKEN[what], some(mine)["candidate_id"])
+    sql, said = BROKEN[what]
+    change(mine, sql, some(mine)["candidate_id"])
     answer = verify(mine, find(mine, made), Home.here())
     assert {finding.kind for finding in answer.findings} == {"data"}
+    assert any(said in finding.what for finding in answer.findings), answer.findings
+
+
+def test_a_record_of_another_form_is_a_finding_where_the_snapshot_is_gone(mine):
+    change(mine, "UPDATE rounds SET settings = '[]' WHERE round = 'r000'")
+    mine.forget()
+    (finding,) = verified(mine).findings
+    assert "`rounds` has no record of r000 at the snapshot" in finding.what
 
 
 UNREADABLE = {
@@ -589,6 +651,7 @@ def test_samples_from_before_there_were_leaves_are_compared_without(mine):
         saved = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps({k: v for k, v in saved.items() if k != "merkle_root"}))
         (folder / "README.md").unlink()
+    change(mine, "UPDATE checkpoints SET drawn_from = NULL, accepted_digest = NULL")  # columns that were added later
     assert verified(mine).findings == []
     change(mine, "UPDATE training_samples SET weight = 3 WHERE candidate_id = ?", some(mine)["candidate_id"])
     assert not verified(mine).ok
@@ -614,11 +677,12 @@ def test_a_folder_whose_record_is_none_is_a_finding(mine, meta):
     assert "weights" in {finding.kind for finding in verified(mine).findings}
 
 
-def test_commands_that_name_a_broken_file_are_not_stopped_by_it(mine):
-    for file in (Home.here().path / "store").rglob("prompts/*.parquet"):
+@pytest.mark.parametrize("table", ["prompts", "training_samples"])
+def test_commands_that_name_a_broken_file_are_not_stopped_by_it(mine, table):
+    for file in (Home.here().path / "store").rglob(f"{table}/*.parquet"):
         file.write_bytes(file.read_bytes()[:-20])
     done = CliRunner().invoke(app, ["audit", "verify", NAME, "r001"])
-    assert done.exit_code == 1 and "of the table prompts cannot be read" in done.stdout
+    assert done.exit_code == 1 and f"of the table {table} cannot be read" in done.stdout
 
 
 def test_a_recipe_whose_file_is_gone_is_asked_about_as_it_was_recorded(mine, recipe):

@@ -24,7 +24,7 @@ from rsft_pipeline import lineage, merkle, revocations, rounds
 from rsft_pipeline.audit import browse, ids
 from rsft_pipeline.audit.export import COLUMNS, PARTIAL, export
 from rsft_pipeline.audit.ids import AuditError
-from rsft_pipeline.audit.impact import impact
+from rsft_pipeline.audit.impact import earlier, impact
 from rsft_pipeline.audit.revoke import revoke
 from rsft_pipeline.audit.trace import trace
 from rsft_pipeline.home import Home
@@ -268,6 +268,20 @@ def test_a_round_on_all_rounds_is_not_held_to_attempts_that_were_run_again_befor
         assert of_prompt(store, "p0")[0] == ["k0", "k1"]
 
 
+def test_a_checkpoint_on_all_rounds_has_learned_from_its_recipes_last_attempts_at_earlier_rounds():
+    def row(checkpoint, round_key, snapshot, recipe="a", trained_on="accepted", data="all_rounds"):
+        of = {"recipe": recipe, "round": round_key, "checkpoint": checkpoint}
+        return {**of, "snapshot": snapshot, "trained_on": trained_on, "data": data}
+
+    last = row("last", "r002", 6)
+    made = [row("first", "r000", 1), row("again", "r000", 2, trained_on=None), row("other's", "r000", 3, recipe="z")]
+    made += [row("second", "r001", 4), row("control", "r001", 5, trained_on="random"), last]
+    made += [row("last again", "r002", 7), row("since", "r001", 8)]
+    found = {key: one["checkpoint"] for key, one in earlier(last, made).items()}
+    assert found == {"r000": "again", "r001": "second"}
+    assert earlier({**last, "data": "round"}, made) == {}
+
+
 def of_prompt(store, prompt):
     found = impact(store, ids.Thing("prompt", prompt, ("a",)))
     return [one.checkpoint for one in found.checkpoints], [one.round for one in found.again], found
@@ -440,6 +454,24 @@ def test_rounds_do_not_go_back_to_another_base_model(mine, recipe):
     with pytest.raises(RoundError, match=f"started from the base model {base}, .* put it back"):
         rounds.starting_weights(mine, other, Home.here(), "r002", "base")
     assert rounds.locate(mine, other, Home.here(), base) == rounds.locate(mine, recipe, Home.here(), base)
+
+
+def test_a_round_starts_from_the_weights_of_its_choice_unless_they_were_revoked(mine, recipe):
+    def start(round_key, choice):
+        found = rounds.starting_weights(mine, recipe, Home.here(), round_key, choice)
+        return found.digest, found.source
+
+    first, second = rounds.history(mine, NAME)
+    mine.commit(lambda c: c.execute("UPDATE rounds SET champion = ? WHERE round = 'r001'", [first["checkpoint"]]))
+    assert start("r002", "champion") == start("r001", "previous") == (first["checkpoint"], "r000")
+    assert start("r002", "previous") == (second["checkpoint"], "r001")
+    for choice in ("champion", "previous", "base"):
+        assert start("r000", choice) == (first["policy"], "base")
+    revoked = {"recipe": NAME, "kind": "checkpoint", "what": second["checkpoint"], "who": "me", "why": "because"}
+    mine.append("revocations", [revoked])
+    with pytest.raises(RoundError, match=f"r002 would start from r001: checkpoint {second['checkpoint']} was revoked"):
+        start("r002", "previous")
+    assert start("r002", "champion") == (first["checkpoint"], "r000")
 
 
 def test_while_a_round_is_revoked_no_stop_rule_holds(mine, recipe):

@@ -1,5 +1,6 @@
 """Classification: one label as a completion, drawn, rated and trained on; heads; reports by class."""
 
+import copy
 import json
 import logging
 import math
@@ -19,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from rsft_pipeline import bootstrap, classes, models, prompts
@@ -35,7 +38,7 @@ from rsft_pipeline.training import Sample
 CPU = Device("cpu", "float32")
 LABELS = ["negative", "neutral", "positive"]
 BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
-PROMPTS = [(1, 5, 6, 7, 8), (1, 9), (1, 5, 6), (1, 30, 31, 32, 33, 34, 35)]
+PROMPTS = [(1, 5, 6, 7, 8), (1, 9), (1, 5, 6), (1, 30, 31, 32, 33, 34, 35), (1, 4)]  # two of a length, far apart
 PAD = 0
 
 
@@ -69,16 +72,25 @@ def requests(each: int) -> list[Request]:
     ]
 
 
-def test_a_draw_is_a_label_with_the_log_probabilities_of_a_plain_pass(model):
-    shaped = Sampling(temperature=0.7, top_k=2, batch_size=3)
-    for one in classification.draw(model, Padding, requests(20), shaped):
+@pytest.mark.parametrize(
+    ("cut", "kept"), [({"top_k": 2}, TopKLogitsWarper(2)), ({"top_p": 0.6}, TopPLogitsWarper(0.6))]
+)
+def test_a_draw_is_a_label_with_the_log_probabilities_of_a_plain_pass(model, cut, kept):
+    for one in classification.draw(model, Padding, requests(20), Sampling(temperature=0.7, batch_size=3, **cut)):
         (label,) = one.token_ids
         of = logits(model, one.request.prompt_ids)
-        best = (of / 0.7).topk(2)
-        assert one.text == LABELS[label] and label in best.indices
+        assert (one.text, one.finish_reason) == (LABELS[label], "stop")
         assert one.log_p == pytest.approx(of.log_softmax(-1)[label].item(), abs=1e-5)
-        kept = best.values.log_softmax(-1)[best.indices.tolist().index(label)]
-        assert one.log_q == pytest.approx(kept.item(), abs=1e-5)
+        assert one.log_q == pytest.approx(kept(None, of[None] / 0.7).log_softmax(-1)[0, label].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(math.nan, 1.0), (1.0, 1e-40)])
+def test_a_label_that_is_chosen_by_no_number_is_an_error(model, weight, temperature):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.classifier.weight *= weight
+    with pytest.raises(RuntimeError, match=r"the logits of BertForSequenceClassification .* are not numbers"):
+        classification.draw(broken, Padding, requests(1), Sampling(temperature=temperature))
 
 
 def test_labels_are_drawn_as_often_as_they_are_probable_and_greedily_only_the_first(model):
@@ -102,6 +114,18 @@ def test_log_probabilities_and_losses_are_those_of_a_plain_pass_whatever_the_bat
     with torch.no_grad():
         losses = classification.token_losses(model, classification.collate(samples, PAD))
     assert losses.tolist() == pytest.approx([-e for e in expected], abs=1e-5)
+    assert classification.log_probabilities(model, [], PAD) == []
+
+
+def test_logits_of_half_precision_are_reckoned_with_in_float32(model):
+    half = copy.deepcopy(model).bfloat16()
+    for i, prompt in enumerate(PROMPTS):
+        sample = Sample(str(i), list(prompt), [i % 3])
+        with torch.no_grad():
+            expected = half(torch.tensor([prompt])).logits[0].double().log_softmax(-1)[i % 3].item()
+            loss = classification.token_losses(half, classification.collate([sample], PAD))
+        assert classification.log_probabilities(half, [sample], PAD) == pytest.approx([expected], abs=1e-6)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-expected, abs=1e-6)
 
 
 def test_an_answer_that_is_no_label_is_named_with_the_labels(model):
@@ -192,11 +216,36 @@ def test_out_of_memory_halves_the_texts_read_at_once(model, monkeypatch, caplog)
     expected = classification.draw(model, Padding, of_a_length, Sampling())
     monkeypatch.setattr(classification, "_logits", logits)
     made = classification.draw(model, Padding, of_a_length, Sampling())
-    assert seen == [4, 2, 1, 1, 1, 1] and "going on with 1 texts at once" in caplog.text
+    assert seen == [5, 2, *[1] * 5] and "going on with 1 texts at once" in caplog.text
     assert [one.text for one in made] == [one.text for one in expected]
     monkeypatch.setattr(classification, "_logits", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         classification.draw(model, Padding, requests(2), Sampling())
+
+
+def test_texts_are_read_as_many_at_once_as_was_said_and_no_other_error_makes_them_fewer(model, monkeypatch):
+    seen, before = [], classification._logits
+
+    def logits(model, batch):
+        seen.append(len(batch["input_ids"]))
+        return before(model, batch)
+
+    monkeypatch.setattr(classification, "_logits", logits)
+    prompts_ = [(1, 5, 6 + i) for i in range(5)]
+    asked = [Request(str(i), Asked(str(i), prompt, None), 0, i) for i, prompt in enumerate(prompts_)]
+    samples = [Sample(str(i), list(prompt), [0]) for i, prompt in enumerate(prompts_)]
+    classification.draw(model, Padding, asked, Sampling(batch_size=3))
+    classification.log_probabilities(model, samples, PAD, batch_size=4)
+    assert seen == [3, 2, 4, 1]
+
+    def broken(model, batch):
+        seen.append(len(batch["input_ids"]))
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(classification, "_logits", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        classification.draw(model, Padding, asked, Sampling())
+    assert seen[4:] == [5]
 
 
 def test_a_head_of_the_same_labels_in_another_order_is_not_renamed(tmp_path, recipe):
@@ -347,6 +396,9 @@ def test_a_decoder_classifies_by_the_padding_token_of_its_tokenizer(tmp_path, it
     together = classification.draw(model, padded, requests, Sampling())
     alone = [classification.draw(model, padded, [one], Sampling())[0] for one in requests]
     assert [one.log_p for one in together] == pytest.approx([one.log_p for one in alone], abs=1e-5)
+    samples = [Sample(one.request.candidate_id, one.request.prompt_ids, one.token_ids) for one in together]
+    losses = classification.token_losses(model, classification.collate(samples, padded.pad_token_id))
+    assert losses.tolist() == pytest.approx([-one.log_p for one in alone], abs=1e-5)
     assert models.with_head(tmp_path, ["a", "b"], 0).config.pad_token_id == padded.pad_token_id
 
 

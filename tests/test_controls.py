@@ -3,12 +3,13 @@
 import itertools
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from rsft_pipeline import lineage, rounds
+from rsft_pipeline import lineage, models, rounds, sampling, scoring, tasks
 from rsft_pipeline.audit.diff import diff
 from rsft_pipeline.audit.ids import thing
 from rsft_pipeline.audit.replay import replay
@@ -19,7 +20,8 @@ from rsft_pipeline.devices import Device
 from rsft_pipeline.home import Home
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.steps import draw as drawing
-from rsft_pipeline.steps import evaluate
+from rsft_pipeline.steps import evaluate, score, until
+from rsft_pipeline.steps.decide import accepted_so_far
 from rsft_pipeline.store import Store
 from tests.test_round import checks, failure_of, instance, run  # noqa: F401 (a fixture)
 
@@ -137,6 +139,7 @@ def test_draws_go_on_until_enough_is_accepted_and_only_for_the_prompts_that_lack
         assert store.query("SELECT candidate_id, accepted FROM decisions ORDER BY 1") == decisions
 
 
+CPU = Device("cpu", "float32")
 SCORER = """
 def exact(samples):
     return [float(sample.completion == sample.reference) for sample in samples]
@@ -193,6 +196,14 @@ def test_a_scorer_that_is_edited_while_the_round_draws_stops_it_and_nothing_is_l
         assert judged == store.value("SELECT count(*) FROM candidates")
 
 
+def test_a_scorer_that_is_edited_while_it_is_loaded_is_not_gone_by(home, by_function, monkeypatch):
+    recipe, file = by_function()
+    round_ = rounds.Round(recipe, "r000", "policy", "base", "policy", "none")
+    monkeypatch.setattr(scoring, "judges", edited(scoring.judges, file))
+    with Store.at(home) as store, pytest.raises(rounds.RoundError, match="`exact` has changed since it was loaded"):
+        score.load(store, round_, CPU)
+
+
 def test_a_verdict_is_replayed_by_the_scorers_that_it_went_by(home, instance, by_function, monkeypatch):  # noqa: F811
     recipe, file = by_function()
     monkeypatch.setattr(evaluate, "contest", edited(evaluate.contest, file))
@@ -231,3 +242,121 @@ def test_a_round_ends_with_the_wave_that_makes_its_accepted_enough(home, instanc
         drawn = store.value("SELECT count(*) FROM candidates WHERE split = 'train'")
         assert wanted <= accepted < wanted + 20
         assert drawn % 2 == 0 and drawn < 12 * 67
+
+
+@pytest.fixture
+def about_to_draw(mine, ran):
+    """Make r002 as it is about to draw, by other settings: not from its policy, as if that had a teacher."""
+
+    def make(**sections):
+        recipe = load(ran / "letters_loop.yaml", {name: json.dumps(section) for name, section in sections.items()})
+        first = rounds.record(mine, recipe, "r000")
+        drawn_from = rounds.record(mine, recipe, "r001").policy
+        return replace(first, recipe=recipe, key="r002", drawn_from=drawn_from)
+
+    return make
+
+
+@pytest.fixture
+def draw_until(mine, about_to_draw):
+    """Draw for that round. Returns the round, and how many candidates and tokens were drawn."""
+
+    def draw(show=lambda *_: None, **sections):
+        round_ = about_to_draw(**sections)
+        weights = Home.here().checkpoints / round_.drawn_from
+        asked = drawing.ask(mine, round_, models.tokenizer(weights), split="train", run_id="run")
+        with sampling.InProcess(weights, round_.recipe, tasks.of(round_.recipe), CPU) as session:
+            return round_, until.draw(mine, round_, session, asked, device=CPU, run_id="run", show=show)
+
+    return draw
+
+
+def test_a_round_that_draws_as_many_for_each_prompt_draws_what_is_missing_and_says_how_much(mine, about_to_draw):
+    round_, told = about_to_draw(sampling={"prompts": 12, "draws": 2, "max_tokens": 2, "wave_size": 10}), []
+    weights = Home.here().checkpoints / round_.drawn_from
+    asked = drawing.ask(mine, round_, models.tokenizer(weights), split="train", run_id="run")
+
+    def draw_all():
+        def show(done, words, total):
+            assert "tokens/s" in words
+            told.append((done, total))
+
+        with sampling.InProcess(weights, round_.recipe, tasks.of(round_.recipe), CPU) as session:
+            return drawing.draw_all(mine, round_, session, asked, run_id="run", show=show)
+
+    made = draw_all()
+    whole = drawn(mine)
+    assert made == (24, sum(row["tokens"] for row in whole)) and told == [(10, 24), (20, 24), (24, 24)]
+    mine.commit(lambda c: c.execute("DELETE FROM candidates WHERE round = 'r002' AND wave <> 1"))
+    again = draw_all()
+    assert again == (14, sum(row["tokens"] for row in whole if row["wave"] != 1)) and told[3:] == [(10, 14), (14, 14)]
+    assert drawn(mine) == whole and draw_all() == (0, 0)
+
+
+def drawn(store):
+    return store.query("SELECT candidate_id, wave, tokens, token_ids FROM candidates WHERE round = 'r002' ORDER BY ALL")
+
+
+def undraw(store):
+    for table in ("candidates", "scores"):
+        store.commit(lambda connection, table=table: connection.execute(f"DELETE FROM {table} WHERE round = 'r002'"))
+
+
+THREE_OF_EACH = {
+    "sampling": {
+        "prompts": 12,
+        "draws": 2,
+        "max_tokens": 2,
+        "until": {"per_prompt": 3, "accepted": 99, "draws": 6},
+        "wave_size": 12,
+    },
+    "acceptance": {"rule": "threshold", "threshold": 0.5, "distinct": False},
+}
+
+
+def test_a_round_that_is_killed_after_each_wave_draws_the_waves_of_one_that_was_not(mine, draw_until, monkeypatch):
+    told = []
+    round_, made = draw_until(lambda *words: told.append(words), **THREE_OF_EACH)
+    whole = drawn(mine)
+    assert made == (len(whole), sum(row["tokens"] for row in whole))
+    assert told[0] == (12, "2 draws per prompt at most, 12 prompts still drawn for") and told[-1][0] == len(whole)
+    settings = sampling.settings(round_.recipe.sampling, round_.recipe.seed)
+    asked = mine.query("SELECT prompt_id FROM round_prompts WHERE round = 'r002'")
+    assert {row["candidate_id"] for row in whole} < {
+        lineage.candidate_id(round_.recipe.name, "r002", round_.drawn_from, row["prompt_id"], draw, settings)
+        for row in asked
+        for draw in range(6)
+    }
+
+    undraw(mine)
+    then, calls = until.score, itertools.count(1)
+
+    def killed(*given, **named):
+        if next(calls) % 2 == 0:  # before what was just drawn is scored
+            raise InterruptedError
+        return then(*given, **named)
+
+    monkeypatch.setattr(until, "score", killed)
+    for _ in told:
+        with pytest.raises(InterruptedError):
+            draw_until(**THREE_OF_EACH)
+    assert draw_until(**THREE_OF_EACH)[1] == (0, 0)
+    assert drawn(mine) == whole
+
+
+def test_exactly_enough_accepted_is_enough(mine, draw_until):
+    def until_accepted(number):
+        undraw(mine)
+        limits = {"accepted": number, "draws": 6}
+        round_, _ = draw_until(sampling={"draws": 2, "max_tokens": 2, "until": limits, "wave_size": 20})
+        return drawn(mine), sum(accepted_so_far(mine, round_, 6).values())
+
+    before, accepted = until_accepted(10)
+    assert until_accepted(accepted) == (before, accepted)
+
+
+def test_what_a_pilot_decides_is_not_asked_before_the_first_pass_is_complete(mine, draw_until):
+    limits = {"accepted": 1, "draws": 3}
+    calibrated = {"rule": "loss", "k": "calibrate", "share": 0.5}
+    draws = {"prompts": 20, "draws": 1, "max_tokens": 2, "until": limits, "wave_size": 5}
+    assert draw_until(sampling=draws, acceptance=calibrated)[1][0] == len(drawn(mine)) == 20

@@ -131,6 +131,19 @@ def test_low_rank_adapters_are_packed_too():
         torch.testing.assert_close(gradient, alike[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_where_samples_are_padded_the_head_is_applied_only_where_one_has_a_completion(adapted):
+    from peft import LoraConfig, get_peft_model
+
+    model, shapes = tiny("gemma2"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    samples = [Sample("long", [1] * 30, [5, 6]), Sample("short", [2] * 28, [5, 6, 7])]
+    causal.token_losses(model, causal.collate(samples, pad_id=0))
+    assert shapes == [(2, 4, 40)]  # of 32 columns
+
+
 @pytest.mark.parametrize("several", [1, 3, 100])
 def test_a_softmax_in_parts_gives_the_same_losses_and_gradients(monkeypatch, several):
     logits, targets = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))

@@ -19,7 +19,9 @@ from rsft_pipeline.home import Home
 from rsft_pipeline.prompts import Ingest, Prompt, PromptError, Refused
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.steps import rows
 from rsft_pipeline.steps.ingest import ingest
+from rsft_pipeline.steps.score import check_not_revoked
 from rsft_pipeline.store import Store
 
 WORDS = {"who": "Ada", "why": "asked to"}
@@ -150,6 +152,20 @@ def test_a_prompt_is_revoked_whatever_its_spaces(store, known):
     assert left.digest == Ingest(asked[-1:], [], 1).digest != read.digest
 
 
+@pytest.mark.parametrize("where", ["text", "reference", "fields"])
+def test_a_revoked_text_keeps_out_prompts_that_have_it_anywhere(store, where):
+    words = 'José "Joe" Roe'
+    revoke(store, ids.text(store, words), **WORDS)
+    has = {"text": "who?", "reference": "nobody", "fields": {"q": "who?"}}
+    has[where] = {"q": "who?", "by": f"{words}, Köln"} if where == "fields" else f"{words}, Köln"
+    of = {"messages": None, "question": "q", "split": "train", "source": "people.jsonl"}
+    one = Prompt(prompt_id="a", **has, **of, line=1)
+    other = Prompt(prompt_id="b", text="else?", reference=None, fields={"q": "else?"}, **of, line=2)
+    left = revocations.without(store, letters.RECIPE, Ingest([one, other], [], 2, "digest"))
+    assert left.prompts == [other]
+    assert [(row.line, row.raw, row.reason, row.detail) for row in left.refused] == [(1, b"", "revoked", "")]
+
+
 @pytest.mark.parametrize("kind", ["prompt", "text"])
 def test_who_erased_what_somebody_had_revoked_is_written_down_too(store, kind):
     named = {"prompt": lambda: ids.thing(store, letters.prompt_id(3)), "text": lambda: ids.text(store, "answer 3 0")}
@@ -200,15 +216,18 @@ def test_an_erased_text_is_found_in_refused_rows_however_it_is_written(store):
         "c.txt": "Jürgen Müller, Köln".encode(),
         "d.jsonl": rb'{"q": "see https:\/\/jane.example\/secret"}',
         "e.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller, K\u00f6ln"]}',
-        "f.txt": b"somebody else",
+        "f.txt": b"and who is somebody else???",
         "g.jsonl": rb'{"n": 1, "q": ["from", "J\u00fcrgen M\u00FCller"]}',
         "h.jsonl": rb'{"J\u00fcrgen M\u00FCller, K\u00f6ln": null}',
+        "i.jsonl": b"[" * 100_000,  # too deep to be parsed
+        "j.txt": "王小明".encode(),  # which Latin-1 cannot write
     }
     store.append("quarantine", [{**of, "source": source, "raw": raw} for source, raw in refused.items()])
-    for text in ('she said "my name is Jane Roe" twice', "Jürgen Müller, Köln", "https://jane.example/secret"):
+    named = ("Jürgen Müller, Köln", "王小明", "https://jane.example/secret", 'she said "my name is Jane Roe" twice')
+    for text in named:
         revoke(store, ids.text(store, text), **WORDS, erase=True)
     left = store.query("SELECT source FROM quarantine WHERE octet_length(raw) > 0 AND source LIKE '_.%' ORDER BY 1")
-    assert left == [{"source": "f.txt"}, {"source": "g.jsonl"}]
+    assert left == [{"source": "f.txt"}, {"source": "g.jsonl"}, {"source": "i.jsonl"}]
 
 
 def test_who_revokes_what_may_come_back_is_told_what_to_do_first(tmp_path, monkeypatch):
@@ -306,6 +325,72 @@ def test_a_checkpoint_that_learned_from_a_teacher_in_an_earlier_round_is_not_pro
     assert f"checkpoint {teacher} was revoked" in revocations.of_checkpoint(store, letters.RECIPE, second)
 
 
+@pytest.mark.parametrize("what", ["policy", "teacher"])
+def test_a_round_whose_policy_or_teacher_was_revoked_does_not_go_on(store, write_recipe, what):
+    round_ = rounds.Round(load(write_recipe(letters.RECIPE)), "r001", "policy", "r000", "teacher", "none")
+    revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", **WORDS}
+    store.append("revocations", [{**revoked, "what": letters.BASE}])
+    check_not_revoked(store, round_)
+    store.append("revocations", [{**revoked, "what": what}])
+    with pytest.raises(rounds.RoundError, match=f"letters r001: checkpoint {what} was revoked by Ada: asked to"):
+        check_not_revoked(store, round_)
+
+
+MADE_FROM = {"parent": "parent", "policy": "policy", "drawn_from": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "made_from", "reached"),
+    [
+        ("checkpoint", letters.CHECKPOINTS["r001"], {}, True),
+        ("checkpoint", "parent", {}, True),
+        ("checkpoint", "policy", {}, True),  # from before it was written down what it learned from
+        ("checkpoint", "teacher", {"drawn_from": "teacher"}, True),
+        ("checkpoint", "policy", {"drawn_from": "teacher"}, False),
+        ("scorer", "version-answer", {}, True),
+        ("candidate", letters.candidate_id("r001", 3, 0), {}, True),
+        ("candidate", letters.candidate_id("r001", 3, 1), {}, False),  # a duplicate, which it did not learn
+        ("candidate", letters.candidate_id("r000", 3, 0), {}, False),
+        ("prompt", letters.prompt_id(3), {}, True),
+        ("prompt", letters.prompt_id(3, "eval"), {}, False),
+    ],
+)
+def test_a_checkpoint_is_not_used_if_what_it_was_made_from_was_revoked_meanwhile(store, kind, what, made_from, reached):
+    made, columns = letters.CHECKPOINTS["r001"], {**MADE_FROM, **made_from}
+    written = ", ".join(f"{name} = ?" for name in columns)
+    store.commit(lambda c: c.execute(f"UPDATE checkpoints SET {written} WHERE round = 'r001'", list(columns.values())))
+    store.append("revocations", [{"recipe": letters.RECIPE, "kind": kind, "what": what, **WORDS}])
+    why = revocations.of_checkpoint(store, letters.RECIPE, made)
+    assert (why is not None) == reached and (not reached or what in why)
+    store.append("revocations", [{"recipe": "other", "kind": "prompt", "what": letters.prompt_id(4), **WORDS}])
+    assert revocations.of_checkpoint(store, letters.RECIPE, made) == why
+
+
+def test_what_was_revoked_in_another_recipe_alone_may_be_trained_on(store):
+    one = letters.candidate_id("r001", 7, 0)
+    revoked = [
+        ("other", "prompt", letters.prompt_id(3)),
+        ("other", "text", "answer 5 0"),
+        (revocations.EVERY, "prompt", letters.prompt_id(4)),
+        (revocations.EVERY, "text", "answer 6 0"),
+        ("other", "candidate", one),  # an id is of one recipe, whichever that is
+        (letters.RECIPE, "scorer", "answer 8 0"),  # that is no text
+    ]
+    store.append(
+        "revocations", [{"recipe": recipe, "kind": kind, "what": what, **WORDS} for recipe, kind, what in revoked]
+    )
+    drawn = f"FROM candidates s WHERE round = 'r001' AND split = 'train' AND ({revocations.REVOKED})"
+    aside = store.query(f"SELECT candidate_id {drawn}", {"recipe": letters.RECIPE})
+    of_four = {letters.candidate_id("r001", 4, draw) for draw in range(letters.DRAWS)}
+    assert {row["candidate_id"] for row in aside} == of_four | {one, letters.candidate_id("r001", 6, 0)}
+    sql, of = rows.training_rows(letters.RECIPE, "r001", letters.RECIPE_AS_RUN)
+    learned = {row["candidate_id"] for row in store.query(sql, of)}
+    assert learned == {letters.candidate_id("r001", n, 0) for n in range(letters.PROMPTS) if n not in (4, 7)}
+    policy = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": letters.CHECKPOINTS["r000"], **WORDS}
+    store.append("revocations", [policy])
+    assert store.query(sql, of) == []
+
+
 def test_a_scorers_version_is_followed_in_every_recipe_that_has_it(store):
     copy(store, "zeta")
     thing = ids.thing(store, "answer", letters.RECIPE)
@@ -324,6 +409,55 @@ def test_what_is_touched_itself_is_not_counted_again_among_what_came_later(store
     assert (one.later_candidates, one.later_accepted) == (letters.PROMPTS * letters.DRAWS, letters.PROMPTS)
 
 
+BOTH = ["r000", "r001"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "counts", "evaluated", "learned"),
+    [
+        ("candidate", letters.candidate_id("r001", 3, 0), (0, 1, 0, 1), [], [("r001", 1)]),
+        ("candidate", letters.candidate_id("r000", 3, 1), (0, 1, 0, 0), [], []),
+        ("candidate", letters.candidate_id("r000", 0, 0, "eval"), (0, 0, 1, 0), ["r000"], []),
+        ("candidate", letters.candidate_id("r001", 0, 0, "eval"), (0, 0, 1, 0), BOTH, []),
+        ("prompt", letters.prompt_id(3), (1, 8, 0, 2), [], [("r000", 1), ("r001", 1)]),
+        ("prompt", letters.prompt_id(0, "eval"), (1, 0, 8, 0), BOTH, []),
+        ("source", "letters.jsonl", (40, 160, 16, 40), BOTH, [("r000", 20), ("r001", 20)]),
+        ("text", "answer 3 0", (0, 1, 0, 1), [], [("r001", 1)]),
+        ("text", "comes after 3?", (2, 8, 0, 2), [], [("r000", 1), ("r001", 1)]),  # one prompt of them is held out
+        ("checkpoint", letters.CHECKPOINTS["r000"], (0, 80, 8, 20), BOTH, [("r000", 0), ("r001", 20)]),
+        ("scorer", "version-answer", (0, 160, 16, 40), BOTH, [("r000", 20), ("r001", 20)]),
+    ],
+)
+def test_a_thing_of_one_recipe_is_counted_there_alone(store, kind, what, counts, evaluated, learned):
+    policy = {"r000": letters.BASE, "r001": letters.CHECKPOINTS["r000"]}
+    for key, own in letters.CHECKPOINTS.items():
+        of = {"recipe": letters.RECIPE, "round": key, "prompt_id": letters.prompt_id(0, "eval")}
+        both = {"policy": policy[key], "checkpoint": own}
+        store.append("evaluations", [{**of, "role": role, "checkpoint": each} for role, each in both.items()])
+    copy(store, "zeta")
+    found = impact(store, ids.Thing(kind, what, (letters.RECIPE,)))
+    assert (found.prompts, found.candidates, found.held_out, found.accepted) == counts
+    assert found.evaluated == [(letters.RECIPE, key) for key in evaluated]
+    there = [(one.round, one.samples) for one in found.checkpoints if one.recipe == letters.RECIPE]
+    assert there == learned
+
+
+@pytest.mark.parametrize("column", ["text", "reference", "fields", "messages"])
+def test_a_text_reaches_prompts_that_have_it_in_any_column(store, column):
+    row = {"recipe": letters.RECIPE, "prompt_id": "a", "text": "who?", "fields": "{}", "split": "train"}
+    words = "by Jane Roe" if column in ("text", "reference") else json.dumps([{"content": "by Jane Roe"}])
+    store.append("prompts", [{**row, column: words}])
+    assert impact(store, ids.text(store, "Jane Roe")).prompts == 1
+
+
+def test_a_champion_is_in_use_only_after_the_last_finished_round(store):
+    thing = ids.Thing("candidate", letters.candidate_id("r000", 8, 0), (letters.RECIPE,))
+    assert impact(store, thing).champions == [(letters.RECIPE, letters.CHECKPOINTS["r000"])]
+    for key, champions in (("r001", 1), ("r000", 0)):
+        store.commit(lambda c, key=key: c.execute("UPDATE rounds SET state = 'revoked' WHERE round = ?", [key]))
+        assert len(impact(store, thing).champions) == champions
+
+
 def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):
     store.commit(
         lambda c: c.execute("UPDATE prompts SET source = 'answer' WHERE prompt_id = ?", [letters.prompt_id(1)])
@@ -333,6 +467,41 @@ def test_a_name_of_a_source_and_of_a_scorer_is_told_apart(store):
 
 
 # --- verify ------------------------------------------------------------------------------------
+
+
+def test_weights_that_several_rounds_and_recipes_came_to_are_verified_as_those_of_each(store, tmp_path):
+    copy(store, "zeta")
+    same, now = letters.CHECKPOINTS["r000"], store.snapshot()
+    every = [(recipe, key) for recipe in (letters.RECIPE, "zeta") for key in letters.CHECKPOINTS]
+
+    def alike(connection):
+        for table in ("checkpoints", "training_samples", "rounds"):
+            of = "" if table == "rounds" else "recipe = 'zeta' OR "  # zeta's own are by now another
+            connection.execute(f"UPDATE {table} SET checkpoint = ? WHERE {of} round = 'r001'", [same])
+        for recipe, key in every:
+            learned = "SELECT candidate_id FROM training_samples WHERE recipe = ? AND round = ?"
+            of = [recipe, key]
+            digest = lineage.set_digest(one for (one,) in connection.execute(learned, of).fetchall())
+            written = "UPDATE checkpoints SET accepted_digest = ?, snapshot = ? WHERE recipe = ? AND round = ?"
+            connection.execute(written, [digest, now, *of])
+
+    store.commit(alike)
+    for recipe, key in every:
+        (made,) = store.query("SELECT * FROM checkpoints WHERE recipe = ? AND round = ?", [recipe, key])
+        found = {one.name: one for one in verify.verify(store, made, Home(tmp_path)).checks}
+        for name, compared in (
+            ("the training set, counted and hashed", 2),
+            ("rows at the snapshot, leaf by leaf and by the root", letters.PROMPTS),
+        ):
+            assert (found[name].compared, found[name].differing) == (compared, 0), (recipe, key, name)
+        there = store.value("SELECT checkpoint FROM rounds WHERE recipe = ? AND round = ?", [recipe, key])
+        assert ("begun again since" in found[training_set._PRESENT].note) == (there != same)
+        if there == same:
+            assert verify.find(store, recipe, key) == made
+    assert verify.find(store, same[:9])["round"] == "r001"
+    store.append("checkpoints", [{**made, "checkpoint": f"{same[:9]}0"}])
+    with pytest.raises(AuditError, match=f"^2 checkpoints begin with '{same[:9]}': {same[:9]}"):
+        verify.find(store, same[:9])
 
 
 def test_a_damaged_file_that_only_an_older_snapshot_has_is_a_finding(store, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import dagster as dg
+import letters_store as letters
 import pytest
 
 import assets.prompts
@@ -624,7 +625,50 @@ def test_an_early_round_that_is_run_again_leaves_the_champion_of_the_last_in_use
         for key, state, champion in (("r000", "revoked", "old"), ("r001", "finished", "b"), ("r002", "revoked", "c")):
             store.append("rounds", [{"recipe": "a", "round": key, "state": state, "champion": champion}])
         assert rounds.in_use(store, "a", "r000", "first") == "b"
+        assert rounds.in_use(store, "a", "r001", "second") == "second"
         assert rounds.in_use(store, "a", "r002", "third") == "third"
+
+
+def test_what_a_recipe_records_of_its_rounds_is_nothing_to_another(tmp_path, write_recipe):
+    with letters.write(tmp_path) as store:
+        of = [{"recipe": recipe, "round": key} for recipe in (letters.RECIPE, "other") for key in letters.CHECKPOINTS]
+        store.append("evaluations", [{**row, "role": "policy", "prompt_id": "p"} for row in of])
+
+        def copied(connection):
+            for table in ("rounds", "decisions"):
+                connection.execute(f"INSERT INTO {table} SELECT * REPLACE ('other' AS recipe) FROM {table}")
+            older = "UPDATE rounds SET drawn_from = NULL, settings = json_merge_patch(settings, ?)"
+            connection.execute(older, [json.dumps({"stop": {"rounds": 2}})])
+            later = "(recipe, round, state, started_at) VALUES ('other', 'r002', 'started', now())"
+            connection.execute(f"INSERT INTO rounds {later}")
+
+        def rows(table):
+            return store.query(f"SELECT * FROM {table} ORDER BY ALL")
+
+        def is_of(row):
+            return (row["recipe"], row["round"]) == (letters.RECIPE, "r001")
+
+        store.commit(copied)
+        assert rounds.why_stopped(store, letters.RECIPE) == "rounds used up: 2 finished, 2 allowed"
+        assert rounds.why_stopped(store, "other") is None and rounds.why_stopped(store, "another") is None
+        assert (rounds.last_begun(store, letters.RECIPE), rounds.last_begun(store, "other")) == ("r001", "r002")
+
+        assert rounds.row_of(store, "other", "r001")["recipe"] == "other"
+
+        rounds.check_nothing_stands_on(store, letters.RECIPE, "r001")
+        with pytest.raises(rounds.RoundError, match="other r001 cannot be run again: r002 stands on it"):
+            rounds.check_nothing_stands_on(store, "other", "r001")
+        round_ = rounds.record(store, load(write_recipe(letters.RECIPE)), "r001")
+        assert round_.drawn_from == round_.policy  # which is all that was written down
+        tables = ("rounds", "decisions", "evaluations")
+        kept = {table: [row for row in rows(table) if not is_of(row)] for table in tables}
+        rounds.begin(store, round_, "again")
+        assert {table: [row for row in rows(table) if not is_of(row)] for table in tables} == kept
+        assert [[is_of(row) for row in rows(table)].count(True) for table in tables] == [1, 0, 0]
+        assert rounds.why_stopped(store, letters.RECIPE) is None
+        rounds.finish(store, round_, champion="new")
+        assert [row for row in rows("rounds") if not is_of(row)] == kept["rounds"]
+        assert rounds.champion(store, letters.RECIPE) == "new" != rounds.champion(store, "other")
 
 
 def test_a_text_that_was_drawn_for_in_other_tokens_is_no_prompt_of_the_same_name(home, recipe):

@@ -2,9 +2,16 @@
 
 import hashlib
 
-from rsft_pipeline import lineage, sampling
+import letters_store as letters
+import pytest
+
+from rsft_pipeline import bootstrap, lineage, prompts, sampling
 from rsft_pipeline.recipe.evaluation import Evaluation
+from rsft_pipeline.recipe.model import Bootstrap
+from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.sampling import Teacher, Until
+from rsft_pipeline.rounds import Round, RoundError
+from rsft_pipeline.steps import draw, ingest
 
 PROMPTS = [sampling.Asked(f"p{i}", tuple(range(1 + i % 3)), None) for i in range(10)]
 
@@ -99,3 +106,49 @@ def test_prompts_of_a_round_are_chosen_by_hash_whatever_their_order(recipe):
     assert chosen == sampling.choose(rows[::-1], 10, "r000")
     assert chosen != sampling.choose(rows, 10, "r001")
     assert sampling.choose(rows, 99, "r000") == sampling.choose(rows, None, "r000") == rows
+
+
+def test_a_round_asks_some_of_its_recipes_prompts_that_are_in_use_and_evaluations_always_the_same(
+    tmp_path, write_recipe
+):
+    drawing, evaluating = {"draws": 6, "max_tokens": 2, "prompts": 7}, {"draws": 8, "k": 4, "prompts": 5}
+    made = load(write_recipe(letters.RECIPE, sampling=drawing, evaluation=evaluating))
+    with letters.write(tmp_path) as store:
+        texts = {row["prompt_id"]: row["text"] for row in store.query("SELECT * FROM prompts")}
+        tokenizer = bootstrap._tokenizer(Bootstrap(config={}, corpus="-"), list(texts.values()))
+
+        def change(sql, *values):
+            store.commit(lambda connection: connection.execute(sql, list(values)))
+
+        def asked(round_key, split, recipe=made):
+            round_ = Round(recipe, round_key, "policy", "base", "teacher", "none")
+            found = draw.ask(store, round_, tokenizer, split=split, run_id="run")
+            for one in found:
+                assert one.prompt_ids == tuple(prompts.encode(tokenizer, texts[one.prompt_id], False))
+            chosen = {one.prompt_id: one.reference for one in found}
+            of = [recipe.name, round_key, split]
+            kept = store.query("SELECT * FROM round_prompts WHERE recipe = ? AND round = ? AND split = ?", of)
+            assert {row["prompt_id"] for row in kept} == chosen.keys() and len(kept) == len(found)
+            return chosen
+
+        change("UPDATE prompts SET settings = ?", ingest.settings(made))
+        same = "'other' AS recipe, 'train' AS split, 'z' AS reference, 'other' AS settings"
+        change(f"INSERT INTO prompts SELECT * REPLACE ({same}) FROM prompts")
+        gone = [letters.prompt_id(number) for number in range(10)]
+        change("UPDATE prompts SET active = false, settings = 'older' WHERE list_contains(?, prompt_id)", gone)
+        in_use = {letters.prompt_id(n): str(n + 1) for n in range(10, letters.PROMPTS)}
+        held_out = {letters.prompt_id(n, "eval"): str(n + 1) for n in range(letters.PROMPTS)}
+        first, second, always = asked("r000", "train"), asked("r001", "train"), asked("r000", "eval")
+        assert len(first) == len(second) == 7 and first != second and (first | second).items() <= in_use.items()
+        assert len(always) == 5 and always == asked("r001", "eval") and always.items() < held_out.items()
+        assert asked("r000", "eval", made.model_copy(update={"seed": 1})) != always
+
+        change("UPDATE prompts SET settings = NULL WHERE prompt_id = ?", letters.prompt_id(10))  # from before
+        assert asked("r000", "train") == first
+        change("UPDATE prompts SET settings = 'of now' WHERE prompt_id = ?", letters.prompt_id(11))
+        with pytest.raises(RoundError, match="its prompts were read with another section `prompts` than the round"):
+            asked("r000", "train")
+        revoked = {"recipe": letters.RECIPE, "kind": "checkpoint", "what": "teacher", "who": "Ada", "why": "licence"}
+        store.append("revocations", [revoked])
+        with pytest.raises(RoundError, match="checkpoint teacher was revoked by Ada: licence"):
+            asked("r001", "train")

@@ -1,6 +1,7 @@
 """Scoring: each scorer's values, and that no sample can shift, lose or spoil another's score."""
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import threading
@@ -8,6 +9,7 @@ import time
 import weakref
 from fractions import Fraction
 
+import letters_store as letters
 import pytest
 import torch
 import yaml
@@ -24,7 +26,10 @@ from rsft_pipeline import scoring
 from rsft_pipeline.devices import Device
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.recipe import Recipe
+from rsft_pipeline.rounds import Round
 from rsft_pipeline.scoring import Sample, answer, blocklist, simple, symbolic
+from rsft_pipeline.steps import score
+from rsft_pipeline.steps.rows import ROUND_CANDIDATES, of_round
 
 CPU = Device("cpu", "float32")
 
@@ -557,3 +562,83 @@ def test_a_version_follows_the_release_of_the_library_that_judges(make, reward_m
     of_now, installed = version(), importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "transformers" else installed(name))
     assert version() != of_now
+
+
+# --- a round's candidates ---------------------------------------------------------------------
+
+EXACT = {"kind": "answer", "match": "exact"}
+
+
+@pytest.fixture
+def judge(tmp_path, write_recipe):
+    """Judge the 80 candidates of a second round. Returns how many were not, and the new scores of each scorer."""
+
+    def change(sql, *values):
+        store.commit(lambda connection: connection.execute(sql, list(values)))
+
+    def judge(*scorers, show=lambda *_: None, **scoring):
+        recipe = load(write_recipe(letters.RECIPE, scoring={"scorers": scorers or [EXACT], **scoring}))
+        policy = letters.CHECKPOINTS["r000"]
+        round_ = Round(recipe, "r001", policy, "r000", policy, "none")
+        of, run = (ROUND_CANDIDATES, of_round(round_)), f"run {next(runs)}"
+        missing = score.unscored(store, round_, *of, score.versions(store, round_))
+        assert score.score(store, round_, *of, device=CPU, run_id=run, show=show) == missing
+        new = store.query("SELECT scorer, count(*) AS n FROM scores WHERE dagster_run_id = ? GROUP BY ALL", [run])
+        return missing, {row["scorer"]: row["n"] for row in new}
+
+    with letters.write(tmp_path) as store:
+        asked = {"recipe": letters.RECIPE, "round": "r001", "split": "train"}
+        store.append("round_prompts", [{**asked, "prompt_id": letters.prompt_id(i)} for i in range(letters.PROMPTS)])
+        change("INSERT INTO prompts SELECT * REPLACE ('other' AS recipe, 'other' AS content) FROM prompts")  # the same
+        judge.store, judge.change, runs = store, change, itertools.count()
+        yield judge
+
+
+def test_a_candidate_is_judged_once_by_each_version_of_a_scorer_and_content_of_its_prompt(judge, monkeypatch):
+    assert judge() == (80, {"answer": 80, "combined": 80})  # those that are there are by other versions
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "judges", lambda *_: pytest.fail("scorers were loaded for nothing"))
+        assert judge() == (0, {})
+    assert judge({**EXACT, "match": "numeric"}) == (80, {"answer": 80, "combined": 80})
+    assert judge({**EXACT, "weight": 2.0}) == (80, {"combined": 80})
+    gate = {**EXACT, "minimum": 0.5}
+    assert judge(gate) == judge(gate, combine="all") == (80, {"combined": 80})
+    assert judge(EXACT, {**EXACT, "name": "again"}) == (80, {"again": 80, "combined": 80})
+
+    corrected = "UPDATE prompts SET content = 'corrected', reference = 'answer 3 1' WHERE recipe = ? AND prompt_id = ?"
+    judge.change(corrected, letters.RECIPE, letters.prompt_id(3))
+    assert judge() == (4, {"answer": 4, "combined": 4})
+    right = judge.store.query("SELECT candidate_id FROM scores WHERE content = 'corrected' AND value = 1 ORDER BY ALL")
+    assert right == [{"candidate_id": letters.candidate_id("r001", 3, 1)}] * 2
+
+
+def test_scorers_see_of_a_candidate_what_its_row_has():
+    turns = [{"role": "user", "content": "2 + 2"}]
+    row = {"prompt": "2 + 2", "text": "4", "reference": "four", "fields": '{"level": 1}', "log_p": -1.5}
+    ended = score.judged_sample({**row, "messages": None, "finish_reason": "stop"})
+    assert ended == Sample("2 + 2", "4", "four", {"level": 1}, -1.5, None, True)
+    cut = score.judged_sample({**row, "messages": json.dumps(turns), "finish_reason": "length"})
+    assert cut == Sample("2 + 2", "4", "four", {"level": 1}, -1.5, turns, False)
+
+
+def test_what_was_erased_is_judged_no_more(judge):
+    assert judge()[0] == 80
+    judge.change("UPDATE prompts SET content = 'another'")
+    judge.change("UPDATE candidates SET text = NULL WHERE candidate_id = ?", letters.candidate_id("r001", 5, 0))
+    judge.change("UPDATE prompts SET text = NULL WHERE prompt_id = ?", letters.prompt_id(4))
+    assert judge() == (75, {"answer": 75, "combined": 75})
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, [32, 64, 80]), (1000, [80])])
+def test_scores_are_kept_as_they_are_made(judge, monkeypatch, seconds, shown):
+    monkeypatch.setattr(score, "BATCH", 32)
+    monkeypatch.setattr(score, "KEPT_AFTER", seconds)
+    told = []
+
+    def show(done, *words):
+        told.append((done, *words))
+        kept = judge.store.value("SELECT count(DISTINCT candidate_id) FROM scores WHERE dagster_run_id = 'run 0'")
+        assert kept == done
+
+    assert judge(show=show) == (80, {"answer": 80, "combined": 80})
+    assert told == [(done, "", 80) for done in shown]

@@ -291,6 +291,7 @@ def test_the_nearest_is_the_same_dense_and_sparse():
 def test_a_round_is_judged_by_what_earlier_rounds_accepted_and_no_other(make, tmp_path):
     made = make(kind="novelty", model="hashing")
     texts = {"r000": ("abc", True), "r001": ("abc", True), "r002": ("abd", True), "r003": ("xyz", False)}
+    texts["r004"] = ("xyz", True)
     with Store.at(tmp_path) as store:
         named = {"recipe": "trial"}
         asked = {"prompt_id": "p", "text": "q", "fields": "{}", "split": "train", "content": "c", "active": True}
@@ -303,6 +304,9 @@ def test_a_round_is_judged_by_what_earlier_rounds_accepted_and_no_other(make, tm
             # another recipe's accepted texts are not this one's
             store.append("candidates", [{**of, **drawn, "recipe": "other", "text": "xyz"}])
             store.append("decisions", [{**of, "recipe": "other", "prompt_id": "p", "accepted": True}])
+        erased = {**named, "round": "r000", "candidate_id": "erased", "prompt_id": "p"}
+        store.append("candidates", [erased])
+        store.append("decisions", [{**erased, "accepted": True}])
 
         def judged(key: str) -> tuple[int, float, str]:
             round_ = Round(made, key, "policy", "base", "policy", "none")
@@ -314,7 +318,7 @@ def test_a_round_is_judged_by_what_earlier_rounds_accepted_and_no_other(make, tm
             return done, value, version
 
         found = {key: judged(key) for key in texts}
-        assert [found[key][1] for key in texts] == pytest.approx([1.0, 0.0, 5 / 6, 1.0], abs=1e-6)
+        assert [found[key][1] for key in texts] == pytest.approx([1.0, 0.0, 5 / 6, 1.0, 1.0], abs=1e-6)
         # the same set of texts, the same version: r001 accepted what r000 had
         versions = [found[key][2] for key in texts]
         assert versions[1] == versions[2]

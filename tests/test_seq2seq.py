@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from rsft_pipeline import lineage, models, prompts, tasks, training
+from rsft_pipeline import bootstrap, lineage, models, prompts, tasks, training
 from rsft_pipeline.decoding import Draw, Shape, cache, decode, shared_encoder, shared_prefix
 from rsft_pipeline.decoding.attention import attention_of
 from rsft_pipeline.decoding.memory import state_bytes
@@ -23,12 +23,12 @@ from rsft_pipeline.decoding.plain import draw as draw_plainly
 from rsft_pipeline.devices import Device
 from rsft_pipeline.models import ModelError, checkpoints, configuration
 from rsft_pipeline.models.trainable import select_trainable
-from rsft_pipeline.recipe.model import Lora, Model
+from rsft_pipeline.recipe.model import Bootstrap, Lora, Model
 from rsft_pipeline.recipe.reading import load
 from rsft_pipeline.recipe.sampling import Sampling
 from rsft_pipeline.recipe.training import Training
 from rsft_pipeline.sampling import Asked, Request
-from rsft_pipeline.tasks import causal, seq2seq
+from rsft_pipeline.tasks import causal, seq2seq, writing
 from rsft_pipeline.training import Sample, TrainingError
 
 CPU = Device("cpu", "float32")
@@ -372,11 +372,23 @@ def test_a_causal_sequences_log_probability_is_its_tokens_one_by_one(kind):
 
 
 def test_a_batch_holds_what_was_drawn_and_never_the_start_token():
-    batch = seq2seq.collate(SAMPLES[:2], pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, EOS], [9, EOS, 0]]
+    batch = seq2seq.collate(SAMPLES[:2], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, EOS], [9, EOS, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[7, 8, EOS], [10, EOS, -100]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_no_more_samples_are_rated_at_once_than_was_said():
+    seen = []
+
+    def collate(part, pad_id):
+        seen.append(len(part))
+        return seq2seq.collate(part, pad_id)
+
+    found = writing.log_probabilities(collate, seq2seq.token_losses, tiny(), SAMPLES[:3], 0, batch_size=2)
+    assert seen == [2, 1] and len(found) == 3
+    assert writing.log_probabilities(collate, seq2seq.token_losses, tiny(), [], 0, batch_size=2) == []
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -519,6 +531,38 @@ def test_a_bootstrapped_t5_learns_to_copy_and_is_drawn_from(made):
     forced = seq2seq.log_probabilities(model, samples, tokenizer.pad_token_id)
     assert [one.log_p for one in candidates] == pytest.approx(forced, abs=1e-4)
     assert all(one.log_q > one.log_p for one in right)  # at half the temperature
+
+
+@pytest.mark.parametrize("max_tokens", [2, 3])
+def test_an_extra_stop_token_ends_a_completion_and_is_no_part_of_its_text(made, max_tokens):
+    told, checkpoint = made
+    model, tokenizer = loaded(checkpoint)
+    asked = [Asked(a, tuple(prompts.encode(tokenizer, f"{a}=", False, "seq2seq")), None) for a in "abcdefgh"]
+    stop, end = tokenizer.convert_tokens_to_ids("b"), tokenizer.eos_token_id
+    sampling = told.sampling.model_copy(update={"stop": ["b"], "max_tokens": max_tokens, "batch_size": 5})
+    rows = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    drawn = seq2seq.draw(model, tokenizer, [Request(one.prompt_id, one, 0, 1) for one in asked], sampling)
+    for one in drawn:
+        *before, last = one.token_ids
+        ended = last in (stop, end)
+        assert not {stop, end} & set(before) and one.finish_reason == ("stop" if ended else "length")
+        assert one.text == "".join(tokenizer.convert_ids_to_tokens(before if ended else one.token_ids))
+    ends = {one.token_ids[-1] for one in drawn}
+    assert stop in ends and (end in ends) == (max_tokens == 3)
+    assert max(rows) == 5  # of 8 draws
+    for text, number in (("ab", 2), ("", 0)):
+        with pytest.raises(ValueError, match=f"sampling.stop: '{text}' is {number} tokens of this tokenizer"):
+            seq2seq.draw(model, tokenizer, [], sampling.model_copy(update={"stop": [text]}))
+
+
+def test_a_text_is_spelt_with_all_its_spaces_and_without_what_is_none_of_it():
+    tokenizer = bootstrap._tokenizer(Bootstrap(config={}, corpus="-"), ["a , b . don ' t"])
+    text = " a ,  b . don ' t "
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert writing.spelt(tokenizer, [[*ids, tokenizer.eos_token_id], []]) == [text, ""]
 
 
 def test_a_prompt_keeps_the_end_that_an_encoder_expects(made):

@@ -76,7 +76,7 @@ def load(store: Store, round_: Round, device: Device) -> Scorers:
 
 def _check_unchanged(store: Store, round_: Round, scorers: Scorers) -> None:
     now = versions(store, round_, scorers.accepted_before)
-    if changed := [name for name, version in scorers.version_of.items() if now[name] != version and name != COMBINED]:
+    if changed := [name for name, version in scorers.version_of.items() if now[name] != version]:
         raise RoundError(
             f"{round_.recipe.name} {round_.key}: the scorer `{changed[0]}` has changed since it was loaded, so what it "
             "says is not what its file says by now. Nothing is lost: run the round again, and it goes on from here"

@@ -59,8 +59,6 @@ def draw(
 def _unsatisfied(store: Store, round_: Round, asked: Sequence[Asked], draws: range) -> list[Asked]:
     """The prompts that have too few accepted among their draws before these."""
     enough = round_.recipe.sampling.until.per_prompt or math.inf
-    if draws.start == 0:
-        return list(asked)
     accepted = accepted_so_far(store, round_, draws.start)
     return [prompt for prompt in asked if accepted.get(prompt.prompt_id, 0) < enough]
 
