@@ -461,7 +461,7 @@ def test_leaves_that_were_changed_with_or_without_their_rows_do_not_pass(mine):
     change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
     counted, finding = verified(mine).findings
     assert "by `training_samples`" in counted.what
-    assert "rows of `training_samples` gone" in finding.what and finding.ids == (candidate,)
+    assert "rows of `training_samples` are gone" in finding.what and finding.ids == (candidate,)
 
 
 def test_rows_of_now_that_were_changed_with_their_leaves_or_are_there_twice_are_told_by_the_root(mine, recipe):
@@ -472,14 +472,14 @@ def test_rows_of_now_that_were_changed_with_their_leaves_or_are_there_twice_are_
     assert "are there more than once" in finding.what and finding.ids == (candidate,)
     change(mine, "DELETE FROM candidates WHERE candidate_id = ?", candidate)
     (finding,) = verified(mine).findings
-    assert "rows at the snapshot gone" in finding.what and finding.ids == (candidate,)
+    assert "rows of now are gone" in finding.what and finding.ids == (candidate,)
     left = min(mine.query(sql, given), key=lambda row: row["candidate_id"])["candidate_id"]
     change(mine, "DELETE FROM training_samples WHERE candidate_id = ?", candidate)
     change(mine, "UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", left)
     (row,) = [row for row in mine.query(sql, given) if row["candidate_id"] == left]
     change(mine, "UPDATE training_samples SET leaf = ? WHERE candidate_id = ?", leaf(row).hex(), left)
     counted, finding = verified(mine).findings
-    assert "`training_samples` gives" in counted.what
+    assert "by `training_samples`" in counted.what
     assert "the recorded leaves were changed along with the rows" in finding.what
 
 
@@ -508,7 +508,7 @@ def test_what_is_left_after_a_revocation_is_compared_where_the_snapshot_is_gone(
     mine.forget()
     answer = verified(mine, "r001")
     assert answer.ok and answer.root == answer.recorded_root
-    assert checks(answer)["rows of now, leaf by leaf, and the leaves by the root"] == (answer.samples - 1, 0)
+    assert checks(answer)["rows of now, leaf by leaf and by the root"] == (answer.samples - 1, 0)
     left = "SELECT min(candidate_id) FROM decisions WHERE accepted AND round = 'r001' AND candidate_id <> ?"
     other = mine.value(left, [candidate])
     change(mine, "UPDATE candidates SET text = text || ' ' WHERE candidate_id = ?", other)
@@ -554,7 +554,7 @@ def test_an_earlier_round_that_was_begun_again_explains_other_rows_where_all_rou
 
 R000 = "round = 'r000' AND ? <> ''"
 ITS_PROMPT = "prompt_id = (SELECT prompt_id FROM decisions WHERE candidate_id = ?)"
-SINCE, LEAVES = "were changed since the snapshot", "rows of `training_samples` changed, while"
+SINCE, LEAVES = "were changed since the snapshot", "rows of `training_samples` were changed, while"
 BROKEN = {
     "a leaf that is no hash": ("UPDATE training_samples SET leaf = 'xyz' WHERE candidate_id = ?", LEAVES),
     "a weight that was trained with": ("UPDATE training_samples SET weight = 5 WHERE candidate_id = ?", LEAVES),
@@ -568,12 +568,12 @@ BROKEN = {
     ),
     "its samples, in its record too": (
         """UPDATE checkpoints SET samples = 7, meta = json_merge_patch(meta, '{"samples": 7}') WHERE ? <> ''""",
-        "the samples 7, and `training_samples` gives",
+        "the samples 7, and by `training_samples`",
     ),
     "the digest of its samples, in its record too": (
         """UPDATE checkpoints SET accepted_digest = 'fee', meta = json_merge_patch(meta, '{"accepted_digest": "fee"}')
         WHERE ? <> ''""",
-        "the accepted_digest 'fee', and `training_samples` gives",
+        "the accepted_digest 'fee', and by `training_samples`",
     ),
     "what it was trained by": (
         """UPDATE checkpoints SET meta = json_merge_patch(meta, '{"training": {"epochs": 9}}') WHERE ? <> ''""",

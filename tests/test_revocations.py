@@ -161,7 +161,7 @@ def test_a_revoked_text_keeps_out_prompts_that_have_it_anywhere(store, where):
     of = {"messages": None, "question": "q", "split": "train", "source": "people.jsonl"}
     one = Prompt(prompt_id="a", **has, **of, line=1)
     other = Prompt(prompt_id="b", text="else?", reference=None, fields={"q": "else?"}, **of, line=2)
-    left = revocations.without(store, letters.RECIPE, Ingest([one, other], [], 2, "digest"))
+    left = revocations.without(store, letters.RECIPE, Ingest([one, other], [], 2))
     assert left.prompts == [other]
     assert [(row.line, row.raw, row.reason, row.detail) for row in left.refused] == [(1, b"", "revoked", "")]
 

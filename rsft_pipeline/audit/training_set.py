@@ -236,10 +236,10 @@ def _leaves(
 
     if root == wanted:  # so it is the table of leaves that was changed
         what = f"rows of `training_samples` {{}}, while the rows {which} still have the root"
-        words = {"changed": "changed", "gone": "added", "added": "gone"}
+        words = {"changed": "were changed", "gone": "were added", "added": "are gone"}
     else:
         what = f"rows {which} {{}}" + ("" if recorded == wanted else ", or leaves in `training_samples`, or both")
-        words = {"changed": "changed since they were trained on", "gone": "gone", "added": "added"}
+        words = {"changed": "were changed since they were trained on", "gone": "are gone", "added": "were added"}
     found = [named("data", what.format(words[how]), ids) for how, ids in _by_kind(different, words)]
     if not different and wanted not in (root, recorded):
         if twice := column(connection, _TWICE.format(table="trained_on")):

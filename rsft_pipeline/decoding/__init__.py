@@ -24,6 +24,7 @@ from rsft_pipeline.decoding import plain
 from rsft_pipeline.decoding.draws import Draw, Drawn, Shape, check_number
 from rsft_pipeline.decoding.memory import draws_at_once
 from rsft_pipeline.models import configuration
+from rsft_pipeline.models.checkpoints import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _wrong(model: Any, loop: Callable, prompts: Sequence[tuple[int, ...]], token
     """What is wrong with a loop's draws from a model, in words; None if it serves this model. It is tried once.
 
     It draws a few tokens, and their log-probability is compared with the model's own, since no list of families is
-    complete. Raises RuntimeError if memory runs out.
+    complete. Raises RuntimeError if memory runs out, and ModelError.
     """
     from rsft_pipeline.decoding.attention import Unsupported
 
@@ -111,7 +112,7 @@ def _wrong(model: Any, loop: Callable, prompts: Sequence[tuple[int, ...]], token
         except Unsupported as reason:
             known[loop] = str(reason)
         except Exception as error:  # model families fail with different errors
-            if devices.out_of_memory(error):
+            if devices.out_of_memory(error) or isinstance(error, ModelError):  # which says itself what is wrong
                 raise
             known[loop] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return known[loop]
