@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 from pydantic import ValidationError
 
 from rsft_pipeline import models, revocations
@@ -114,6 +115,14 @@ def finish(store: Store, round_: Round, **outcome) -> None:
             f"UPDATE rounds SET state = 'finished', finished_at = now(), {columns} WHERE recipe = ? AND round = ?",
             [*outcome.values(), round_.recipe.name, round_.key],
         )
+    )
+
+
+def mark_revoked(connection: duckdb.DuckDBPyConnection, recipe: str, round_key: str) -> None:
+    """Let a finished round count as not done, inside the caller's transaction."""
+    connection.execute(
+        "UPDATE rounds SET state = 'revoked' WHERE recipe = ? AND round = ? AND state = 'finished'",
+        [recipe, round_key],
     )
 
 

@@ -22,7 +22,6 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -123,7 +122,6 @@ def fit(
     steps = plan(_shareable(samples, task), training.batch_size, training.epochs, seed)
     optimizer = _optimizer(parameters.values(), training)
     state = State(Path(scratch) / "state.pt", _fingerprint(samples, training, start, seed, device, parameters))
-    mixed = torch.autocast(device.kind, torch.bfloat16) if device.dtype == "bfloat16" else nullcontext()
 
     with own_rng(device.kind):
         torch.manual_seed(seed)
@@ -135,12 +133,7 @@ def fit(
             tokens = sum(len(sample.completion_ids) for sample in batch)
             loss = torch.zeros((), device=device.kind)
             for part in parts(batch, training.accumulation, part_tokens(device.kind)):
-                inputs = {name: tensor.to(device.kind) for name, tensor in task.collate(part, pad_id).items()}
-                weights = torch.tensor([sample.weight for sample in part], device=device.kind)
-                with mixed:
-                    part_loss = (weights * task.token_losses(model, inputs)).sum() / tokens
-                part_loss.backward()
-                loss += part_loss.detach()
+                loss += _backward(model, part, tokens, task, device, pad_id)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), training.clip)
             loss, norm = torch.stack([loss, norm]).tolist()  # one wait for the device, not two
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -161,6 +154,18 @@ def fit(
             on_step(number, len(steps), loss, tokens)
         model.eval()
     return history
+
+
+def _backward(model, part: Sequence[Sample], tokens: int, task: ModuleType, device: Device, pad_id: int):
+    """Add a part's gradients to those of its step, which has so many tokens. Returns the part's share of the loss."""
+    import torch
+
+    inputs = {name: tensor.to(device.kind) for name, tensor in task.collate(part, pad_id).items()}
+    weights = torch.tensor([sample.weight for sample in part], device=device.kind)
+    with torch.autocast(device.kind, torch.bfloat16, enabled=device.dtype == "bfloat16"):
+        loss = (weights * task.token_losses(model, inputs)).sum() / tokens
+    loss.backward()
+    return loss.detach()
 
 
 # --- the order of the samples -----------------------------------------------------------------

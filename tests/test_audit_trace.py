@@ -429,17 +429,17 @@ def test_what_is_revoked_is_made_again_without_it(mine, recipe):
     assert impact(mine, ids.thing(mine, candidate)).again == []
 
 
-@pytest.mark.parametrize("moment", ["judge", "conclude"])
-def test_what_is_revoked_while_it_is_evaluated_is_not_promoted(mine, recipe, monkeypatch, moment):
-    champion, then = rounds.champion(mine, NAME), getattr(evaluate, moment)
+@pytest.mark.parametrize(("module", "moment"), [(evaluate, "judge"), (evaluate, "conclude"), (rounds, "finish")])
+def test_what_is_revoked_while_it_is_evaluated_is_not_promoted(mine, recipe, monkeypatch, module, moment):
+    champion, then = rounds.champion(mine, NAME), getattr(module, moment)
 
-    def revoked_meanwhile(store, round_, *rest):
+    def revoked_meanwhile(store, round_, *rest, **named):
         revoke(store, ids.thing(store, accepted(store, "r002")[0]), who="me", why="just now")
-        return then(store, round_, *rest)
+        return then(store, round_, *rest, **named)
 
     with dg.DagsterInstance.ephemeral() as instance:
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, moment, revoked_meanwhile)
+            patch.setattr(module, moment, revoked_meanwhile)
             assert not run_round(instance, recipe, "r002").success
         assert [row["round"] for row in rounds.history(mine, NAME)] == ["r000", "r001"]
         assert aliases(champion) == ["champion"]

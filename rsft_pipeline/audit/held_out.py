@@ -111,9 +111,10 @@ def _same(was: PromptResult | None, now: PromptResult | None) -> bool:
 
 
 def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, str], note: Notes) -> None:
-    """Check the gate's verdict and the outcome in the round's record against recorded results and decisions."""
+    """Check the gate's verdict, and then the outcome in the round's record, against recorded results and decisions."""
     (row,) = query("SELECT * FROM rounds WHERE recipe = $recipe AND round = $round", of)
-    name, recipe, how = "the verdict of the gate", round_.recipe, round_.recipe.evaluation
+    name = "the verdict of the gate"
+    recipe, how = round_.recipe, round_.recipe.evaluation
     if row["verdict"] is None:
         note(Check(name, 0, None, "the round is not finished"))
         return
@@ -134,7 +135,13 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
     wrong = again != (row["promoted"], row["verdict"])
     what = f"the recorded results give the verdict «{again[1]}», not «{row['verdict']}»"
     note(Check(name, 1, int(wrong)), Finding("rule", what, 1))
+    _outcome(query, round_, roles, row, summaries, note)
 
+
+def _outcome(
+    query: Query, round_: Round, roles: dict[str, str], row: dict, summaries: dict[str, dict], note: Notes
+) -> None:
+    """Check what else the round's record says it came to."""
     left = "checkpoint" if row["promoted"] else "champion"
     drawn = counts(query, round_)
     outcome = {
@@ -149,10 +156,10 @@ def _verdict(query: Query, round_: Round, roles: dict[str, str], of: dict[str, s
     erased = f"SELECT candidate_id FROM ({ROUND_CANDIDATES}) WHERE text IS NULL LIMIT 1"
     if not query(erased, of_round(round_)):
         outcome["distinct_accepted"] = drawn["distinct_accepted"]
-    there = {column: value for column, value in outcome.items() if row[column] is not None}
-    different = [column for column, value in there.items() if not _recorded(row[column], value)]
+    recorded = {column: value for column, value in outcome.items() if row[column] is not None}
+    different = [column for column, value in recorded.items() if not _recorded(row[column], value)]
     what = f"the table `rounds` has another {', '.join(different)} than its settings, decisions and results give"
-    note(Check("what the round came to", len(there), len(different)), Finding("data", what, len(different)))
+    note(Check("what the round came to", len(recorded), len(different)), Finding("data", what, len(different)))
 
 
 def _recorded(was, now) -> bool:

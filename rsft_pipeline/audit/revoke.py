@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import duckdb
 
-from rsft_pipeline import revocations
+from rsft_pipeline import revocations, rounds
 from rsft_pipeline.audit.ids import AuditError, Thing
 from rsft_pipeline.audit.impact import Impact, follow
 from rsft_pipeline.audit.reading import on
@@ -56,10 +56,7 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
             )
         marked = [(one.recipe, one.round) for one in found.again]
         for recipe, round_key in marked:
-            connection.execute(
-                "UPDATE rounds SET state = 'revoked' WHERE recipe = ? AND round = ? AND state = 'finished'",
-                [recipe, round_key],
-            )
+            rounds.mark_revoked(connection, recipe, round_key)
         return Revoked(found, who, why, marked, erased, [])
 
     before = [row["snapshot_id"] for row in store.query("SELECT snapshot_id FROM lake.snapshots() ORDER BY 1")]

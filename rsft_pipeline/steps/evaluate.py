@@ -219,6 +219,11 @@ def conclude(store: Store, round_: Round, between: Contest, outcome: Outcome) ->
         evaluation_scorers=json.dumps(outcome.scorers),
         **counted,
     )
+    try:
+        _check_not_revoked(store, round_, between.checkpoint)
+    except RoundError:  # just before the round was finished, so that the revocation did not mark it
+        store.commit(lambda connection: rounds.mark_revoked(connection, round_.recipe.name, round_.key))
+        raise
 
 
 def counts(query: Query, round_: Round) -> dict[str, int]:

@@ -7,6 +7,7 @@ candidate is judged (scoring/), nor which are accepted (decide.py).
 import json
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -134,19 +135,26 @@ def score(
     return number
 
 
-def _rows(
-    recipe: Recipe, judged: list[tuple[dict, str, float | None, bool | None]], version_of: dict[str, str], run_id: str
-) -> pa.Table:
+class _Judged(NamedTuple):
+    """A new score of a candidate."""
+
+    row: dict  # of the candidate
+    scorer: str
+    value: float | None
+    passed: bool | None = None  # for the combined score: whether all gates were passed
+
+
+def _rows(recipe: Recipe, judged: list[_Judged], version_of: dict[str, str], run_id: str) -> pa.Table:
     return columns(
         len(judged),
         recipe=recipe.name,
-        round=[row["round"] for row, *_ in judged],
-        candidate_id=[row["candidate_id"] for row, *_ in judged],
-        scorer=[scorer for _, scorer, *_ in judged],
-        version=[version_of[scorer] for _, scorer, *_ in judged],
-        content=[row["content"] for row, *_ in judged],
-        value=[value for *_, value, _ in judged],
-        passed=[passed for *_, passed in judged],
+        round=[one.row["round"] for one in judged],
+        candidate_id=[one.row["candidate_id"] for one in judged],
+        scorer=[one.scorer for one in judged],
+        version=[version_of[one.scorer] for one in judged],
+        content=[one.row["content"] for one in judged],
+        value=[one.value for one in judged],
+        passed=[one.passed for one in judged],
         dagster_run_id=run_id,
     )
 
@@ -173,22 +181,20 @@ _UNSCORED = f"""
 """
 
 
-def _judge(
-    recipe: Recipe, judges: dict[str, scoring.Judge], rows: list[dict]
-) -> list[tuple[dict, str, float | None, bool | None]]:
-    """The new scores of these candidates: row, scorer, score and, for the combined one, whether all gates passed."""
+def _judge(recipe: Recipe, judges: dict[str, scoring.Judge], rows: list[dict]) -> list[_Judged]:
+    """The new scores of these candidates."""
     samples = [judged_sample(row) for row in rows]
     score_of = [{one["scorer"]: one["value"] for one in row["known"] or ()} for row in rows]
-    new: list[tuple[dict, str, float | None, bool | None]] = []
+    new: list[_Judged] = []
     for scorer, judge in judges.items():
         missing = [i for i, known in enumerate(score_of) if scorer not in known]
         values = scoring.score({scorer: judge}, [samples[i] for i in missing])[scorer]
         for i, value in zip(missing, values, strict=True):
             score_of[i][scorer] = value
-            new.append((rows[i], scorer, value, None))
+            new.append(_Judged(rows[i], scorer, value))
     judged = {scorer: [known[scorer] for known in score_of] for scorer in judges}
     combined = zip(rows, *scoring.combine(recipe.scoring, judged), strict=True)
-    return new + [(row, COMBINED, value, passed) for row, value, passed in combined]
+    return new + [_Judged(row, COMBINED, value, passed) for row, value, passed in combined]
 
 
 def judged_sample(row: dict) -> scoring.Sample:
