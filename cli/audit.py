@@ -141,7 +141,7 @@ def replay(
         int, typer.Option(min=0, help="How many candidates' texts to decode and judge again.")
     ] = replaying.JUDGED,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Nats per token by which a log-probability may differ.")
+        float, typer.Option(min=0, help="By how much log-probabilities (nats per token) and models' scores may differ.")
     ] = replaying.TOLERANCE,
     json_: JsonOption = False,
 ) -> None:

@@ -30,12 +30,12 @@ OF = f"recipe IN ($recipe, '{EVERY}')"  # SQL: whether a revocation applies to a
 _CANDIDATES = "SELECT what FROM revocations WHERE kind = 'candidate'"
 _PROMPTS = f"SELECT what FROM revocations WHERE kind = 'prompt' AND {OF}"
 _CHECKPOINTS = "SELECT what FROM revocations WHERE kind = 'checkpoint'"
-# SQL: whether a decided candidate (decisions `d`, candidates `c`) may be trained on. It needs `WITH` NAMED, so that
+# SQL: whether a candidate, `c` of the table `candidates`, may be trained on. It needs `WITH` NAMED, so that
 # DuckLake opens the table only once: opening it takes longer than reading it.
 NAMED = "named AS MATERIALIZED (SELECT recipe, kind, what FROM revocations)"
 ALLOWED = f"""
-    d.candidate_id NOT IN (SELECT what FROM named WHERE kind = 'candidate')
-    AND d.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND {OF})
+    c.candidate_id NOT IN (SELECT what FROM named WHERE kind = 'candidate')
+    AND c.prompt_id NOT IN (SELECT what FROM named WHERE kind = 'prompt' AND {OF})
     AND c.policy NOT IN (SELECT what FROM named WHERE kind = 'checkpoint')"""
 
 # Prompts by an earlier source of theirs, to be followed by `AND source = …`.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rsft_pipeline.audit import croissant, openlineage
 from rsft_pipeline.audit.ids import AuditError, thing
-from rsft_pipeline.audit.reading import on
+from rsft_pipeline.audit.reading import on, snapshots
 from rsft_pipeline.revocations import of_checkpoint
 from rsft_pipeline.steps.rows import of_scorers
 from rsft_pipeline.store import Query, Store
@@ -150,9 +150,9 @@ def _made(query: Query, digest: str, recipe: str | None, round_key: str | None) 
 
 def _rows(query: Query, made: dict[str, Any], form: str) -> tuple[str, dict[str, Any], list[str]]:
     """SQL of the rows in the order of their ids, its parameters, and what to note."""
-    there = query("SELECT 1 FROM lake.snapshots() WHERE snapshot_id = $snapshot", {"snapshot": made["snapshot"]})
-    at = f"AT (VERSION => {int(made['snapshot'])})" if there else ""
-    notes = [] if there else [f"the snapshot {made['snapshot']} is gone: decisions and prompts are as they are now"]
+    kept = made["snapshot"] in snapshots(query)
+    at = f"AT (VERSION => {int(made['snapshot'])})" if kept else ""
+    notes = [] if kept else [f"the snapshot {made['snapshot']} is gone: decisions and prompts are as they are now"]
     (erased,) = query(
         """SELECT count(*) AS n FROM training_samples t JOIN candidates c ON c.candidate_id = t.candidate_id
            WHERE t.recipe = $recipe AND t.round = $round AND t.checkpoint = $checkpoint AND c.recipe = $recipe

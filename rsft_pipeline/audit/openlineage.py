@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsft_pipeline.audit.impact import MADE, earlier
+from rsft_pipeline.audit.reading import snapshots
 from rsft_pipeline.store import Query
 
 PRODUCER = "urn:rsft-pipeline"
@@ -24,12 +25,12 @@ def history(query: Query, made: Mapping[str, Any]) -> list[dict[str, Any]]:
     Args:
         made: the checkpoint's row of `checkpoints`.
     """
-    snapshots = {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
+    kept = snapshots(query)
     return [
         {
-            "sources": _sources(query, made, made["snapshot"] in snapshots),
+            "sources": _sources(query, made, made["snapshot"] in kept),
             **dict.fromkeys(("candidates", "started", "finished")),
-            **_attempt(query, made, made["snapshot"] in snapshots),
+            **_attempt(query, made, made["snapshot"] in kept),
             **made,
             "learned": [*before, made["round"]],
         }

@@ -40,6 +40,11 @@ def named(sql: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if re.search(rf"\${name}\b", sql)}
 
 
+def snapshots(query: Query) -> set[int]:
+    """The snapshots that still exist."""
+    return {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
+
+
 @contextmanager
 def as_of(connection: duckdb.DuckDBPyConnection, tables: Sequence[str], snapshot: int | None = None) -> Iterator[None]:
     """These tables as they were at a snapshot, the newest by default, under their own names.

@@ -15,7 +15,7 @@ import duckdb
 from rsft_pipeline import revocations, rounds
 from rsft_pipeline.audit.ids import AuditError, Thing
 from rsft_pipeline.audit.impact import Impact, follow
-from rsft_pipeline.audit.reading import on
+from rsft_pipeline.audit.reading import on, snapshots
 from rsft_pipeline.store import Store, insert
 
 ERASABLE = ("candidate", "prompt", "source", "text")  # what people wrote, or a model wrote in answer
@@ -59,7 +59,7 @@ def revoke(store: Store, thing: Thing, *, who: str, why: str, erase: bool = Fals
             rounds.mark_revoked(connection, recipe, round_key)
         return Revoked(found, who, why, marked, erased, [])
 
-    before = [row["snapshot_id"] for row in store.query("SELECT snapshot_id FROM lake.snapshots() ORDER BY 1")]
+    before = sorted(snapshots(store.query))
     done = store.commit(work)
     return replace(done, keeping=before) if erase else done
 

@@ -13,7 +13,7 @@ from typing import Any
 from rsft_pipeline import sampling
 from rsft_pipeline.audit import ids, words
 from rsft_pipeline.audit.impact import MADE, descend, role
-from rsft_pipeline.audit.reading import at_once
+from rsft_pipeline.audit.reading import at_once, snapshots
 from rsft_pipeline.recipe.recipe import Recipe
 from rsft_pipeline.recipe.section import RECORDED
 from rsft_pipeline.revocations import ANY, OF, REASON, said
@@ -226,7 +226,7 @@ def _prompt(
         trained = {one["snapshot"] for one in made if (one["recipe"], one["round"]) == (of["recipe"], of["round"])}
         judged_by = (
             {**then, "active": now["active"], "snapshot": snapshot}
-            for snapshot in sorted(trained & _snapshots(query))
+            for snapshot in sorted(trained & snapshots(query))
             if (then := _first(query(_PROMPT.format(at=f"AT (VERSION => {int(snapshot)})"), of)))
             and then["content"] == content
         )
@@ -234,11 +234,6 @@ def _prompt(
         if row["snapshot"] is None:
             gaps.append("its prompt has changed since it was judged, and is shown as it is now")
     return Prompt(**{**row, "fields": row["fields"] and json.loads(row["fields"])}, earlier=query(EARLIER, of))
-
-
-def _snapshots(query: Query) -> set[int]:
-    """The snapshots that still exist."""
-    return {row["snapshot_id"] for row in query("SELECT snapshot_id FROM lake.snapshots()")}
 
 
 def _ancestry(drawn: Mapping, made: list[dict], rounds: list[dict], gaps: list[str]) -> list[Weights]:
@@ -384,7 +379,7 @@ def _then(
         return None
     if decision and decision.accepted:
         return decision if aside else None
-    there = _snapshots(query)
+    there = snapshots(query)
     for row in by_decision:
         if row["snapshot"] in there:
             at = f"AT (VERSION => {int(row['snapshot'])})"

@@ -131,10 +131,10 @@ def _revoked(connection: duckdb.DuckDBPyConnection, made: Mapping[str, Any]) -> 
     """Which samples of the training set may no longer be trained on."""
     if not connection.execute(ANY).fetchone():
         return set()
-    sql = f"""WITH {NAMED} SELECT d.candidate_id FROM recorded d
+    sql = f"""WITH {NAMED} SELECT c.candidate_id FROM recorded r
         JOIN (SELECT candidate_id, prompt_id, policy FROM candidates WHERE recipe = $recipe) c
-            ON c.candidate_id = d.candidate_id
-        WHERE NOT ({ALLOWED.replace("d.prompt_id", "c.prompt_id")})"""
+            ON c.candidate_id = r.candidate_id
+        WHERE NOT ({ALLOWED})"""
     return set(column(connection, sql, {"recipe": made["recipe"]}))
 
 

@@ -18,6 +18,7 @@ from rsft_pipeline import models
 from rsft_pipeline.audit import ids, training_set
 from rsft_pipeline.audit.findings import Check, Finding, Notes, read
 from rsft_pipeline.audit.ids import AuditError
+from rsft_pipeline.audit.reading import snapshots
 from rsft_pipeline.home import Home
 from rsft_pipeline.models import checkpoints
 from rsft_pipeline.store import Store
@@ -85,8 +86,7 @@ def verify(
     meta = _record(made, home, note)
     _weights(made, home, note)
     _roots(made, meta, home, witnesses or {}, note)
-    kept = store.query("SELECT snapshot_id FROM lake.snapshots() WHERE snapshot_id = ?", [made["snapshot"]])
-    snapshot = made["snapshot"] if kept else None
+    snapshot = made["snapshot"] if made["snapshot"] in snapshots(store.query) else None
 
     def rows(connection: duckdb.DuckDBPyConnection, note: Notes) -> str | None:
         return training_set.compare(connection, made, meta, snapshot, note)
