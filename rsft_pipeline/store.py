@@ -55,7 +55,7 @@ class Store:
             told = without_password(catalog)
             raise StoreError(f"the store's catalog is {told}: expected sqlite:/path/to/file or postgres:…")
         self._readers = Path(f"{file}.readers") if backend == "sqlite" else None
-        beside = Path(file).parent if backend == "sqlite" else Path(tempfile.gettempdir()) / f"rsft-{os.getuid()}"
+        beside = Path(file).parent if backend == "sqlite" else _own_folder()
         self._spill = _spill(beside / "spill")
         options = {"temp_directory": self._spill.name.removesuffix(LOCK)} | ({"memory_limit": memory} if memory else {})
         self._connection = duckdb.connect(config=options)
@@ -306,6 +306,15 @@ def _touch(connection: duckdb.DuckDBPyConnection, tables: Iterable[str]) -> None
         connection.execute(f"DELETE FROM {table} WHERE recipe IS NULL")
 
 
+def _own_folder() -> Path:
+    """A folder for temporary files that no other user can look into. Raises StoreError."""
+    folder = Path(tempfile.gettempdir()) / f"rsft-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise StoreError(f"{folder}, to which texts would be spilled, belongs to another user: remove it")
+    return folder
+
+
 LOCK = ".lock"
 
 
@@ -317,10 +326,7 @@ def _spill(folder: Path) -> IO[bytes]:
     Returns:
         A locked file named like the folder, with `.lock` appended; DuckDB makes the folder when it needs it.
     """
-    for each in (folder.parent, folder):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise StoreError(f"{folder}, to which texts would be spilled, belongs to another user: remove it")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for lock in folder.glob(f"*{LOCK}"):
         with suppress(OSError), open(lock, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process is alive

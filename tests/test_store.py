@@ -278,7 +278,8 @@ def test_files_that_cannot_be_merged_now_are_left_for_the_next_time(tmp_path, mo
 
 
 def test_nothing_is_spilled_to_a_folder_of_somebody_else(tmp_path, monkeypatch):
-    (tmp_path / "store" / "spill").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
-    with pytest.raises(StoreError, match="belongs to another user"):
-        Store.at(tmp_path)
+    with pytest.raises(StoreError, match=rf"{tmp_path}/rsft-\d+, .* belongs to another user"):
+        Store("postgres:dbname=none", str(tmp_path))
+    assert tmp_path.joinpath(f"rsft-{os.getuid()}").stat().st_mode & 0o777 == 0o700
