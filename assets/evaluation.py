@@ -59,11 +59,7 @@ def evaluation(recipe: Recipe) -> dg.AssetsDefinition:
             version = tracking.register(round_.mlflow_run_id, recipe.name, contest.checkpoint, path)
             champion = contest.checkpoint if outcome.promoted else contest.champion
             tracking.set_champion(recipe.name, rounds.in_use(lake, recipe.name, round_.key, champion))
-            _track(tracking, round_, outcome, by_scorer)
-            if by_class:
-                tracking.metrics(
-                    round_.mlflow_run_id, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()}
-                )
+            _track(tracking, round_, outcome, by_scorer, by_class)
             try:
                 evaluate.conclude(lake, round_, contest, outcome)  # from here on the round counts as done
             except rounds.RoundError:  # revoked in the meantime
@@ -137,13 +133,19 @@ def _table(outcome: evaluate.Outcome) -> str:
 
 
 def _track(
-    tracking: Tracking, round_: rounds.Round, outcome: evaluate.Outcome, by_scorer: report.HeldOutScores
+    tracking: Tracking,
+    round_: rounds.Round,
+    outcome: evaluate.Outcome,
+    by_scorer: report.HeldOutScores,
+    by_class: report.ClassFacts | None,
 ) -> None:
     run = round_.mlflow_run_id
     for role, summary in outcome.summaries.items():
         tracking.metrics(run, {f"{role}/{name}": value for name, value in _numbers(summary).items()})
     for role, means in by_scorer.means.items():
         tracking.metrics(run, {f"{role}/scorers/{name}": mean.value for name, mean in means.items() if mean})
+    if by_class:
+        tracking.metrics(run, {f"{role}/macro_f1": f1 for role, f1 in by_class.macro_f1.items()})
     tracking.metrics(run, {"promoted": float(outcome.promoted), "difference": outcome.comparison.difference})
     tracking.metrics(run, {f"over_{role}": found.difference for role, found in outcome.controls.items()})
     tracking.tags(run, verdict=outcome.verdict)

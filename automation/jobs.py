@@ -2,12 +2,11 @@
 
 import dagster as dg
 
-from assets.shared import key, rounds_of
+from assets.shared import rounds_of
 from rsft_pipeline import rounds
 from rsft_pipeline.recipe.recipe import Recipe
 
 LOOP = "rsft/loop"  # run tag whose value is the recipe; dagster.yaml allows one run per value at a time
-STEPS = ("prompts", "policy", "candidates", "scores", "accepted", "checkpoint", "evaluation")
 
 
 def job_name(recipe: Recipe) -> str:
@@ -19,10 +18,9 @@ def round_job(recipe: Recipe):
 
     In one process: a chain of steps gains nothing from separate processes, and would lose seconds on imports.
     """
-    steps = (*STEPS, "controls") if recipe.controls else STEPS
     return dg.define_asset_job(
         job_name(recipe),
-        selection=dg.AssetSelection.assets(*(key(recipe, name) for name in steps)),
+        selection=dg.AssetSelection.groups(recipe.name),
         partitions_def=rounds_of(recipe),
         executor_def=dg.in_process_executor,
         hooks={mark_failed},

@@ -223,14 +223,7 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
     """
     log_a = _log_a_sql(parameters)
     weight = "exp(log_a)" if parameters.get("weight") == "A" else "1::DOUBLE"
-    if parameters["rule"] == "rejection" and parameters.get("threshold") is not None:
-        accepts, refusal, rank = f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold", "-log_a"
-    elif log_a is not None:
-        accepts, refusal, rank = "u < exp(log_a)", "u >= A", "u / exp(log_a)"
-    elif parameters["rule"] == "threshold":
-        accepts, refusal, rank = f"score > {_double(parameters['threshold'])}", "below threshold", "-score"
-    else:  # the selections below are the rule
-        accepts, refusal, rank = "true", "", "-score"
+    accepts, refusal, rank = _rule_sql(parameters)
     aside = set_aside(parameters)
     pilot = f"WHEN draw < {aside} THEN 'pilot'" if aside else ""
 
@@ -267,6 +260,17 @@ def decisions_sql(source: str, parameters: dict[str, Any], seed: int) -> str:
         FROM ruled LEFT JOIN (
             SELECT row, refusal FROM selected_{len(selections)} WHERE refusal IS NOT NULL
         ) USING (row)"""
+
+
+def _rule_sql(parameters: dict[str, Any]) -> tuple[str, str, str]:
+    """SQL of whether the rule accepts a candidate, the reason if not, and SQL of a candidate's rank, lowest first."""
+    if parameters["rule"] == "rejection" and parameters.get("threshold") is not None:
+        return f"exp(log_a) > {_double(parameters['threshold'])}", "below threshold", "-log_a"
+    if _log_a_sql(parameters) is not None:
+        return "u < exp(log_a)", "u >= A", "u / exp(log_a)"
+    if parameters["rule"] == "threshold":
+        return f"score > {_double(parameters['threshold'])}", "below threshold", "-score"
+    return "true", "", "-score"  # the selections are the rule
 
 
 def set_aside(parameters: dict[str, Any]) -> int:

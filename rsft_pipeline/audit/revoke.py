@@ -84,16 +84,16 @@ def _record(
     if thing.kind == "text":
         touched = "SELECT recipe, candidate_id FROM touched"
         rows += [(recipe, "candidate", one, name) for recipe, one in connection.execute(touched).fetchall()]
-    there = set(connection.execute("SELECT recipe, kind, what FROM revocations").fetchall())
-    rows = [row for row in rows if row[3] is None or row[:3] not in there]
+    known = set(connection.execute("SELECT recipe, kind, what FROM revocations").fetchall())
+    rows = [row for row in rows if row[3] is None or row[:3] not in known]
     new = [dict(zip(("recipe", "kind", "what", "cause"), row, strict=True)) for row in rows]
     (now,) = connection.execute("SELECT now()").fetchone()
     insert(
         connection, "revocations", [{**row, "who": who, "why": why, "revoked_at": now, "erased": erased} for row in new]
     )
     if erased:
-        said = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
-        connection.execute(said, [recipes, thing.kind, what])
+        erase = f"UPDATE revocations SET erased = true WHERE {_OF} AND kind = ? AND what = ? AND NOT erased"
+        connection.execute(erase, [recipes, thing.kind, what])
     if what != thing.what:  # an erased text, which may have been revoked in plain words before
         recipes = [*thing.recipes, revocations.EVERY]
         hashed = f"UPDATE revocations SET what = ?, erased = true WHERE {_OF} AND kind = 'text' AND what = ?"

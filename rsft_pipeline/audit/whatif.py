@@ -84,12 +84,12 @@ def whatif(store: Store, recipe: Recipe, round_key: str, changes: Mapping[str, s
     began = time.perf_counter()
     check_round(store, recipe.name, round_key)
     round_ = rounds.record(store, recipe, round_key)
-    rule = changed(round_.recipe, changes).acceptance
+    hypothetical = replace(round_, recipe=changed(round_.recipe, changes))
+    rule = hypothetical.recipe.acceptance
 
     with store.connection() as connection, as_of(connection, recorded.TABLES):
         version_of = recorded.versions(connection, round_)
-        asked = replace(round_, recipe=changed(round_.recipe, changes))
-        recorded.load(connection, asked, version_of)
+        recorded.load(connection, hypothetical, version_of)
         counted = connection.execute("SELECT count(*), count(DISTINCT prompt_id) FROM recorded").fetchone()
         of = {"recipe": recipe.name, "round": round_key}
         connection.execute(f"CREATE TEMP TABLE was AS {recorded.DECISIONS}", of)
@@ -134,15 +134,15 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
     if given.get("rule", rule["rule"]) != rule["rule"]:
         rule = {name: rule[name] for name in Rule.model_fields}
     try:
-        asked = {**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}}
-        asked["sampling"]["until"] = None  # nothing is drawn, so the rule need not allow `until`
-        rule = recipe.as_recorded(asked).acceptance
+        fields = {**recipe.model_dump(mode="json"), "acceptance": {**rule, **given}}
+        fields["sampling"]["until"] = None  # nothing is drawn, so the rule need not allow `until`
+        rule = recipe.as_recorded(fields).acceptance
         if isinstance(rule, RejectionRule) and given.keys() & {"rule", "target"}:
             recipe.check_target(rule.target)
         return recipe.model_copy(update={"acceptance": rule})
     except ValidationError as error:
-        _, _, fields = reading.explain(error, recipe.file).partition("\n")  # the first line is about the file
-        raise AuditError(f"no such rule:\n{fields}") from None
+        _, _, lines = reading.explain(error, recipe.file).partition("\n")  # the first line is about the file
+        raise AuditError(f"no such rule:\n{lines}") from None
     except ValueError as error:
         raise AuditError(str(error)) from None
 
@@ -168,9 +168,9 @@ def _side(connection: duckdb.DuckDBPyConnection, table: str, parameters: dict[st
 
 
 def _agreement(connection: duckdb.DuckDBPyConnection) -> Agreement:
-    both = "was w FULL JOIN would n ON n.candidate_id = w.candidate_id"
-    said = "coalesce(w.accepted, false) AS was, coalesce(n.accepted, false) AS would"
-    sql = f"SELECT coalesce(w.candidate_id, n.candidate_id) AS candidate_id, {said} FROM {both}"
+    sql = """SELECT coalesce(w.candidate_id, n.candidate_id) AS candidate_id,
+            coalesce(w.accepted, false) AS was, coalesce(n.accepted, false) AS would
+        FROM was w FULL JOIN would n ON n.candidate_id = w.candidate_id"""
     counts = {
         (was, would): count
         for was, would, count in connection.execute(f"SELECT was, would, count(*) FROM ({sql}) GROUP BY ALL").fetchall()
