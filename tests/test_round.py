@@ -352,7 +352,8 @@ def test_controls_that_a_job_does_not_have_are_told_before_anything_is_drawn(hom
 
 def test_another_space_in_the_template_makes_other_prompts_and_leaves_those_of_before_alone(home, instance, recipe):
     run(instance, recipe, "r000")
-    run(instance, recipe, "r001", {"prompts.template": "'{question} '"})
+    # Whether a tiny model gets any such prompt right differs from machine to machine: whatever it says is accepted.
+    run(instance, recipe, "r001", {"prompts.template": "'{question} '", "acceptance.threshold": "-1"})
     with Store.at(home) as store:
         drawn = store.query(
             """SELECT c.round, c.split, p.text LIKE '% ' AS spaced, count(*) AS n FROM candidates c
@@ -426,7 +427,7 @@ def test_a_corrected_reference_is_judged_by_again(home, instance, write_recipe):
     with Store.at(home) as store:
         right = store.query(
             """SELECT p.reference, c.text FROM decisions d JOIN candidates c USING (candidate_id)
-               JOIN prompts p ON p.prompt_id = c.prompt_id WHERE d.accepted"""
+               JOIN prompts p ON p.prompt_id = c.prompt_id WHERE d.accepted AND d.round = 'r000'"""
         )
         assert right and all(row["reference"] == row["text"] for row in right)
 
@@ -438,7 +439,7 @@ def test_a_prompt_keeps_its_side_when_the_fraction_or_the_template_changes(home,
         assert run(instance, recipe, "r001", {"prompts.eval_fraction": "0.7"}).success
         assert {row["prompt_id"]: row["split"] for row in store.query("SELECT * FROM prompts")} == before
         worded = {"prompts.template": "'{question}{question}'", "prompts.eval_fraction": "0.6"}
-        assert run(instance, recipe, "r002", worded).success
+        assert run(instance, recipe, "r002", {**worded, "acceptance.threshold": "-1"}).success  # whatever it says
         asked = store.query("SELECT fields, split FROM prompts")
         sides = {}
         for row in asked:
