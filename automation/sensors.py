@@ -61,16 +61,19 @@ def _new_prompts(recipe: Recipe) -> dg.SensorDefinition:
         if now.prompts.inbox is None:
             return dg.SkipReason("this recipe has no inbox any more")
         inbox = now.path(now.prompts.inbox)
+        if not inbox.is_dir():
+            return dg.SkipReason(f"there is no folder {inbox} yet")
+        nothing = dg.SkipReason(f"nothing new in {inbox}")
         files = {lineage.digest([file.name, _content(file)]) for file in inbox_files(now)}
+        if not files:
+            return nothing
         requested, requested_round = _requested(context.cursor)
         with store.open() as lake:
             round_key = rounds.following(lake, now.name)
             begun = rounds.row_of(lake, now.name, round_key)
         known = files <= requested
-        if not inbox.is_dir():
-            return dg.SkipReason(f"there is no folder {inbox} yet")
-        if not files or (known and round_key != requested_round):  # the round that was started for them is finished
-            return dg.SkipReason(f"nothing new in {inbox}")
+        if known and round_key != requested_round:  # the round that was started for them is finished
+            return nothing
         if busy(context.instance, now):
             return dg.SkipReason(f"new files in {inbox}, but a round of {now.name} is under way")
         failures = failed(context.instance, now.name, round_key)

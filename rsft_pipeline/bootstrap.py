@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rsft_pipeline import functions, lineage, models, prompts, tasks, training
-from rsft_pipeline.devices import Device
+from rsft_pipeline.devices import Device, own_rng
 from rsft_pipeline.models import checkpoints, configuration
 from rsft_pipeline.models.checkpoints import Checkpoint
 from rsft_pipeline.models.trainable import select_trainable
@@ -385,7 +385,7 @@ def _fresh(settings: Bootstrap, tokenizer, recipe: Recipe):
         special["decoder_start_token_id"] = tokenizer.pad_token_id  # as T5's
     labels = models.head(recipe.model.labels) if recipe.model.labels else {}
     config = _configuration(settings, **special, **labels, vocab_size=len(tokenizer))
-    with torch.random.fork_rng(devices=[]):
+    with own_rng("cpu"):
         torch.manual_seed(recipe.seed)
         model = _random(config, recipe)
     if model.can_generate():

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsft_pipeline.devices import Device
+from rsft_pipeline.devices import Device, own_rng
 from rsft_pipeline.models import configuration
 from rsft_pipeline.models.checkpoints import CONTENT, Checkpoint, ModelError, content_digest, no_bars, verify
 from rsft_pipeline.recipe.recipe import Recipe
@@ -288,7 +288,7 @@ def with_head(path: Path, labels: Sequence[str], seed: int):
 
     no_bars()
     _check_order(path, labels)
-    with torch.random.fork_rng(devices=[]):
+    with own_rng("cpu"):
         torch.manual_seed(seed)
         model = whole(auto_class("classification"), path, new_head=True, dtype=torch.float32, **head(labels))
     model.stored_dtype = _stored_dtype(Path(path))
